@@ -1,0 +1,3 @@
+from cocoop_fast.cli import main
+
+main()

@@ -1,0 +1,150 @@
+"""Build of the C++ extension `cocoop_fast._C`, and the list of packages. All other metadata is in pyproject.toml.
+
+Without a working compiler the install succeeds and says in one line that the torch operations will be used (pip shows
+it with -v).
+
+Environment:
+    COCOOP_FAST_NO_EXT=1       do not build the extension
+    COCOOP_FAST_REQUIRE_EXT=1  an extension that cannot be built is an error
+    CXX, CXXFLAGS, LDFLAGS     as everywhere
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+# Hidden visibility is what pybind11 asks for. No -ffast-math: results are compared with other backends'.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+# A source written for one instruction set says so at the end of its name: <op>_avx2.cpp. It gets these flags where the
+# compiler takes them and then defines this macro, and is left out elsewhere. All sources see COCOOP_FAST_HAVE_AVX2 and
+# so on for the sets that are built; cpu_features() tells at run time which of them this machine can execute.
+INSTRUCTION_SETS = {
+    "_avx2": (["-mavx2", "-mfma"], "__AVX2__"),
+    "_avx512": (
+        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+        "__AVX512F__",
+    ),
+    "_neon": ([], "__ARM_NEON"),
+}
+
+
+class NotBuilt(Exception):
+    """Why the extension was not built."""
+
+
+class BuildExtension(build_ext):
+    """Compiles the sources in parallel, each with the flags that its name asks for."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # Whatever an earlier build left here must not be packaged in place of what fails now.
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        try:
+            if is_set("COCOOP_FAST_NO_EXT"):
+                raise NotBuilt("COCOOP_FAST_NO_EXT is set")
+            self.compile_and_link(ext)
+        except NotBuilt as reason:
+            outcome = f"cocoop_fast: the C++ extension was not built ({reason})"
+            if is_set("COCOOP_FAST_REQUIRE_EXT"):
+                raise SystemExit(f"{outcome}, and COCOOP_FAST_REQUIRE_EXT is set") from reason
+            print(f"{outcome}; the torch operations will be used", file=sys.stderr, flush=True)
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:  # the same for an editable install
+            Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+    def compile_and_link(self, ext: Extension) -> None:
+        try:
+            import pybind11
+        except ImportError:
+            raise NotBuilt("pybind11 is not installed") from None
+        if self.compiler.compiler_type != "unix":
+            raise NotBuilt(f"it needs GCC or Clang, not {self.compiler.compiler_type}")
+
+        # Ask the compiler what it can do first, so that a missing one is told from an error in our sources.
+        if problem := self.problem_compiling("int probe;", FLAGS):
+            raise NotBuilt(f"no working C++17 compiler: {problem}")
+        python_headers = [f"-I{folder}" for folder in self.compiler.include_dirs]
+        if problem := self.problem_compiling("#include <Python.h>", FLAGS + python_headers):
+            raise NotBuilt(f"Python's headers are missing, install python3-dev: {problem}")
+        openmp = [] if self.problem_compiling("#include <omp.h>", ["-fopenmp"]) else ["-fopenmp"]
+
+        flags_of_set = {}
+        for suffix, (flags, macro) in INSTRUCTION_SETS.items():
+            if not self.problem_compiling(f"#ifndef {macro}\n#error not this architecture\n#endif", flags):
+                flags_of_set[suffix] = flags
+
+        def compile_one(source: str) -> list[str]:
+            suffix = instruction_set(source)
+            if suffix is not None and suffix not in flags_of_set:
+                return []
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                macros=[(f"COCOOP_FAST_HAVE{suffix.upper()}", "1") for suffix in flags_of_set],
+                include_dirs=["csrc", pybind11.get_include()],
+                extra_postargs=FLAGS + openmp + flags_of_set.get(suffix, []),
+            )
+
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for one compiler process
+                objects = sum(pool.map(compile_one, ext.sources), [])
+            self.compiler.link_shared_object(
+                objects, self.get_ext_fullpath(ext.name), extra_postargs=openmp, target_lang="c++"
+            )
+        except Exception as error:  # setuptools moves its CompileError and LinkError around
+            raise NotBuilt(f"{error}; see the compiler's messages above") from error
+
+    def problem_compiling(self, code: str, flags: list[str]) -> str | None:
+        """What the compiler says against `code` compiled and linked with `flags`; None if it succeeds."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text(code + "\n")
+            command = [*self.compiler.compiler_so_cxx, *flags, str(source), "-shared", "-o", f"{folder}/probe.so"]
+            try:
+                result = subprocess.run(command, capture_output=True, text=True)
+            except OSError as error:
+                return f"{command[0]}: {error.strerror}"
+        if result.returncode == 0:
+            return None
+        lines = result.stderr.splitlines() or [f"{command[0]} exited with status {result.returncode}"]
+        return next((line for line in lines if "error" in line), lines[0])
+
+
+def instruction_set(source: str) -> str | None:
+    """The key of INSTRUCTION_SETS that a source's name ends with; None for a portable source."""
+    return next((suffix for suffix in INSTRUCTION_SETS if Path(source).stem.endswith(suffix)), None)
+
+
+def packages_under(folder: str, name: str) -> list[str]:
+    """The package in `folder`, known as `name`, and all packages below it."""
+    return [name, *(f"{name}.{below}" for below in find_packages(folder))]
+
+
+def is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+setup(
+    # kernels/ has its own folder beside csrc/, but PyPI has another package of that name: ours is cocoop_fast.kernels.
+    packages=[*packages_under("cocoop_fast", "cocoop_fast"), *packages_under("kernels", "cocoop_fast.kernels")],
+    package_dir={"cocoop_fast.kernels": "kernels"},
+    ext_modules=[
+        Extension(
+            "cocoop_fast._C",
+            sources=["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+            language="c++",
+            optional=True,  # an editable install then accepts that it is not there
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)
