@@ -1,0 +1,144 @@
+"""Typed configuration of a run: what the command line, YAML files and the reference's files all become.
+
+Defaults are the CoCoOp paper's recipe (``vit_b16_c4_ep10_batch1_ctxv1``). A field that is ``None`` means
+"what the data set or the method says"; :func:`cocoop_fast.training.recipe.resolve` fills it in, so that the
+``config.yaml`` of a run directory never holds a ``None`` that decides something.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from cocoop_fast.errors import UserError
+
+_STRICT = ConfigDict(extra="forbid")
+
+Method = Literal["cocoop", "coop", "zeroshot"]
+Precision = Literal["auto", "fp32", "fp16", "bf16", "amp"]
+Subset = Literal["base", "new", "all"]
+
+
+@dataclass(config=_STRICT, frozen=True)
+class ModelConfig:
+    """The frozen CLIP."""
+
+    name: str = "demo"  # an open_clip architecture, or "demo": the CLIP that ships with the package
+    pretrained: str | None = None  # an open_clip tag, a hub name or a local file
+    precision: Precision = "auto"  # auto: fp32 on a CPU, fp16 on a GPU
+    backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
+    device: str = "auto"
+
+
+@dataclass(config=_STRICT, frozen=True)
+class PromptConfig:
+    """The learned context (paper, section 3.2)."""
+
+    method: Method = "cocoop"
+    ctx_init: str = "a photo of a"  # empty: random initialisation of n_ctx vectors
+    n_ctx: int = field(default=4)  # used when ctx_init is empty
+    template: str | None = None  # zero-shot prompt, e.g. "a photo of a {}."; None: the data set's own
+
+
+@dataclass(config=_STRICT, frozen=True)
+class DataConfig:
+    """Which images, and which of them are seen."""
+
+    name: str = "digits"  # "digits" (embedded) or "folder" (ImageFolder layout under root)
+    root: Path | None = None
+    shots: int = 16  # images a class to train on; 0: all of them
+    subset: Subset = "base"  # classes that are trained on
+    workers: int = 0
+    skip_bad_images: bool = False
+
+
+@dataclass(config=_STRICT, frozen=True)
+class AugmentConfig:
+    """Training transform: random resized crop, horizontal flip (None: the data set's own choice)."""
+
+    crop_scale: tuple[float, float] | None = None
+    flip: float | None = None  # probability
+
+
+@dataclass(config=_STRICT, frozen=True)
+class OptimConfig:
+    """Stochastic gradient descent as in the reference (None: the method's own recipe)."""
+
+    lr: float = 0.002
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int | None = None  # CoCoOp 1, CoOp 32
+    epochs: int | None = None  # CoCoOp 10, CoOp 200
+    warmup_epochs: int = 1
+    warmup_lr: float = 1e-5
+
+
+@dataclass(config=_STRICT, frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes, and where it is kept."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 1
+    output_dir: Path | None = None  # None: output/<data>/<method>/seed<seed>
+    eval_batch_size: int = 100
+    print_freq: int = 20  # steps between lines of log.txt
+    checkpoint_steps: int = 0  # also save every so many steps; 0: at each epoch's end only
+
+
+_ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+
+
+def from_mapping(values: dict[str, Any], where: str = "the configuration") -> RunConfig:
+    """Build a :class:`RunConfig` from nested plain values.
+
+    Raises:
+        UserError: an unknown field or a value of the wrong type, named by its dotted path.
+    """
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        raise UserError(f"{where}: `{path}` {_explain(first)}.") from error
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """The inverse of :func:`from_mapping`: nested values that YAML and JSON can hold."""
+    return _ADAPTER.dump_python(config, mode="json")
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of nested fields.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"The configuration file {path} cannot be read: {reason}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise UserError(f"The configuration file {path} is not valid YAML{line}.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"The configuration file {path} must hold `field: value` pairs at its top level.")
+    return values
+
+
+def _explain(error: Any) -> str:
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return "is not a known field"
+    return f"is {error['input']!r}, but {error['msg'][:1].lower()}{error['msg'][1:]}"

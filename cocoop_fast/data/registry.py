@@ -1,0 +1,63 @@
+"""The data sets that can be named in a configuration. The registry is data; adding a set is adding a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cocoop_fast.config import DataConfig
+from cocoop_fast.data import digits, image_folder
+from cocoop_fast.data.dataset import Dataset
+from cocoop_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """One row of the registry.
+
+    Args:
+        name: what ``data.name`` says.
+        title: a line for a listing.
+        layout: where the images are looked for, relative to ``data.root`` ("" if they ship with a package).
+        load: reads the lists of samples (no image is decoded); raises ``UserError``.
+        missing: the paths below ``data.root`` that are needed and not there (empty: ready).
+    """
+
+    name: str
+    title: str
+    layout: str
+    load: Callable[[DataConfig], Dataset]
+    missing: Callable[[DataConfig], tuple[str, ...]]
+
+
+REGISTRY: dict[str, DatasetEntry] = {
+    entry.name: entry
+    for entry in (
+        DatasetEntry(
+            name="digits",
+            title="handwritten digits, 1,797 scans of 8x8 pixels, 10 classes (ships with scikit-learn)",
+            layout="",
+            load=digits.load,
+            missing=lambda config: (),
+        ),
+        DatasetEntry(
+            name="folder",
+            title="your own images: a folder a class, with or without train/val/test above them",
+            layout="<root>/[train|val|test/]<class>/<image>",
+            load=image_folder.load,
+            missing=image_folder.missing,
+        ),
+    )
+}
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """All samples of the data set that ``config`` names: every class, no few-shot sampling.
+
+    Raises:
+        UserError: the name is unknown, or the files are not as the data set needs them.
+    """
+    entry = REGISTRY.get(config.name)
+    if entry is None:
+        raise UserError(f"There is no data set called {config.name!r}; choose one of {', '.join(REGISTRY)}.")
+    return entry.load(config)

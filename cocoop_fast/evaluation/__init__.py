@@ -1,0 +1,4 @@
+"""Evaluation of a trained (or zero-shot) model, and prediction on single images.
+
+May import ``data`` and the models; ``training`` and the command line import it.
+"""

@@ -1,0 +1,146 @@
+"""How a run tells the world what it is doing. The library prints nothing itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cocoop_fast.config import RunConfig
+from cocoop_fast.evaluation.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Known once a method's model is built, before its first step."""
+
+    config: RunConfig  # resolved: no None decides anything
+    output_dir: Path
+    classnames: tuple[str, ...]  # trained on
+    parameters: int  # learned numbers
+    train_images: int
+    steps_per_epoch: int
+    epochs: int
+    precision: str
+    device: str
+    first_step: int  # 0, or the number of steps already done by an earlier, interrupted run
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One optimizer step, just done."""
+
+    step: int  # 1-based, over the whole run
+    total_steps: int
+    epoch: int  # 1-based
+    epochs: int
+    batch: int  # 1-based within the epoch
+    batches: int
+    loss: float
+    accuracy: float  # of this batch in training mode, percent
+    lr: float
+    seconds: float  # of this step, waiting for data included
+    data_seconds: float  # of which waiting for data
+    images_per_second: float  # mean over the steps this process has done
+    eta_seconds: float
+
+
+@dataclass(frozen=True)
+class EpochInfo:
+    """One epoch, just done. Means are over the steps of this epoch that this process did."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    accuracy: float
+    lr: float
+    seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EvaluationInfo:
+    """Accuracy of one method on one set of classes."""
+
+    method: str
+    subset: str  # "base", "new" or "all"
+    metrics: Metrics
+    seconds: float
+
+
+class Observer:
+    """Override what you want to hear about; everything else is ignored.
+
+    Calls come in this order: ``on_run_start``, then for each epoch ``on_epoch_start``, ``on_step`` each
+    step, ``on_epoch_end``; then per set of classes ``on_evaluation_start``, ``on_evaluation_progress``,
+    ``on_evaluation_end``; then ``on_run_end``. With several methods this repeats for each. ``on_message``
+    may come at any time.
+    """
+
+    def on_message(self, text: str) -> None:
+        """Something a user should know: resumed, images skipped, already finished."""
+
+    def on_run_start(self, info: RunInfo) -> None: ...
+
+    def on_epoch_start(self, epoch: int, epochs: int, first_batch: int, batches: int) -> None:
+        """``first_batch`` batches of this epoch were done before an interruption (0 normally)."""
+
+    def on_step(self, info: StepInfo) -> None: ...
+
+    def on_epoch_end(self, info: EpochInfo) -> None: ...
+
+    def on_checkpoint(self, path: Path) -> None: ...
+
+    def on_evaluation_start(self, method: str, subset: str, images: int) -> None: ...
+
+    def on_evaluation_progress(self, images_done: int, images: int) -> None: ...
+
+    def on_evaluation_end(self, info: EvaluationInfo) -> None: ...
+
+    def on_run_end(self, output_dir: Path) -> None: ...
+
+
+class Observers(Observer):
+    """Passes every call on to several observers, in order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def on_message(self, text: str) -> None:
+        for observer in self._observers:
+            observer.on_message(text)
+
+    def on_run_start(self, info: RunInfo) -> None:
+        for observer in self._observers:
+            observer.on_run_start(info)
+
+    def on_epoch_start(self, epoch: int, epochs: int, first_batch: int, batches: int) -> None:
+        for observer in self._observers:
+            observer.on_epoch_start(epoch, epochs, first_batch, batches)
+
+    def on_step(self, info: StepInfo) -> None:
+        for observer in self._observers:
+            observer.on_step(info)
+
+    def on_epoch_end(self, info: EpochInfo) -> None:
+        for observer in self._observers:
+            observer.on_epoch_end(info)
+
+    def on_checkpoint(self, path: Path) -> None:
+        for observer in self._observers:
+            observer.on_checkpoint(path)
+
+    def on_evaluation_start(self, method: str, subset: str, images: int) -> None:
+        for observer in self._observers:
+            observer.on_evaluation_start(method, subset, images)
+
+    def on_evaluation_progress(self, images_done: int, images: int) -> None:
+        for observer in self._observers:
+            observer.on_evaluation_progress(images_done, images)
+
+    def on_evaluation_end(self, info: EvaluationInfo) -> None:
+        for observer in self._observers:
+            observer.on_evaluation_end(info)
+
+    def on_run_end(self, output_dir: Path) -> None:
+        for observer in self._observers:
+            observer.on_run_end(output_dir)
