@@ -97,7 +97,7 @@ class BuildExtension(build_ext):
 
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for one compiler process
-                objects = sum(pool.map(compile_one, ext.sources), [])
+                objects = [path for paths in pool.map(compile_one, ext.sources) for path in paths]
             self.compiler.link_shared_object(
                 objects, self.get_ext_fullpath(ext.name), extra_postargs=openmp, target_lang="c++"
             )
@@ -109,7 +109,14 @@ class BuildExtension(build_ext):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text(code + "\n")
-            command = [*self.compiler.compiler_so_cxx, *flags, str(source), "-shared", "-o", f"{folder}/probe.so"]
+            command = [
+                *self.compiler.compiler_so_cxx,
+                *flags,
+                str(source),
+                "-shared",
+                "-o",
+                f"{folder}/probe.so",
+            ]
             try:
                 result = subprocess.run(command, capture_output=True, text=True)
             except OSError as error:
@@ -136,7 +143,10 @@ def is_set(variable: str) -> bool:
 
 setup(
     # kernels/ has its own folder beside csrc/, but PyPI has another package of that name: ours is cocoop_fast.kernels.
-    packages=[*packages_under("cocoop_fast", "cocoop_fast"), *packages_under("kernels", "cocoop_fast.kernels")],
+    packages=[
+        *packages_under("cocoop_fast", "cocoop_fast"),
+        *packages_under("kernels", "cocoop_fast.kernels"),
+    ],
     package_dir={"cocoop_fast.kernels": "kernels"},
     ext_modules=[
         Extension(

@@ -1,0 +1,49 @@
+# Everything runs in .venv, which the first target that needs it creates. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint typecheck bench wheel clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(INSTALLED) ## .venv with cocoop-fast (editable) and the development tools
+
+demo: $(INSTALLED) ## train CoCoOp on the digits that come with the package
+	$(BIN)/cocoop-fast train
+
+test: $(INSTALLED) ## all tests
+	$(BIN)/python -m pytest tests/
+
+lint: $(INSTALLED) ## style: ruff check and ruff format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(INSTALLED) ## types: mypy
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## benchmarks
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+wheel: $(INSTALLED) ## source distribution and wheel in dist/
+	rm -rf build dist
+	$(BIN)/python -m build
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info cocoop_fast/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed again whenever what it is built from changes. The stamp comes last, so an install that failed is repeated.
+$(INSTALLED): $(BUILD_INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "cocoop_fast needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Choose one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+		{ echo "$(PYTHON) cannot create virtual environments: install python3-venv (Debian, Ubuntu) or choose another: make PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -c 'from cocoop_fast.extension import describe_extension as d; print(d())'
+	@touch $@

@@ -1,0 +1,196 @@
+"""What an installation contains, and what it does where the C++ extension cannot be built.
+
+Nothing here installs anything: setup.py runs in copies of the tree whose csrc/ is a few lines, so each build takes a
+second. The CI script installs the real wheel in a new environment.
+"""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+# An extension module in plain C: compiles in no time. {} holds what a test wants the compiler to check.
+SMALL_MODULE = """
+#include <Python.h>
+{}
+static PyModuleDef definition = {{PyModuleDef_HEAD_INIT, "_C"}};
+PyMODINIT_FUNC PyInit__C() {{ return PyModule_Create(&definition); }}
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what setup.py reads, with a small csrc/."""
+    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("pybind11")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("cocoop_fast", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "README.md").write_text("# cocoop_fast\n")
+    (tmp_path / "csrc/cpu").mkdir(parents=True)
+    (tmp_path / "csrc/bindings.cpp").write_text(SMALL_MODULE.format(""))
+    return tmp_path
+
+
+def run_setup(tree, *arguments, **variables):
+    """setup.py with these environment variables, and none of ours from outside."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COCOOP_FAST_")}
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=tree,
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def built_extensions(tree):
+    return list((tree / "cocoop_fast").glob("_C.*"))
+
+
+def need_compiler(tree):
+    result = run_setup(tree, "build_ext", "--inplace")
+    if not built_extensions(tree):
+        pytest.skip(f"no compiler here: {result.stderr.strip().splitlines()[-1]}")
+
+
+def requirement_names(requirements):
+    return {re.match(r"[\w.-]+", requirement).group().lower() for requirement in requirements}
+
+
+def test_torch_is_no_build_requirement():
+    """pip would install it a second time, only to build the extension."""
+    assert requirement_names(PROJECT["build-system"]["requires"]) == {"setuptools", "pybind11"}
+    assert "torch" in requirement_names(PROJECT["project"]["dependencies"])
+
+
+def test_installed_metadata_is_this_project():
+    distribution = importlib.metadata.distribution("cocoop-fast")
+    assert distribution.version == PROJECT["project"]["version"]
+    commands = distribution.entry_points.select(group="console_scripts")
+    assert {command.name: command.value for command in commands} == {"cocoop-fast": "cocoop_fast.cli:main"}
+
+
+def test_kernels_are_installed_inside_our_package(tmp_path):
+    import cocoop_fast.kernels
+
+    assert Path(cocoop_fast.kernels.__file__).parts[-2:] == ("kernels", "__init__.py")
+    # From outside the repository, where the folder kernels/ is not in the current directory.
+    code = (
+        "import importlib.util as u; print(u.find_spec('cocoop_fast.kernels').name, u.find_spec('kernels'))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["cocoop_fast.kernels", "None"]
+
+
+def test_wheel_has_one_top_level_package_with_everything_in_it(tree):
+    need_compiler(tree)
+    (tree / "kernels/below").mkdir()
+    (tree / "kernels/below/__init__.py").touch()
+    (tree / "cocoop_fast/assets/below").mkdir(parents=True, exist_ok=True)
+    (tree / "cocoop_fast/assets/below/weights.bin").touch()
+    result = run_setup(tree, "bdist_wheel")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"cocoop_fast"}
+    for expected in ("py.typed", "__main__.py", "kernels/__init__.py", "kernels/below/__init__.py"):
+        assert f"cocoop_fast/{expected}" in names
+    assert "cocoop_fast/assets/below/weights.bin" in names
+    assert any(name.startswith("cocoop_fast/_C.") for name in names)
+
+
+@pytest.mark.parametrize(
+    "variables, reason",
+    [
+        ({"COCOOP_FAST_NO_EXT": "1"}, "COCOOP_FAST_NO_EXT is set"),
+        (
+            {"CC": "/nonexistent/c++", "CXX": "/nonexistent/c++"},
+            "no working C++17 compiler: /nonexistent/c++: No such file or directory",
+        ),
+    ],
+)
+def test_install_without_extension_succeeds_and_says_why(tree, variables, reason):
+    result = run_setup(tree, "build_ext", "--inplace", **variables)
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("cocoop_fast:")]
+    assert said == [
+        f"cocoop_fast: the C++ extension was not built ({reason}); the torch operations will be used"
+    ]
+    assert not built_extensions(tree)
+
+
+def test_required_extension_that_cannot_be_built_is_an_error(tree):
+    result = run_setup(
+        tree,
+        "build_ext",
+        "--inplace",
+        CC="/nonexistent/c++",
+        CXX="/nonexistent/c++",
+        COCOOP_FAST_REQUIRE_EXT="1",
+    )
+    assert result.returncode != 0
+    assert "was not built (no working C++17 compiler" in result.stderr
+
+
+def test_error_in_our_sources_is_reported_and_leaves_no_older_extension(tree):
+    need_compiler(tree)
+    assert built_extensions(tree)
+    (tree / "csrc/cpu/broken.cpp").write_text("#error this source is broken\n")
+
+    result = run_setup(tree, "build_ext", "--inplace")
+    assert result.returncode == 0, result.stderr
+    assert "this source is broken" in result.stderr  # the compiler's message, then ours
+    assert re.search(
+        r"^cocoop_fast: the C\+\+ extension was not built \(.*\); the torch", result.stderr, re.M
+    )
+    assert not built_extensions(tree)
+
+    assert run_setup(tree, "build_ext", "--inplace", COCOOP_FAST_REQUIRE_EXT="1").returncode != 0
+
+
+def test_name_of_a_source_chooses_its_instruction_set(tree):
+    need_compiler(tree)
+    # Each variant defines a function if it was compiled with its flags, and the portable file calls it if it is told
+    # that the variant exists. Anything wrong is a compile or link error, or an undefined symbol at import.
+    conditions = {
+        "avx2": "__AVX2__ && __FMA__ && !__AVX512F__",
+        "avx512": "__AVX512F__ && __AVX512BW__ && __AVX512DQ__ && __AVX512VL__",
+        "neon": "__ARM_NEON",
+    }
+    for name, condition in conditions.items():
+        (tree / f"csrc/cpu/op_{name}.cpp").write_text(
+            f"#if {condition}\nint op_{name}() {{ return 1; }}\n#endif\n"
+        )
+    calls = "".join(
+        f"int op_{name}();\n#ifdef COCOOP_FAST_HAVE_{name.upper()}\nint call_{name} = op_{name}();\n#endif\n"
+        for name in conditions
+    )
+    portable = (
+        "#if __AVX2__ || __AVX512F__\n#error the portable file has instructions beyond the baseline\n#endif\n"
+    )
+    (tree / "csrc/bindings.cpp").write_text(SMALL_MODULE.format(portable + calls))
+
+    result = run_setup(tree, "build_ext", "--inplace", COCOOP_FAST_REQUIRE_EXT="1", CXXFLAGS="", CFLAGS="")
+    assert result.returncode == 0, result.stderr
+    (extension,) = built_extensions(tree)
+    shutil.copy(extension, tree / "csrc")
+    subprocess.run([sys.executable, "-c", "import _C"], cwd=tree / "csrc", check=True, timeout=60)
