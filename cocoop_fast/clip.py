@@ -1,0 +1,212 @@
+"""FrozenCLIP: one read-only view over the CLIP models that open_clip and OpenAI's package build.
+
+Nothing here changes a weight, a mode or a gradient flag of the model it looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cocoop_fast.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """Weight and bias of a linear layer, (out, in) and (out,), or of a LayerNorm, (d,) and (d,)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float = 0.0  # LayerNorm only
+
+
+@dataclass(frozen=True, eq=False)
+class TextBlock:
+    """Weights of one pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    ln_1: Affine
+    in_proj: Affine  # (3d, d): query, key and value stacked
+    out_proj: Affine  # (d, d)
+    ln_2: Affine
+    fc: Affine  # (4d, d)
+    proj: Affine  # (d, 4d)
+
+
+@dataclass(frozen=True, eq=False)
+class TextWeights:
+    """Detached tensors of a causal, EOT-pooled text transformer. They share the model's storage.
+
+    Shapes: V vocabulary, L context length, d width, E embedding.
+    """
+
+    token_embedding: Tensor  # (V, d)
+    positional_embedding: Tensor  # (L, d)
+    blocks: tuple[TextBlock, ...]
+    ln_final: Affine
+    projection: Affine  # weight (d, E): applied as `x @ weight`; bias (E,) or None
+    heads: int
+    activation: str  # "quick_gelu" or "gelu"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the transformer computes in (embeddings and LayerNorms may be wider)."""
+        return self.blocks[0].in_proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks[0].in_proj.weight.device
+
+    @property
+    def width(self) -> int:
+        return self.positional_embedding.shape[1]
+
+
+class FrozenCLIP:
+    """Read-only view of a CLIP model: text weights by role, sizes, and what the tower is able to do.
+
+    Args:
+        clip_model: an open_clip ``CLIP`` or ``CustomTextCLIP`` with a ``TextTransformer``, or OpenAI's
+            ``clip.model.CLIP``.
+
+    Raises:
+        UserError: the text tower is not causal, not pooled at EOT, or of a kind that is not CLIP's.
+    """
+
+    def __init__(self, clip_model: nn.Module) -> None:
+        self._text = _text_module(clip_model)
+        _check_supported(clip_model, self._text)
+        self._resblocks = tuple(self._text.transformer.resblocks)
+        self._snapshot: TextWeights | None = None
+        self._fingerprint: tuple[tuple[int, int], ...] = ()
+        self.heads: int = self._resblocks[0].attn.num_heads
+        self.layers = len(self._resblocks)
+        self.activation = _activation(self._resblocks[0].mlp.gelu)
+        self.context_length, self.width = self._text.positional_embedding.shape
+        self.vocab_size: int = self._text.token_embedding.weight.shape[0]
+        self.embed_dim: int = _projection(self._text).weight.shape[1]
+        self.image_size = _image_size(clip_model.visual)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._resblocks[0].attn.in_proj_weight.dtype
+
+    def fingerprint(self) -> tuple[tuple[int, int], ...]:
+        """Changes whenever a text weight was moved, cast, loaded or modified in place."""
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._parameters())
+
+    def text_weights(self) -> TextWeights:
+        """The current weights, by role. The same object is returned until a weight changes."""
+        fingerprint = self.fingerprint()
+        if self._snapshot is None or fingerprint != self._fingerprint:
+            self._snapshot, self._fingerprint = self._read_weights(), fingerprint
+        return self._snapshot
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        yield self._text.positional_embedding
+        for module in (self._text.token_embedding, self._text.ln_final, *self._resblocks):
+            yield from module.parameters()
+        projection = self._text.text_projection
+        yield from projection.parameters() if isinstance(projection, nn.Module) else (projection,)
+
+    def _read_weights(self) -> TextWeights:
+        text = self._text
+        return TextWeights(
+            token_embedding=text.token_embedding.weight.detach(),
+            positional_embedding=text.positional_embedding.detach(),
+            blocks=tuple(_read_block(block) for block in self._resblocks),
+            ln_final=_layer_norm(text.ln_final),
+            projection=_projection(text),
+            heads=self.heads,
+            activation=self.activation,
+        )
+
+
+def _text_module(clip_model: nn.Module) -> nn.Module:
+    """The module that holds the text tower: the model itself, or open_clip's ``CustomTextCLIP.text``."""
+    return clip_model.text if isinstance(getattr(clip_model, "text", None), nn.Module) else clip_model
+
+
+def _check_supported(clip_model: nn.Module, text: nn.Module) -> None:
+    kind = type(clip_model).__name__
+    for name in ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection"):
+        if getattr(text, name, None) is None:
+            raise UserError(
+                f"The text tower of {kind} has no `{name}`, so it is not CLIP's text transformer; "
+                "use a CLIP model of open_clip or OpenAI."
+            )
+    pool = getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "argmax")
+    if pool not in ("argmax", "eos") or getattr(text, "cls_emb", None) is not None:
+        raise UserError(
+            f"The text tower of {kind} pools by '{pool if pool not in ('argmax', 'eos') else 'cls'}', but "
+            "prompts are read at their end-of-text token; use a CLIP model whose text tower is EOT-pooled."
+        )
+    mask = getattr(text, "attn_mask", None)
+    blocks = getattr(text.transformer, "resblocks", ())
+    if mask is None and len(blocks):
+        mask = getattr(blocks[0], "attn_mask", None)  # OpenAI keeps it in each block
+    if mask is None or not _is_causal(mask):
+        raise UserError(
+            f"The text tower of {kind} is not causal, so its rows cannot be shared between prompts; "
+            "use a CLIP model with a causal text mask."
+        )
+    for block in blocks:
+        if not isinstance(getattr(block, "attn", None), nn.MultiheadAttention) or not hasattr(block.mlp, "gelu"):
+            raise UserError(
+                f"The text tower of {kind} has blocks of type {type(block).__name__}, which are not CLIP's "
+                "pre-norm attention blocks; use a standard CLIP text tower."
+            )
+
+
+def _is_causal(mask: Tensor) -> bool:
+    above = torch.ones_like(mask, dtype=torch.bool).triu(1)
+    blocked = mask if mask.dtype == torch.bool else torch.isneginf(mask)
+    return bool((blocked == above).all())
+
+
+def _activation(module: nn.Module) -> str:
+    if type(module).__name__ == "QuickGELU":
+        return "quick_gelu"
+    if isinstance(module, nn.GELU) and module.approximate == "none":
+        return "gelu"
+    raise UserError(
+        f"The text tower's activation {module!r} is not supported; use a CLIP model with QuickGELU or exact GELU."
+    )
+
+
+def _layer_norm(module: nn.LayerNorm) -> Affine:
+    return Affine(module.weight.detach(), module.bias.detach(), module.eps)
+
+
+def _linear(module: nn.Linear, scale: nn.Module | None = None) -> Affine:
+    weight, bias = module.weight.detach(), module.bias.detach()
+    gamma = getattr(scale, "gamma", None)  # open_clip's LayerScale: gamma * (W x + b) = (gamma W) x + gamma b
+    if gamma is not None:
+        weight, bias = gamma.detach()[:, None] * weight, gamma.detach() * bias
+    return Affine(weight, bias)
+
+
+def _read_block(block: nn.Module) -> TextBlock:
+    return TextBlock(
+        ln_1=_layer_norm(block.ln_1),
+        in_proj=Affine(block.attn.in_proj_weight.detach(), block.attn.in_proj_bias.detach()),
+        out_proj=_linear(block.attn.out_proj, getattr(block, "ls_1", None)),
+        ln_2=_layer_norm(block.ln_2),
+        fc=_linear(block.mlp.c_fc),
+        proj=_linear(block.mlp.c_proj, getattr(block, "ls_2", None)),
+    )
+
+
+def _projection(text: nn.Module) -> Affine:
+    projection = text.text_projection
+    if isinstance(projection, nn.Linear):
+        bias = None if projection.bias is None else projection.bias.detach()
+        return Affine(projection.weight.detach().T, bias)
+    return Affine(projection.detach(), None)
+
+
+def _image_size(visual: nn.Module) -> int:
+    size = getattr(visual, "image_size", None) or getattr(visual, "input_resolution", 224)
+    return int(size[0] if isinstance(size, (tuple, list)) else size)

@@ -1,0 +1,16 @@
+"""The one exception that a user is meant to read."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input: one sentence that says what is wrong, where, and what to do about it.
+
+    The command line prints it without a traceback and exits with ``exit_status``: 2 when the call itself is
+    wrong (an unknown option, a class list that cannot be encoded), 1 when the call is right but its data fail
+    (a damaged file, a directory without images).
+    """
+
+    def __init__(self, message: str, *, exit_status: int = 2) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status

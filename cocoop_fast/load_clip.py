@@ -1,0 +1,134 @@
+"""From a name to a frozen CLIP model with its image preprocessing."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.model import convert_weights_to_lp
+from open_clip.transformer import LayerNorm, LayerNormFp32
+from torch import nn
+
+from cocoop_fast.config import ModelConfig
+from cocoop_fast.demo_clip import load_demo_clip
+from cocoop_fast.errors import UserError
+
+_LOW_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedClip:
+    """A frozen CLIP in evaluation mode, and what an image must look like for it."""
+
+    model: nn.Module
+    name: str
+    image_size: int  # pixels, square
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    device: torch.device
+    precision: str  # fp32, fp16, bf16 or amp
+
+
+def resolve_device(text: str) -> torch.device:
+    """"auto" (a GPU where there is one, else the CPU) or any torch device.
+
+    Raises:
+        UserError: the device is unknown, or is not there.
+    """
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise UserError(f"The device '{text}' is unknown; use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UserError(f"The device '{text}' is not there ({count} GPUs found); use --device cpu.")
+    elif device.type != "cpu":
+        raise UserError(f"The device '{text}' is not supported; use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def resolve_precision(text: str, device: torch.device) -> str:
+    """"auto" becomes fp32 on a CPU and fp16, the reference's choice, on a GPU."""
+    if text == "auto":
+        return "fp32" if device.type == "cpu" else "fp16"
+    return text
+
+
+def load_clip(config: ModelConfig) -> LoadedClip:
+    """Load the CLIP that a configuration names, frozen, on its device and in its precision.
+
+    ``name`` "demo" is the CLIP inside the package. Any other name is an open_clip architecture, and
+    ``pretrained`` an open_clip tag, a hub name or a local file ("random" asks for random weights, which
+    only benchmarks want).
+
+    Raises:
+        UserError: unknown architecture or tag, no weights named, or weights that cannot be read.
+    """
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    if config.name == "demo":
+        if config.pretrained is not None:
+            raise UserError("The model 'demo' has its own weights; leave --pretrained out or name an architecture.")
+        model = load_demo_clip()
+    else:
+        model = _load_open_clip(config.name, config.pretrained)
+    if precision in _LOW_PRECISION:
+        _to_low_precision(model, _LOW_PRECISION[precision])
+    model = model.to(device).eval().requires_grad_(False)
+    size = model.visual.image_size
+    return LoadedClip(
+        model=model,
+        name=config.name,
+        image_size=int(size[0] if isinstance(size, (tuple, list)) else size),
+        mean=tuple(getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN),
+        std=tuple(getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD),
+        device=device,
+        precision=precision,
+    )
+
+
+def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
+    _check_architecture(name)
+    if pretrained is None:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        known = f" (known tags: {', '.join(tags[:5])})" if tags else ""
+        raise UserError(f"The model '{name}' needs weights: give --pretrained a tag{known} or a file.")
+    if pretrained == "random":
+        return open_clip.create_model(name, pretrained=None)
+    looks_like_path = "/" in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if looks_like_path and not Path(pretrained).is_file():
+        raise UserError(f"The weights file {pretrained} does not exist; check --pretrained.")
+    if not looks_like_path and pretrained not in open_clip.list_pretrained_tags_by_model(name):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise UserError(f"The model '{name}' has no weights tagged '{pretrained}'; the tags are: {tags}.")
+    try:
+        return open_clip.create_model(name, pretrained=pretrained)
+    except Exception as error:  # any reader's failure (pickle, zip, shapes, network) is the user's weights failing
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"The weights '{pretrained}' of model '{name}' could not be loaded ({reason[:200]}); "
+            "check the file, or download it beforehand and pass its path.",
+            exit_status=1,
+        ) from error
+
+
+def _check_architecture(name: str) -> None:
+    if name.startswith("hf-hub:") or name in open_clip.list_models():
+        return
+    near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}" if near else "see open_clip.list_models()"
+    raise UserError(f"The model '{name}' is not an open_clip architecture; {hint}?")
+
+
+def _to_low_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """OpenAI's manual mixed precision: matrix weights in `dtype`, LayerNorms computed in float32."""
+    convert_weights_to_lp(model, dtype=dtype)
+    for module in model.modules():
+        if type(module) is LayerNorm:
+            module.__class__ = LayerNormFp32

@@ -1,0 +1,39 @@
+"""The methods of the paper, each a frozen CLIP with another prompt learner.
+
+May import the model and everything below it. Imported by training, evaluation and the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cocoop_fast.config import PromptConfig
+from cocoop_fast.errors import UserError
+from cocoop_fast.load_clip import LoadedClip
+from cocoop_fast.methods.coop import CoOp
+from cocoop_fast.methods.zeroshot import ZeroShot
+from cocoop_fast.model import CustomCLIP, PromptedCLIP
+from cocoop_fast.prompt_learner import reference_cfg
+
+
+def build_model(
+    prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, *, backend: str = "auto"
+) -> PromptedCLIP:
+    """The model of a method over K class names, ready to train.
+
+    Raises:
+        UserError: an unusable class list, context, template or backend.
+    """
+    cfg = reference_cfg(
+        ctx_init=prompt.ctx_init, n_ctx=prompt.n_ctx, precision=clip.precision, image_size=clip.image_size
+    )
+    if prompt.method == "cocoop":
+        return CustomCLIP(cfg, classnames, clip.model, backend=backend)
+    if prompt.method == "coop":
+        return CoOp(cfg, classnames, clip.model, backend=backend)
+    if prompt.method == "zeroshot":
+        return ZeroShot(prompt.template or "a photo of a {}.", classnames, clip.model)
+    raise UserError(f"The method '{prompt.method}' is unknown; use cocoop, coop or zeroshot.")
+
+
+__all__ = ["CoOp", "ZeroShot", "build_model"]

@@ -1,0 +1,125 @@
+"""CustomCLIP: prompt learner, frozen towers and loss in one module (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cocoop_fast.class_tree import ClassTree
+from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.errors import UserError
+from cocoop_fast.ops.head import cosine_logits_ref
+from cocoop_fast.prompt_learner import PromptLearner
+from cocoop_fast.text_tower import TextEncoder, TreeTextEncoder
+
+
+class PromptedCLIP(nn.Module):
+    """A frozen CLIP that classifies by the text features of its prompts.
+
+    Subclasses say what the text features are. Only ``prompt_learner`` is meant to be trained, and its mode
+    decides what a call returns: the loss in training, the logits in evaluation.
+    """
+
+    prompt_learner: nn.Module
+
+    def __init__(self, clip_model: nn.Module, n_classes: int) -> None:
+        super().__init__()
+        frozen = FrozenCLIP(clip_model)
+        self.dtype = frozen.dtype
+        self.n_classes = n_classes
+        self.embed_dim = frozen.embed_dim
+        self.image_encoder = clip_model.visual
+        self.logit_scale = clip_model.logit_scale
+
+    def text_features(self, image_features: Tensor) -> Tensor:
+        """(B, E) unit-length image features to text features: (B, K, E), or (1, K, E) if no image matters."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        """Classify images.
+
+        Args:
+            image: (B, 3, H, W), preprocessed.
+            label: (B,) int64; needed in training mode.
+
+        Returns:
+            The scalar cross-entropy loss in training mode, else logits (B, K).
+        """
+        return self.forward_features(self.image_encoder(image.to(self.dtype)), label)
+
+    def forward_features(self, image_features: Tensor, label: Tensor | None = None) -> Tensor:
+        """The same from image features (B, E) of any length; they are normalised inside.
+
+        Raises:
+            UserError: features of the wrong width or not finite, labels missing or out of range.
+        """
+        if not self.prompt_learner.training:
+            return self.logits(image_features)
+        if label is None:
+            raise UserError("A label is needed in training mode; pass it, or call eval() to get logits.")
+        return self.loss_and_logits(image_features, label)[0]
+
+    def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """The scalar cross-entropy loss, and the logits (B, K) behind it, detached."""
+        self._check_labels(label, len(image_features))
+        logits = self.logits(image_features)
+        return F.cross_entropy(logits, label), logits.detach()
+
+    def logits(self, image_features: Tensor) -> Tensor:
+        """Scaled cosines (B, K) of image features (B, E) with the text features of their prompts."""
+        self._check_features(image_features)
+        image_features = image_features.to(self.dtype)
+        image_features = image_features / image_features.norm(dim=-1, keepdim=True)
+        return cosine_logits_ref(image_features, self.text_features(image_features), self.logit_scale)
+
+    def _check_features(self, features: Tensor) -> None:
+        if features.ndim != 2 or features.shape[1] != self.embed_dim:
+            raise UserError(
+                f"`image_features` must be (B, E) with E = {self.embed_dim}, got {tuple(features.shape)}; "
+                "encode the images with this model's image encoder."
+            )
+        if not torch.isfinite(features).all():
+            bad = int((~torch.isfinite(features)).any(dim=1).nonzero()[0])
+            raise UserError(f"`image_features` has NaN or infinite values in row {bad}; check that image.")
+
+    def _check_labels(self, label: Tensor, batch: int) -> None:
+        if tuple(label.shape) != (batch,) or label.is_floating_point():
+            raise UserError(f"`label` must be ({batch},) integers, got {label.dtype} of {tuple(label.shape)}.")
+        if batch and not (0 <= int(label.min()) and int(label.max()) < self.n_classes):
+            raise UserError(
+                f"`label` must lie in 0..{self.n_classes - 1}, got {int(label.min())}..{int(label.max())}; "
+                "the labels must index the class list."
+            )
+
+
+class CustomCLIP(PromptedCLIP):
+    """CoCoOp. Drop-in for the reference's ``trainers.cocoop.CustomCLIP``.
+
+    Args:
+        cfg: see :class:`PromptLearner`.
+        classnames: K class names.
+        clip_model: an open_clip or OpenAI CLIP with a causal, EOT-pooled text tower.
+        backend: "auto", or a backend of :mod:`cocoop_fast.ops.dispatch`.
+
+    Raises:
+        UserError: an unsupported model, class list or backend.
+    """
+
+    prompt_learner: PromptLearner
+
+    def __init__(
+        self, cfg: Any, classnames: Sequence[str], clip_model: nn.Module, *, backend: str = "auto"
+    ) -> None:
+        super().__init__(clip_model, len(classnames))
+        self.prompt_learner = PromptLearner(cfg, classnames, clip_model)
+        self.tokenized_prompts = self.prompt_learner.tokenized_prompts
+        self.text_encoder = TextEncoder(clip_model)
+        tree = ClassTree(self.tokenized_prompts, self.prompt_learner.n_ctx)
+        self.tree_encoder = TreeTextEncoder(clip_model, tree, backend=backend)
+
+    def text_features(self, image_features: Tensor) -> Tensor:
+        return self.tree_encoder(self.prompt_learner.contexts(image_features))
