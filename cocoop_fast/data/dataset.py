@@ -29,8 +29,8 @@ class Dataset:
         name: short name, as in :data:`cocoop_fast.data.registry.REGISTRY`.
         classnames: (K,) names as they enter a prompt: words with spaces.
         train, val, test: samples of the three splits.
-        read: decodes one sample to an RGB image; raises ``OSError`` or ``ValueError`` if it cannot.
-            It can be pickled, because data loading workers call it.
+        read: decodes one sample to an RGB image, or raises ``ImageError``. It can be pickled,
+            because data loading workers call it.
         where: a few words or a path that tell a user where the images come from.
         crop_scale, flip: the training transform's defaults for these images.
         template: the default zero-shot prompt.

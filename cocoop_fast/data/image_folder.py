@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL.Image import Image
 
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data.dataset import Dataset, Sample
+from cocoop_fast.data.images import open_rgb
 from cocoop_fast.data.split import split_by_class
 from cocoop_fast.errors import UserError
 
@@ -22,9 +23,8 @@ class FileReader:
 
     root: Path
 
-    def __call__(self, sample: Sample) -> Image.Image:
-        with Image.open(self.root / str(sample.source)) as image:
-            return image.convert("RGB")
+    def __call__(self, sample: Sample) -> Image:
+        return open_rgb(self.root / str(sample.source))
 
 
 def missing(config: DataConfig) -> tuple[str, ...]:
@@ -46,7 +46,9 @@ def load(config: DataConfig) -> Dataset:
             name, a test class that is not in train/.
     """
     if config.root is None:
-        raise UserError("Data set 'folder' needs data.root (--root DIR): a directory with one folder a class.")
+        raise UserError(
+            "Data set 'folder' needs data.root (--root DIR): a directory with one folder a class."
+        )
     root = config.root
     if not root.exists():
         raise UserError(f"The data directory {root} does not exist.")
@@ -108,9 +110,13 @@ def _classes(folder: Path) -> dict[str, str]:
     for path in folders:
         name = " ".join(path.name.replace("_", " ").split())
         if not name:
-            raise UserError(f"The class folder {path} has no name left once `_` is read as a space; rename it.")
+            raise UserError(
+                f"The class folder {path} has no name left once `_` is read as a space; rename it."
+            )
         if name in taken:
-            raise UserError(f"The class folders {taken[name]!r} and {path.name!r} in {folder} both mean {name!r}.")
+            raise UserError(
+                f"The class folders {taken[name]!r} and {path.name!r} in {folder} both mean {name!r}."
+            )
         taken[name] = path.name
         names[path.name] = name
     return names
@@ -125,7 +131,9 @@ def _samples(root: Path, folder: Path, classnames: dict[str, str]) -> tuple[Samp
         images = _images(path)
         if not images:
             known = ", ".join(sorted(EXTENSIONS))
-            raise UserError(f"The class folder {path} has no images (files ending in {known}).", exit_status=1)
+            raise UserError(
+                f"The class folder {path} has no images (files ending in {known}).", exit_status=1
+            )
         samples += [
             Sample(image.relative_to(root).as_posix(), labels[path.name], classnames[path.name])
             for image in images

@@ -1,0 +1,166 @@
+"""Batches of images: in the shuffled order of an epoch for training, in the given order for testing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from cocoop_fast.data.dataset import Dataset, Sample
+from cocoop_fast.data.images import ImageError
+from cocoop_fast.data.transforms import TestTransform, TrainTransform, order_generator, view_generator
+from cocoop_fast.errors import UserError
+
+
+class Batch(NamedTuple):
+    """image (B, 3, S, S) float32; label (B,) int64; index (B,) int64, positions in the list of samples."""
+
+    image: Tensor
+    label: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """The training batches of every epoch.
+
+    Which images a batch holds, and how they are cropped, depends on (seed, epoch, batch) alone. As in the
+    reference, an incomplete last batch is dropped, unless it would be the only one.
+
+    Args:
+        dataset: its reader is used.
+        samples: what is trained on.
+        transform: from image and generator to tensor.
+        batch_size: B.
+        seed: the run's.
+        workers: processes that decode ahead; 0 decodes in this one. They change nothing but the speed.
+        pin_memory: whether batches go to a GPU.
+    """
+
+    dataset: Dataset
+    samples: tuple[Sample, ...]
+    transform: TrainTransform
+    batch_size: int
+    seed: int
+    workers: int = 0
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise UserError(f"There are no images to train on in {self.dataset.where}.", exit_status=1)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return max(1, len(self.samples) // self.batch_size)
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of a 1-based epoch from ``first_batch`` on; those before it are not decoded."""
+        order = torch.randperm(len(self.samples), generator=order_generator(self.seed, epoch)).tolist()
+        size = self.batch_size
+        picks = [order[i * size : (i + 1) * size] for i in range(first_batch, len(self))]
+        views = _TrainViews(self.dataset, self.samples, self.transform, self.seed, epoch)
+        return _load(views, picks, self.workers, self.pin_memory)
+
+    def describe(self, batch: Batch) -> str:
+        """The sources of a batch's images, for a message."""
+        sources = [str(self.samples[i].source) for i in batch.index.tolist()]
+        more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
+        return ", ".join(sources[:3]) + more
+
+
+def test_batches(
+    dataset: Dataset,
+    samples: tuple[Sample, ...],
+    transform: TestTransform,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """All samples in their order; the last batch may be smaller."""
+    picks = [
+        list(range(start, min(start + batch_size, len(samples))))
+        for start in range(0, len(samples), batch_size)
+    ]
+    return _load(_TestViews(dataset, samples, transform), picks, workers, pin_memory)
+
+
+test_batches.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of the name
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One view, or why there is none: an exception raised in a worker would reach us as a traceback."""
+
+    image: Tensor | None
+    label: int
+    index: int
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class _TrainViews(TorchDataset[_Item]):
+    dataset: Dataset
+    samples: tuple[Sample, ...]
+    transform: TrainTransform
+    seed: int
+    epoch: int
+
+    def __getitem__(self, index: int) -> _Item:
+        generator = view_generator(self.seed, self.epoch, index)
+        return _item(self.dataset, self.samples, index, lambda image: self.transform(image, generator))
+
+
+@dataclass(frozen=True)
+class _TestViews(TorchDataset[_Item]):
+    dataset: Dataset
+    samples: tuple[Sample, ...]
+    transform: TestTransform
+
+    def __getitem__(self, index: int) -> _Item:
+        return _item(self.dataset, self.samples, index, self.transform)
+
+
+def _item(
+    dataset: Dataset, samples: tuple[Sample, ...], index: int, transform: Callable[[Image], Tensor]
+) -> _Item:
+    sample = samples[index]
+    try:
+        return _Item(transform(dataset.read(sample)), sample.label, index)
+    except ImageError as error:
+        fault = f"The image {sample.source} in {dataset.where} can no longer be read ({error})"
+        return _Item(None, sample.label, index, fault)
+
+
+def _collate(items: list[_Item]) -> Batch | str:
+    images = []
+    for item in items:
+        if item.image is None:
+            return item.fault
+        images.append(item.image)
+    labels = torch.tensor([item.label for item in items])
+    return Batch(torch.stack(images), labels, torch.tensor([item.index for item in items]))
+
+
+def _load(
+    views: TorchDataset[_Item], picks: list[list[int]], workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    # The loader draws a seed for its workers, which do not use it; a generator of its own leaves the global
+    # one as it was.
+    loader = DataLoader(
+        views,
+        batch_sampler=picks,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, str):
+            raise UserError(f"{batch}; were files moved or changed during the run?", exit_status=1)
+        yield batch

@@ -1,0 +1,82 @@
+"""Open every image before a run starts, so that a bad file costs a second and not a night."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from cocoop_fast.data.dataset import Dataset, Sample
+from cocoop_fast.data.images import ImageError
+from cocoop_fast.errors import UserError
+
+_SHOWN = 20
+
+
+def check_images(
+    dataset: Dataset,
+    *,
+    skip_bad: bool = False,
+    threads: int = 4,
+    on_message: Callable[[str], None] | None = None,
+) -> Dataset:
+    """Decode every image of the three splits in full.
+
+    Args:
+        dataset: few-shot sampling and class selection already done, so that only what is used is read.
+        skip_bad: leave bad images out instead of failing.
+        threads: decoders at once (Pillow releases the interpreter lock while it decodes).
+        on_message: told how many were left out.
+
+    Returns:
+        The data set, without bad images if they are skipped.
+
+    Raises:
+        UserError: bad images (the first twenty are named), or a class left without images.
+    """
+    samples = list(dict.fromkeys((*dataset.train, *dataset.val, *dataset.test)))
+    with ThreadPoolExecutor(threads) as pool:
+        faults = list(pool.map(lambda sample: _fault(dataset, sample), samples))
+    bad = {sample: fault for sample, fault in zip(samples, faults, strict=True) if fault}
+    if not bad:
+        return dataset
+    if not skip_bad:
+        noun = "image" if len(bad) == 1 else "images"
+        raise UserError(
+            f"{len(bad)} {noun} in {dataset.where} cannot be read: {_names(bad)}. Replace or delete them, or "
+            "leave them out with --skip-bad-images.",
+            exit_status=1,
+        )
+    kept = dataset.with_splits(
+        train=tuple(sample for sample in dataset.train if sample not in bad),
+        val=tuple(sample for sample in dataset.val if sample not in bad),
+        test=tuple(sample for sample in dataset.test if sample not in bad),
+    )
+    _refuse_emptied_classes(dataset, kept)
+    if on_message is not None:
+        on_message(f"Left out {len(bad)} of {len(samples)} images that cannot be read: {_names(bad)}.")
+    return kept
+
+
+def _fault(dataset: Dataset, sample: Sample) -> str:
+    """Why an image cannot be used, or ""."""
+    try:
+        dataset.read(sample)
+    except ImageError as error:
+        return str(error)
+    return ""
+
+
+def _names(bad: dict[Sample, str]) -> str:
+    shown = [f"{sample.source} ({fault})" for sample, fault in list(bad.items())[:_SHOWN]]
+    more = [f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
+    return ", ".join(shown + more)
+
+
+def _refuse_emptied_classes(before: Dataset, after: Dataset) -> None:
+    for split, was, now in (("training", before.train, after.train), ("test", before.test, after.test)):
+        lost = {sample.classname for sample in was} - {sample.classname for sample in now}
+        if lost:
+            raise UserError(
+                f"Class {min(lost)!r} in {before.where} has no readable {split} image left; add some.",
+                exit_status=1,
+            )
