@@ -1,0 +1,93 @@
+"""The command ``cocoop-fast``: one small file a command.
+
+``configuration`` merges files and options, ``output`` prints, ``failures`` turns exceptions into sentences.
+May import everything; nothing imports it. Nothing heavy is imported before a command needs it, so that
+``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from cocoop_fast.cli import datasets, evaluate, failures, predict, train
+
+app = typer.Typer(
+    name="cocoop-fast",
+    help="Prompt learning for CLIP (CoCoOp, CoOp, zero-shot), with every distinct row computed once.",
+    epilog="Exit status: 0 done, 1 failed, 2 wrong usage. `cocoop-fast COMMAND --help` has examples.",
+    rich_markup_mode="rich",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train", epilog=train.EPILOG)(train.command)
+app.command("eval", epilog=evaluate.EPILOG)(evaluate.command)
+app.command("predict", epilog=predict.EPILOG)(predict.command)
+app.command("datasets", epilog=datasets.EPILOG)(datasets.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"cocoop-fast {version('cocoop-fast')}")
+        except PackageNotFoundError:
+            print("cocoop-fast (not installed)")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(failures.WRONG_USAGE)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: what follows the program's name.
+
+    Returns:
+        The exit status. Every failure has been told as one line on stderr.
+    """
+    try:
+        status = app(args=train.complete_compare(arguments), prog_name="cocoop-fast", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else failures.DONE
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`). Python would complain once more when it closes stdout.
+        _discard_stdout()
+        return failures.BROKEN_PIPE
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("COCOOP_FAST_DEBUG"):
+            traceback.print_exc()
+        sentence, status = failures.explain(error)
+        print(f"error: {sentence}", file=sys.stderr)
+        return status
+
+
+def _discard_stdout() -> None:
+    try:
+        descriptor = sys.stdout.fileno()
+    except OSError:  # not a real file
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def main() -> None:
+    """Entry point: runs ``sys.argv`` and exits."""
+    sys.exit(run(sys.argv[1:]))

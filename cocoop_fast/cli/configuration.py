@@ -1,0 +1,194 @@
+"""From files, options and trailing ``KEY VALUE`` pairs to one :class:`RunConfig`.
+
+Later layers win: defaults <- ``--config`` files in their order <- options <- trailing pairs. Each layer may use
+our field names (``optim.lr``) or the reference's keys (``OPTIM.LR``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cocoop_fast import reference_config
+from cocoop_fast.config import RunConfig, from_mapping, load_yaml
+from cocoop_fast.errors import UserError
+
+# Where and how a run computes: fields that leave its result alone, up to rounding.
+NOT_THE_EXPERIMENT = frozenset(
+    ["output_dir", "model.device", "model.backend", "data.workers", "print_freq", "checkpoint_steps", "seed"]
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A configuration with what was noticed on the way to it.
+
+    Args:
+        config: the merged configuration.
+        said: dotted names of the fields that some layer set.
+        warnings: one line each.
+    """
+
+    config: RunConfig
+    said: frozenset[str]
+    warnings: tuple[str, ...]
+
+    @property
+    def is_default_experiment(self) -> bool:
+        """Whether nothing was said about what to learn, from what and how (a seed apart)."""
+        return self.said <= NOT_THE_EXPERIMENT
+
+
+def build(
+    files: Sequence[Path] = (),
+    options: Mapping[str, tuple[str, Any]] | None = None,
+    pairs: Sequence[str] = (),
+) -> Configuration:
+    """Merge the layers.
+
+    Args:
+        files: YAML files, ours or the reference's.
+        options: value and the option it came from, e.g. ``{"optim.lr": ("--lr", 0.01)}``; ``None`` values were
+            not given and are left out.
+        pairs: keys and values in turn.
+
+    Raises:
+        UserError: an unreadable file, an unknown key, a value of the wrong type or out of range.
+    """
+    given = {
+        field: (option, value) for field, (option, value) in (options or {}).items() if value is not None
+    }
+    pair_values = _pairs(pairs)
+    # Choices made outside a file of the reference, which outrank what it says in its own way.
+    chosen = {
+        field: pair_values.get(field, given.get(field, (None, None))[1])
+        for field in ("prompt.method", "data.name")
+    }
+
+    layers: list[tuple[str, dict[str, Any]]] = []  # where it came from, fields by dotted name
+    warnings: list[str] = []
+
+    def add(where: str, values: Mapping[str, Any]) -> None:
+        theirs = {key: value for key, value in values.items() if reference_config.is_reference_key(str(key))}
+        ours = dict(_flatten({key: value for key, value in values.items() if key not in theirs}))
+        if theirs:
+            translation = reference_config.translate(theirs, where, chosen)
+            warnings.extend(translation.warnings)
+            ours = {**translation.fields, **ours}
+        layers.append((where, ours))
+
+    for file in files:
+        add(str(file), load_yaml(file))
+    for field, (option, value) in given.items():
+        add(option, {field: value})
+    for key in pair_values:
+        if not reference_config.is_reference_key(key):
+            _check_known(key)
+    add("the command line", pair_values)
+
+    merged: dict[str, Any] = {}
+    for where, fields in layers:
+        _openai_spelling(fields)
+        from_mapping(_nest(fields, where), where)  # a mistake is reported with the place where it was made
+        if fields.get("model.name", merged.get("model.name")) != merged.get("model.name"):
+            merged.pop("model.pretrained", None)  # those were the weights of another architecture
+        merged.update(fields)
+    if "data.root" in merged:
+        merged.setdefault("data.name", "folder")  # the embedded images have no root
+    warnings.extend(_context_length(merged))
+    config = from_mapping(_nest(merged, "the configuration"))
+    if config.optim.epochs == 0 and config.prompt.method != "zeroshot":
+        raise UserError(
+            f"`optim.epochs` is 0, but {config.prompt.method} has to learn; --method zeroshot does not."
+        )
+    return Configuration(config, frozenset(merged), tuple(dict.fromkeys(warnings)))
+
+
+def field_names() -> tuple[str, ...]:
+    """Dotted names of all fields of :class:`RunConfig`."""
+    return tuple(_walk(RunConfig()))
+
+
+def _walk(config: Any, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _walk(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _pairs(pairs: Sequence[str]) -> dict[str, Any]:
+    if len(pairs) % 2:
+        raise UserError(f"The trailing arguments are KEY VALUE pairs, and `{pairs[-1]}` has no value.")
+    return {key: _value(text) for key, text in zip(pairs[::2], pairs[1::2], strict=True)}
+
+
+def _value(text: str) -> Any:
+    """Lists and null as YAML writes them; all else stays text, and the field's type decides what it means."""
+    try:
+        value = yaml.safe_load(text) if text else text
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, list) or (value is None and text) else text
+
+
+def _check_known(key: str) -> None:
+    names = field_names()
+    if key in names:
+        return
+    by_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = by_leaf or difflib.get_close_matches(key, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists them all."
+    raise UserError(f"`{key}` is not a known field; {hint}")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nest(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in fields.items():
+        *parents, name = path.split(".")
+        level = nested
+        for parent in parents:
+            level = level.setdefault(parent, {})
+            if not isinstance(level, dict):
+                raise UserError(f"{where}: `{path}` is below `{parent}`, which has a value of its own.")
+        level[name] = value
+    return nested
+
+
+def _openai_spelling(fields: dict[str, Any]) -> None:
+    """``ViT-B/16`` is OpenAI's own name of an open_clip architecture, and of its weights."""
+    found = reference_config.open_clip_name(str(fields.get("model.name", "")))
+    if found is not None:
+        fields["model.name"] = found[0]
+        fields.setdefault("model.pretrained", found[1])
+
+
+def _context_length(merged: dict[str, Any]) -> list[str]:
+    """A length without words asks for random vectors; a length that the words contradict is not used."""
+    if "prompt.n_ctx" not in merged:
+        return []
+    if "prompt.ctx_init" not in merged:
+        merged["prompt.ctx_init"] = ""
+        return []
+    words = str(merged["prompt.ctx_init"]).split()
+    if words and str(merged["prompt.n_ctx"]) != str(len(words)):
+        return [
+            f"n_ctx {merged['prompt.n_ctx']} is not used, because ctx_init '{' '.join(words)}' decides the length; "
+            "give an empty ctx_init to begin from random vectors."
+        ]
+    return []

@@ -1,0 +1,50 @@
+"""From any exception to one sentence and an exit status."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import typer
+
+from cocoop_fast.errors import UserError
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+
+# Typer's public face of the exceptions that its parser raises: an unknown option, a missing argument.
+PARSER_ERROR: type[Exception] = typer.BadParameter.__mro__[1].__mro__[1]  # ClickException, above UsageError
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The sentence (without "error:", on one line) and the exit status for an exception."""
+    sentence, status = _explain(error)
+    return " ".join(sentence.split()), status
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, UserError):
+        return str(error), error.exit_status
+    if isinstance(error, PARSER_ERROR):
+        context = getattr(error, "ctx", None)
+        see = f" See `{context.command_path} --help`." if context is not None else ""
+        message = error.format_message()  # type: ignore[attr-defined]
+        return f"{message.rstrip('.')}.{see}", WRONG_USAGE
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return "interrupted; what was saved is kept, and the same command goes on from there.", INTERRUPTED
+    if isinstance(error, OSError):
+        return _explain_os(error), FAILED
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "the memory is used up; use a smaller batch size.", FAILED
+    detail = f": {error}" if str(error).strip() else ""
+    return (
+        f"unexpected {type(error).__name__}{detail} (this is a mistake in the program; "
+        "COCOOP_FAST_DEBUG=1 shows where).",
+        FAILED,
+    )
+
+
+def _explain_os(error: OSError) -> str:
+    reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+    where = f"{error.filename}: " if error.filename else ""
+    advice = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+    return f"{where}{reason}{advice}."

@@ -1,0 +1,152 @@
+"""What a user sees while a run goes on: bars in a terminal, a few plain lines elsewhere, nothing if asked.
+
+All of it goes to stderr; stdout is for results. May import ``training.observer``; the command line imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Observer, RunInfo, StepInfo
+
+PLAIN_LINES = 10  # of a method's training, at most
+
+
+@contextlib.contextmanager
+def observe(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Observer]:
+    """The observer that suits ``stream`` (stderr): bars in a terminal, lines elsewhere, silence if ``quiet``."""
+    stream = sys.stderr if stream is None else stream
+    if quiet:
+        yield Observer()
+    elif stream.isatty():
+        with Bars(Console(file=stream, highlight=False)) as bars:
+            yield bars
+    else:
+        yield Lines(stream)
+
+
+class Lines(Observer):
+    """At most :data:`PLAIN_LINES` lines a method: for log files and pipes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._method = ""
+
+    def on_message(self, text: str) -> None:
+        self._print(text)
+
+    def on_run_start(self, info: RunInfo) -> None:
+        self._method = info.config.prompt.method
+        if info.epochs:
+            self._print(f"{self._method}: {_describe(info)}")
+
+    def on_epoch_end(self, info: EpochInfo) -> None:
+        every = math.ceil(info.epochs / PLAIN_LINES)
+        if info.epoch % every == 0 or info.epoch == info.epochs:
+            self._print(
+                f"{self._method}: epoch {info.epoch}/{info.epochs}, loss {info.loss:.4f}, "
+                f"accuracy {info.accuracy:.1f} %, {info.images_per_second:.1f} images/s"
+            )
+
+    def on_evaluation_end(self, info: EvaluationInfo) -> None:
+        self._print(
+            f"{info.method}: {info.metrics.accuracy:.2f} % on the {info.subset} classes "
+            f"({info.metrics.total:,} images, {info.seconds:.1f} s)"
+        )
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+class Bars(Observer):
+    """A bar for each method's training and for each evaluation; finished bars stay. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            refresh_per_second=8,
+        )
+        self._method = ""
+        self._task: TaskID | None = None
+        self._epoch_loss = self._epoch_accuracy = 0.0
+        self._epoch_steps = 0
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def on_message(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)
+
+    def on_run_start(self, info: RunInfo) -> None:
+        self._method = info.config.prompt.method
+        if info.epochs:
+            self._progress.console.print(f"{self._method}: {_describe(info)}", markup=False)
+            total = info.steps_per_epoch * info.epochs
+            self._task = self._progress.add_task(
+                f"{self._method} epoch -/{info.epochs}", total=total, completed=info.first_step, status=""
+            )
+
+    def on_epoch_start(self, epoch: int, epochs: int, first_batch: int, batches: int) -> None:
+        self._epoch_loss = self._epoch_accuracy = 0.0
+        self._epoch_steps = 0
+        if self._task is not None:
+            self._progress.update(self._task, description=f"{self._method} epoch {epoch}/{epochs}")
+
+    def on_step(self, info: StepInfo) -> None:
+        # Means over the epoch so far: the loss of a single image says little.
+        self._epoch_loss += info.loss
+        self._epoch_accuracy += info.accuracy
+        self._epoch_steps += 1
+        self._show(
+            info.step,
+            f"loss {self._epoch_loss / self._epoch_steps:.3f}  acc {self._epoch_accuracy / self._epoch_steps:.1f} %  "
+            f"{info.images_per_second:.1f} images/s  ETA {_duration(info.eta_seconds)}",
+        )
+
+    def on_epoch_end(self, info: EpochInfo) -> None:
+        self._show(
+            None,
+            f"loss {info.loss:.3f}  acc {info.accuracy:.1f} %  {info.images_per_second:.1f} images/s",
+        )
+
+    def on_evaluation_start(self, method: str, subset: str, images: int) -> None:
+        self._task = self._progress.add_task(f"{method} on {subset} classes", total=images, status="")
+
+    def on_evaluation_progress(self, images_done: int, images: int) -> None:
+        self._show(images_done, "")
+
+    def on_evaluation_end(self, info: EvaluationInfo) -> None:
+        self._show(info.metrics.total, f"accuracy {info.metrics.accuracy:.2f} %")
+        self._task = None
+
+    def _show(self, completed: int | None, status: str) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=completed, status=status)
+
+
+def _describe(info: RunInfo) -> str:
+    return (
+        f"{info.parameters:,} parameters, {info.train_images:,} images of {len(info.classnames)} classes, "
+        f"{info.precision} on {info.device}, to {info.output_dir}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,390 @@
+"""Configurations of the reference implementation (KaiyangZhou/CoOp on Dassl), read as ours.
+
+Its keys are upper-case and dotted (``OPTIM.LR``), in YAML files and as trailing ``KEY VALUE`` pairs. Each key
+has one row in ``RULES``:
+
+* ``field``: it becomes a field of :class:`cocoop_fast.config.RunConfig`;
+* ``fixed``: it names a choice that is built in, so another value would change the result and is an error;
+* ``ignored``: it does not change what is learned, so it is left out and the caller is told.
+
+A key without a row is an error. The reference itself reads a key that no code looks at without a word.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cocoop_fast.errors import UserError
+
+# OpenAI's CLIPs in open_clip. They were trained with QuickGELU, which in open_clip is part of the model's name.
+BACKBONES = {
+    "RN50": "RN50-quickgelu",
+    "RN101": "RN101-quickgelu",
+    "RN50x4": "RN50x4-quickgelu",
+    "RN50x16": "RN50x16-quickgelu",
+    "RN50x64": "RN50x64-quickgelu",
+    "ViT-B/32": "ViT-B-32-quickgelu",
+    "ViT-B/16": "ViT-B-16-quickgelu",
+    "ViT-L/14": "ViT-L-14-quickgelu",
+    "ViT-L/14@336px": "ViT-L-14-336-quickgelu",
+}
+IMAGE_SIZES = {"RN50x4": 288, "RN50x16": 384, "RN50x64": 448, "ViT-L/14@336px": 336}  # all others: 224
+
+# The reference's data sets, by the name in its own configs/datasets/*.yaml files.
+DATASETS = {
+    "Caltech101": "caltech101",
+    "DescribableTextures": "dtd",
+    "EuroSAT": "eurosat",
+    "FGVCAircraft": "fgvc_aircraft",
+    "Food101": "food101",
+    "ImageNet": "imagenet",
+    "ImageNetA": "imagenet_a",
+    "ImageNetR": "imagenet_r",
+    "ImageNetSketch": "imagenet_sketch",
+    "ImageNetV2": "imagenetv2",
+    "OxfordFlowers": "oxford_flowers",
+    "OxfordPets": "oxford_pets",
+    "StanfordCars": "stanford_cars",
+    "SUN397": "sun397",
+    "UCF101": "ucf101",
+}
+TRAINERS = {"CoCoOp": "cocoop", "CoOp": "coop", "ZeroshotCLIP": "zeroshot"}
+# fp16 there means "as CLIP's weights are on a GPU"; `auto` is that on a GPU, and float32 where halves are slow.
+PRECISIONS = {"fp16": "auto", "fp32": "fp32", "amp": "amp", "bf16": "bf16"}
+METHOD_SECTIONS = {"COCOOP": "cocoop", "COOP": "coop"}
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CROP_SCALE = (0.08, 1.0)  # of the reference's random_resized_crop
+FLIP = 0.5  # of its random_flip
+
+Fields = dict[str, Any]  # dotted names of our fields and their values
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of one key of the reference.
+
+    Args:
+        kind: "field", "fixed" or "ignored".
+        translate: the fields that a value sets; raises ``ValueError`` with the reason if it cannot be had.
+    """
+
+    kind: str
+    translate: Callable[[Any], Fields] = lambda value: {}
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Our fields by dotted name, and one line for each key that was left out."""
+
+    fields: Fields
+    warnings: tuple[str, ...]
+
+
+def is_reference_key(key: str) -> bool:
+    """Whether a top-level or dotted key is in the reference's upper-case spelling."""
+    head = key.split(".", 1)[0]
+    return head.isupper()
+
+
+def translate(
+    values: Mapping[str, Any], where: str, chosen: Mapping[str, str | None] | None = None
+) -> Translation:
+    """Translate the reference's keys.
+
+    Args:
+        values: nested mappings, dotted keys, or both; values as YAML or a command line gives them.
+        where: what errors and warnings name as their place, e.g. the file.
+        chosen: ``prompt.method`` and ``data.name`` as chosen elsewhere; they outrank what the keys say.
+
+    Raises:
+        UserError: an unknown key, or a value that would change the result and cannot be had; it names the key.
+    """
+    flat = dict(_flatten(values))
+    for key in flat:
+        if _rule(key) is None:
+            near = difflib.get_close_matches(key, [*RULES, *_method_keys()], n=1)
+            hint = f"did you mean {near[0]}?" if near else "check its spelling, or leave it out."
+            raise UserError(f"{where}: {key} is not a key of the reference's configuration; {hint}")
+    chosen = chosen or {}
+    method = chosen.get("prompt.method") or _method_of(flat, where)
+
+    fields: Fields = {} if method is None else {"prompt.method": method}
+    warnings = []
+    for key, value in flat.items():
+        rule = _rule(key)
+        assert rule is not None  # checked above
+        section = _method_section(key)
+        if section is not None and method != METHOD_SECTIONS[section]:
+            warnings.append(f"{where}: {key} is ignored, because the method is {method}.")
+        elif key == "DATASET.NAME" and chosen.get("data.name"):
+            warnings.append(f"{where}: {key} is ignored, because the data set is {chosen['data.name']}.")
+        elif rule.kind == "ignored":
+            warnings.append(f"{where}: {key} is ignored; it does not change what is learned.")
+        else:
+            try:
+                fields.update(rule.translate(_literal(value)))
+            except ValueError as error:
+                raise UserError(f"{where}: {key} is {_show(value)}, but {error}.") from error
+    _check_image_size(flat, where)
+    return Translation(fields, tuple(warnings))
+
+
+def open_clip_name(name: str) -> tuple[str, str] | None:
+    """(architecture, weights) of open_clip for OpenAI's own spelling, such as ``ViT-B/16``; ``None`` for others.
+
+    Names without a slash (``RN50``) are architectures in both worlds, and are taken as open_clip's.
+    """
+    return (BACKBONES[name], "openai") if "/" in name and name in BACKBONES else None
+
+
+# -- the rows ---------------------------------------------------------------------------------------------------
+
+
+def _field(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
+    return Rule("field", lambda value: {name: convert(value)})
+
+
+def _fixed(*allowed: Any) -> Rule:
+    def check(value: Any) -> Fields:
+        same = value.lower() if isinstance(value, str) else value
+        if same not in [a.lower() if isinstance(a, str) else a for a in allowed]:
+            raise ValueError(f"only {' or '.join(_show(a) for a in allowed)} is offered")
+        return {}
+
+    return Rule("fixed", check)
+
+
+def _choice(name: str, table: Mapping[str, str]) -> Rule:
+    def convert(value: Any) -> Fields:
+        by_lower = {key.lower(): ours for key, ours in table.items()}
+        if str(value).lower() not in by_lower:
+            raise ValueError(f"only {', '.join(table)} are offered")
+        return {name: by_lower[str(value).lower()]}
+
+    return Rule("field", convert)
+
+
+def _close_to(expected: tuple[float, ...], what: str) -> Rule:
+    def check(value: Any) -> Fields:
+        numbers = value if isinstance(value, (list, tuple)) else ()
+        if len(numbers) != len(expected) or any(
+            not isinstance(a, (int, float)) or abs(a - b) > 1e-6
+            for a, b in zip(numbers, expected, strict=True)
+        ):
+            raise ValueError(f"only {what}, {list(expected)}, is offered")
+        return {}
+
+    return Rule("fixed", check)
+
+
+def _backbone(value: Any) -> Fields:
+    if value not in BACKBONES:
+        raise ValueError(f"only {', '.join(BACKBONES)} are offered")
+    return {"model.name": BACKBONES[value], "model.pretrained": "openai"}
+
+
+def _dataset(value: Any) -> Fields:
+    from cocoop_fast.data.registry import (
+        REGISTRY,
+    )  # here, so that reading a trainer's file needs no data code
+
+    name = DATASETS.get(str(value), str(value))
+    if name not in REGISTRY:
+        raise ValueError(
+            "that data set is not read by name; arrange its images as one folder a class and "
+            "use `data.name folder` with `data.root`"
+        )
+    return {"data.name": name}
+
+
+def _transforms(value: Any) -> Fields:
+    names = {value} if isinstance(value, str) else set(value)
+    if (
+        not {"random_resized_crop", "normalize"}
+        <= names
+        <= {"random_resized_crop", "random_flip", "normalize"}
+    ):
+        raise ValueError(
+            "only random_resized_crop, random_flip (which may be left out) and normalize are offered"
+        )
+    return {"augment.crop_scale": CROP_SCALE, "augment.flip": FLIP if "random_flip" in names else 0.0}
+
+
+def _shots(value: Any) -> int:
+    return max(int(value), 0)  # the reference's -1, and our 0, are "all images"
+
+
+def _seed(value: Any) -> int:
+    if int(value) < 0:
+        raise ValueError("a run without a seed is not offered; choose a number from 0")
+    return int(value)
+
+
+def _use_cuda(value: Any) -> Fields:
+    # True is the reference's default and means "if there is one", which is ours as well.
+    return {} if value else {"model.device": "cpu"}
+
+
+def _empty(advice: str) -> Rule:
+    def check(value: Any) -> Fields:
+        if value not in ("", None, (), []):
+            raise ValueError(advice)
+        return {}
+
+    return Rule("fixed", check)
+
+
+_IGNORED = Rule("ignored")
+
+RULES: dict[str, Rule] = {
+    "VERSION": _IGNORED,
+    "VERBOSE": _IGNORED,
+    "OUTPUT_DIR": _field("output_dir"),
+    "RESUME": _empty("a run is resumed by giving its output directory"),
+    "SEED": _field("seed", _seed),
+    "USE_CUDA": Rule("field", _use_cuda),
+    "INPUT.SIZE": Rule("fixed"),  # compared with the backbone in _check_image_size
+    "INPUT.INTERPOLATION": _fixed("bicubic"),
+    "INPUT.PIXEL_MEAN": _close_to(CLIP_MEAN, "CLIP's own mean"),
+    "INPUT.PIXEL_STD": _close_to(CLIP_STD, "CLIP's own deviation"),
+    "INPUT.TRANSFORMS": Rule("field", _transforms),
+    "INPUT.NO_TRANSFORM": _fixed(False),
+    "INPUT.RRCROP_SCALE": _field("augment.crop_scale"),
+    "DATASET.NAME": Rule("field", _dataset),
+    "DATASET.ROOT": _field("data.root"),
+    "DATASET.NUM_SHOTS": _field("data.shots", _shots),
+    "DATASET.SUBSAMPLE_CLASSES": _choice("data.subset", {"all": "all", "base": "base", "new": "new"}),
+    "DATALOADER.NUM_WORKERS": _field("data.workers"),
+    "DATALOADER.K_TRANSFORMS": _fixed(1),
+    "DATALOADER.RETURN_IMG0": _IGNORED,
+    "DATALOADER.TRAIN_X.SAMPLER": _fixed("RandomSampler"),
+    "DATALOADER.TRAIN_X.BATCH_SIZE": _field("optim.batch_size"),
+    "DATALOADER.TEST.SAMPLER": _fixed("SequentialSampler"),
+    "DATALOADER.TEST.BATCH_SIZE": _field("eval_batch_size"),
+    "TRAINER.NAME": _choice("prompt.method", TRAINERS),
+    "MODEL.INIT_WEIGHTS": _empty("a run always begins from ctx_init or from random vectors"),
+    "MODEL.BACKBONE.NAME": Rule("field", _backbone),
+    "MODEL.BACKBONE.PRETRAINED": _fixed(True),
+    "OPTIM.NAME": _fixed("sgd"),
+    "OPTIM.LR": _field("optim.lr"),
+    "OPTIM.WEIGHT_DECAY": _field("optim.weight_decay"),
+    "OPTIM.MOMENTUM": _field("optim.momentum"),
+    "OPTIM.SGD_DAMPNING": _fixed(0),
+    "OPTIM.SGD_NESTEROV": _fixed(False),
+    "OPTIM.STAGED_LR": _fixed(False),
+    "OPTIM.LR_SCHEDULER": _fixed("cosine"),
+    "OPTIM.MAX_EPOCH": _field("optim.epochs"),
+    "OPTIM.WARMUP_EPOCH": _field("optim.warmup_epochs", lambda value: max(int(value), 0)),  # -1: none
+    "OPTIM.WARMUP_TYPE": _fixed("constant"),
+    "OPTIM.WARMUP_CONS_LR": _field("optim.warmup_lr"),
+    "OPTIM.WARMUP_RECOUNT": _fixed(True),
+    "TRAIN.PRINT_FREQ": _field("print_freq"),
+    "TRAIN.CHECKPOINT_FREQ": _IGNORED,  # every epoch's end is saved
+    "TRAIN.COUNT_ITER": _fixed("train_x"),
+    "TEST.EVALUATOR": _fixed("Classification"),
+    "TEST.PER_CLASS_RESULT": _IGNORED,
+    "TEST.COMPUTE_CMAT": _IGNORED,
+    "TEST.NO_TEST": _IGNORED,
+    "TEST.SPLIT": _fixed("test"),
+    "TEST.FINAL_MODEL": _fixed("last_step"),
+}
+
+# TRAINER.COCOOP.* and TRAINER.COOP.*
+METHOD_RULES: dict[str, Rule] = {
+    "N_CTX": _field("prompt.n_ctx"),
+    "CTX_INIT": _field("prompt.ctx_init", lambda value: "" if value is None else str(value)),
+    "PREC": _choice("model.precision", PRECISIONS),
+    "CSC": _fixed(False),
+    "CLASS_TOKEN_POSITION": _fixed("end"),
+}
+
+# Sections and settings that only other algorithms or other transforms of that library read.
+UNUSED_PREFIXES = (
+    *("INPUT.CROP_PADDING", "INPUT.CUTOUT_", "INPUT.GN_", "INPUT.RANDAUGMENT_", "INPUT.COLORJITTER_"),
+    *("INPUT.RGS_", "INPUT.GB_", "DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.NUM_LABELED"),
+    *("DATASET.VAL_PERCENT", "DATASET.STL10_FOLD", "DATASET.CIFAR_C", "DATASET.ALL_AS_UNLABELED"),
+    *("DATALOADER.TRAIN_U.", "DATALOADER.TRAIN_X.N_DOMAIN", "DATALOADER.TRAIN_X.N_INS", "MODEL.HEAD."),
+    *("OPTIM.RMSPROP_", "OPTIM.ADAM_", "OPTIM.NEW_LAYERS", "OPTIM.BASE_LR_MULT", "OPTIM.STEPSIZE"),
+    *("OPTIM.GAMMA", "OPTIM.WARMUP_MIN_LR", "TEST.EVAL_FREQ"),
+    *("TRAINER.MCD.", "TRAINER.MME.", "TRAINER.CDAC.", "TRAINER.SE.", "TRAINER.M3SDA.", "TRAINER.DAEL."),
+    *("TRAINER.DAELDG.", "TRAINER.CROSSGRAD.", "TRAINER.CG.", "TRAINER.DDAIG.", "TRAINER.ENTMIN."),
+    *("TRAINER.MEANTEA.", "TRAINER.MIXMATCH.", "TRAINER.FIXMATCH.", "TRAINER.DOMAINMIX."),
+)
+
+
+# -- how they are applied ---------------------------------------------------------------------------------------
+
+
+def _rule(key: str) -> Rule | None:
+    section = _method_section(key)
+    if section is not None:
+        return METHOD_RULES.get(key.rsplit(".", 1)[1])
+    if key in RULES:
+        return RULES[key]
+    return _IGNORED if key.startswith(UNUSED_PREFIXES) else None
+
+
+def _method_section(key: str) -> str | None:
+    parts = key.split(".")
+    return parts[1] if len(parts) == 3 and parts[0] == "TRAINER" and parts[1] in METHOD_SECTIONS else None
+
+
+def _method_keys() -> Iterator[str]:
+    return (f"TRAINER.{section}.{name}" for section in METHOD_SECTIONS for name in METHOD_RULES)
+
+
+def _method_of(flat: Mapping[str, Any], where: str) -> str | None:
+    if "TRAINER.NAME" in flat:
+        return {name.lower(): ours for name, ours in TRAINERS.items()}.get(str(flat["TRAINER.NAME"]).lower())
+    sections = {section for key in flat if (section := _method_section(key))}
+    if len(sections) > 1:
+        raise UserError(f"{where}: it has both TRAINER.COCOOP and TRAINER.COOP; say which with --method.")
+    return METHOD_SECTIONS[sections.pop()] if sections else None
+
+
+def _check_image_size(flat: Mapping[str, Any], where: str) -> None:
+    """The reference asserts that INPUT.SIZE is the model's own; here it is always that one."""
+    if "INPUT.SIZE" not in flat:
+        return
+    size = _literal(flat["INPUT.SIZE"])
+    backbone = str(flat.get("MODEL.BACKBONE.NAME", "ViT-B/16"))
+    expected = IMAGE_SIZES.get(backbone, 224)
+    if size != expected and tuple(size if isinstance(size, (list, tuple)) else (size,)) != (
+        expected,
+        expected,
+    ):
+        raise UserError(
+            f"{where}: INPUT.SIZE is {_show(flat['INPUT.SIZE'])}, but {backbone} takes images of "
+            f"{expected} x {expected} pixels."
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _literal(value: Any) -> Any:
+    """What the reference's reader makes of a text: a Python literal if it is one, else the text itself.
+
+    YAML has no tuples and reads ``1e-5`` as text, so its files rely on this.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return value
+
+
+def _show(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else str(value)
