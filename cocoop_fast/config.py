@@ -9,19 +9,26 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cocoop_fast.errors import UserError
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Method = Literal["cocoop", "coop", "zeroshot"]
 Precision = Literal["auto", "fp32", "fp16", "bf16", "amp"]
 Subset = Literal["base", "new", "all"]
+
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -41,7 +48,7 @@ class PromptConfig:
 
     method: Method = "cocoop"
     ctx_init: str = "a photo of a"  # empty: random initialisation of n_ctx vectors
-    n_ctx: int = field(default=4)  # used when ctx_init is empty
+    n_ctx: AtLeastOne = 4  # used when ctx_init is empty
     template: str | None = None  # zero-shot prompt, e.g. "a photo of a {}."; None: the data set's own
 
 
@@ -51,9 +58,9 @@ class DataConfig:
 
     name: str = "digits"  # "digits" (embedded) or "folder" (ImageFolder layout under root)
     root: Path | None = None
-    shots: int = 16  # images a class to train on; 0: all of them
+    shots: Count = 16  # images a class to train on; 0: all of them
     subset: Subset = "base"  # classes that are trained on
-    workers: int = 0
+    workers: Count = 0
     skip_bad_images: bool = False
 
 
@@ -61,21 +68,21 @@ class DataConfig:
 class AugmentConfig:
     """Training transform: random resized crop, horizontal flip (None: the data set's own choice)."""
 
-    crop_scale: tuple[float, float] | None = None
-    flip: float | None = None  # probability
+    crop_scale: tuple[Share, Share] | None = None
+    flip: Probability | None = None  # probability
 
 
 @dataclass(config=_STRICT, frozen=True)
 class OptimConfig:
     """Stochastic gradient descent as in the reference (None: the method's own recipe)."""
 
-    lr: float = 0.002
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int | None = None  # CoCoOp 1, CoOp 32
-    epochs: int | None = None  # CoCoOp 10, CoOp 200
-    warmup_epochs: int = 1
-    warmup_lr: float = 1e-5
+    lr: Positive = 0.002
+    momentum: Probability = 0.9
+    weight_decay: NotNegative = 5e-4
+    batch_size: AtLeastOne | None = None  # CoCoOp 1, CoOp 32
+    epochs: Count | None = None  # CoCoOp 10, CoOp 200; 0 for zero-shot alone
+    warmup_epochs: Count = 1
+    warmup_lr: NotNegative = 1e-5
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -87,11 +94,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    seed: int = 1
+    seed: Count = 1
     output_dir: Path | None = None  # None: output/<data>/<method>/seed<seed>
-    eval_batch_size: int = 100
-    print_freq: int = 20  # steps between lines of log.txt
-    checkpoint_steps: int = 0  # also save every so many steps; 0: at each epoch's end only
+    eval_batch_size: AtLeastOne = 100
+    print_freq: AtLeastOne = 20  # steps between lines of log.txt
+    checkpoint_steps: Count = 0  # also save every so many steps; 0: at each epoch's end only
 
 
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
@@ -109,7 +116,6 @@ def from_mapping(values: dict[str, Any], where: str = "the configuration") -> Ru
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"]) or "(top level)"
         raise UserError(f"{where}: `{path}` {_explain(first)}.") from error
-
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The inverse of :func:`from_mapping`: nested values that YAML and JSON can hold."""
