@@ -1,0 +1,117 @@
+"""Layers of configuration: what wins, what is implied, what is refused."""
+
+import pytest
+
+from cocoop_fast.cli import configuration
+from cocoop_fast.cli.train import complete_compare, methods_to_compare
+from cocoop_fast.config import RunConfig, to_mapping
+from cocoop_fast.errors import UserError
+
+
+def test_nothing_said_is_the_default():
+    built = configuration.build()
+    assert built.config == RunConfig()
+    assert built.is_default_experiment
+
+
+def test_later_layers_win(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("optim: {lr: 0.1, momentum: 0.1, weight_decay: 0.1, epochs: 1}")
+    second.write_text("optim: {momentum: 0.2, weight_decay: 0.2, epochs: 2}")
+    built = configuration.build(
+        files=[first, second],
+        options={"optim.weight_decay": ("--weight-decay", 0.3), "optim.epochs": ("--epochs", 3)},
+        pairs=["OPTIM.MAX_EPOCH", "4"],
+    )
+    optim = built.config.optim
+    assert (optim.lr, optim.momentum, optim.weight_decay, optim.epochs) == (0.1, 0.2, 0.3, 4)
+    assert not built.is_default_experiment
+
+
+def test_a_written_configuration_reads_back_the_same(tmp_path):
+    import yaml
+
+    config = configuration.build(
+        pairs=["prompt.ctx_init", "", "augment.crop_scale", "[0.5, 1]", "seed", "3"]
+    ).config
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(to_mapping(config)))
+    assert configuration.build(files=[path]).config == config
+
+
+def test_our_fields_and_the_references_keys_in_one_file(tmp_path):
+    path = tmp_path / "both.yaml"
+    path.write_text("OPTIM: {LR: 0.5}\nprompt: {ctx_init: a sketch of a}\n")
+    config = configuration.build(files=[path]).config
+    assert (config.optim.lr, config.prompt.ctx_init) == (0.5, "a sketch of a")
+
+
+@pytest.mark.parametrize("text", ["1e-3", "0.001", "1.0e-3"])
+def test_numbers_in_any_spelling(text, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"optim: {{lr: {text}}}")
+    assert configuration.build(files=[path]).config.optim.lr == 0.001
+    assert configuration.build(pairs=["optim.lr", text]).config.optim.lr == 0.001
+
+
+def test_text_fields_stay_text():
+    assert configuration.build(pairs=["prompt.ctx_init", "yes"]).config.prompt.ctx_init == "yes"
+    assert configuration.build(pairs=["prompt.ctx_init", "007"]).config.prompt.ctx_init == "007"
+    assert configuration.build(pairs=["prompt.template", "null"]).config.prompt.template is None
+
+
+def test_a_length_alone_asks_for_random_vectors():
+    prompt = configuration.build(options={"prompt.n_ctx": ("--n-ctx", 8)}).config.prompt
+    assert (prompt.n_ctx, prompt.ctx_init) == (8, "")
+
+
+def test_a_length_that_the_words_contradict_is_told():
+    built = configuration.build(pairs=["prompt.n_ctx", "8", "prompt.ctx_init", "a photo of a"])
+    assert built.config.prompt.ctx_init == "a photo of a"
+    assert "n_ctx 8 is not used" in built.warnings[0]
+
+
+def test_a_root_implies_a_folder(tmp_path):
+    assert configuration.build(options={"data.root": ("--root", tmp_path)}).config.data.name == "folder"
+
+
+def test_openais_name_brings_its_weights():
+    model = configuration.build(options={"model.name": ("--model", "ViT-B/32")}).config.model
+    assert (model.name, model.pretrained) == ("ViT-B-32-quickgelu", "openai")
+
+
+def test_another_architecture_drops_the_weights_of_the_first(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {name: ViT-B-32, pretrained: laion2b_s34b_b79k}")
+    assert configuration.build(files=[path], pairs=["model.name", "demo"]).config.model.pretrained is None
+    assert configuration.build(files=[path]).config.model.pretrained == "laion2b_s34b_b79k"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--compare"], ["train", "--compare", "all"]),
+        (["train", "--compare", "--seed", "2"], ["train", "--compare", "all", "--seed", "2"]),
+        (["train", "--compare", "optim.lr", "1"], ["train", "--compare", "all", "optim.lr", "1"]),
+        (["train", "--compare", "seed", "1"], ["train", "--compare", "all", "seed", "1"]),
+        (["train", "--compare", "coop"], ["train", "--compare", "coop"]),
+        (["train", "--compare=coop"], ["train", "--compare=coop"]),
+    ],
+)
+def test_compare_may_stand_alone(arguments, expected):
+    assert complete_compare(arguments) == expected
+
+
+def test_comparison_is_on_only_if_nothing_was_said():
+    default, other = configuration.build(), configuration.build(pairs=["data.shots", "4"])
+    seeded = configuration.build(pairs=["seed", "4", "output_dir", "somewhere"])
+    assert methods_to_compare(None, False, default) == ("zeroshot", "coop")
+    assert methods_to_compare(None, False, seeded) == ("zeroshot", "coop")
+    assert methods_to_compare(None, True, default) == ()
+    assert methods_to_compare(None, False, other) == ()
+    assert methods_to_compare("all", False, other) == ("zeroshot", "coop")
+    assert methods_to_compare("zeroshot, CoCoOp", False, other) == ("zeroshot",)
+    with pytest.raises(UserError, match="exclude each other"):
+        methods_to_compare("all", True, default)
+    with pytest.raises(UserError, match="no method 'prograd'"):
+        methods_to_compare("prograd", False, default)
