@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from PIL.Image import Image
+from torch import nn
+
+from cocoop_fast.data.images import ImageError, open_rgb
+from cocoop_fast.errors import UserError
+from cocoop_fast.evaluation.evaluate import autocast, test_transform
+from cocoop_fast.load_clip import LoadedClip, load_clip
+from cocoop_fast.methods import build_model
+from cocoop_fast.training.checkpoint import load_parameters
+from cocoop_fast.training.run_directory import read_run
 
 
 class Predictor:
-    """A trained model with its transform.
+    """A trained model with its image transform.
 
-    ``Predictor.from_run(run_dir)`` reads a run directory; ``predict`` takes images.
+    Args:
+        model: ``image_encoder``, ``dtype`` and ``forward_features``, as the methods of this package have.
+        clip: what the model was built on.
+        classnames: (K,) names of the model's classes.
+        batch_size: images at once.
     """
 
-    classnames: tuple[str, ...]
+    def __init__(
+        self, model: nn.Module, clip: LoadedClip, classnames: Sequence[str], batch_size: int = 100
+    ) -> None:
+        self.model = model
+        self.clip = clip
+        self.classnames = tuple(classnames)
+        self._batch_size = batch_size
+        model.prompt_learner.eval()  # type: ignore[operator]
 
     @classmethod
     def from_run(
@@ -23,19 +45,52 @@ class Predictor:
         """Load the learned context of a run.
 
         Args:
-            run_dir: what ``experiment.run`` wrote.
-            classnames: classes to choose from; ``None``: those the run was trained on.
+            run_dir: what ``experiment.run`` wrote; the newest checkpoint is used.
+            classnames: classes to choose from, which need not be those trained on; ``None``: those.
             device: where to compute; ``None``: as the run's configuration says.
 
         Raises:
-            UserError: no run there, an unfinished run, a damaged file, or class names that cannot be used.
+            UserError: no run there, damaged files, or class names that cannot be used.
         """
-        raise NotImplementedError
+        config, newest = read_run(run_dir)
+        clip = load_clip(replace(config.model, device=device or config.model.device))
+        names = list(newest.classnames if classnames is None else classnames)
+        model = build_model(config.prompt, names, clip, backend=config.model.backend)
+        load_parameters(model, newest.parameters, str(run_dir))
+        return cls(model, clip, names, config.eval_batch_size)
 
-    def predict(self, images: Sequence[Path | Image], topk: int = 5) -> list[list[tuple[str, float]]]:
-        """The likeliest classes of each image with their probabilities, best first.
+    @torch.no_grad()
+    def predict(self, images: Sequence[Path | str | Image], topk: int = 5) -> list[list[tuple[str, float]]]:
+        """The likeliest classes of each image with their probabilities (softmax of the logits), best first.
+
+        Args:
+            images: files, or images in memory.
+            topk: classes to return; fewer if there are fewer.
 
         Raises:
-            UserError: a file that cannot be read as an image.
+            UserError: a file that cannot be read as an image, or ``topk`` below 1.
         """
-        raise NotImplementedError
+        if topk < 1:
+            raise UserError(f"`topk` is {topk}; ask for at least one class.")
+        transform = test_transform(self.clip)
+        best: list[list[tuple[str, float]]] = []
+        for start in range(0, len(images), self._batch_size):
+            views = [transform(_rgb(image)) for image in images[start : start + self._batch_size]]
+            batch = torch.stack(views).to(self.clip.device, self.model.dtype)  # type: ignore[call-overload]
+            with autocast(self.clip.precision, self.clip.device):
+                logits = self.model.forward_features(self.model.image_encoder(batch))  # type: ignore[operator]
+            probabilities, labels = logits.float().softmax(dim=1).topk(min(topk, len(self.classnames)))
+            best += [
+                [(self.classnames[label], probability) for label, probability in zip(*pair, strict=True)]
+                for pair in zip(labels.tolist(), probabilities.tolist(), strict=True)
+            ]
+        return best
+
+
+def _rgb(image: Path | str | Image) -> Image:
+    if isinstance(image, Image):
+        return image.convert("RGB")
+    try:
+        return open_rgb(Path(image))
+    except ImageError as error:
+        raise UserError(f"The image {image} cannot be read: {error}.", exit_status=1) from error

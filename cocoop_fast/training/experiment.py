@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from cocoop_fast.config import Method, RunConfig
-from cocoop_fast.evaluation.metrics import Metrics
-from cocoop_fast.training.observer import Observer
+from torch import Tensor, nn
+
+from cocoop_fast.config import Method, RunConfig, Subset, to_mapping
+from cocoop_fast.data import Dataset, load_dataset
+from cocoop_fast.data.batches import TrainBatches
+from cocoop_fast.data.check import check_images
+from cocoop_fast.data.few_shot import sample_shots, select_classes
+from cocoop_fast.data.transforms import Normalize, TrainTransform
+from cocoop_fast.errors import UserError
+from cocoop_fast.evaluation.evaluate import Features, encode_test_images, evaluate
+from cocoop_fast.evaluation.metrics import Metrics, harmonic_mean
+from cocoop_fast.load_clip import LoadedClip, load_clip
+from cocoop_fast.methods import build_model
+from cocoop_fast.training import checkpoint, reference_checkpoint, rng
+from cocoop_fast.training.checkpoint import Checkpoint
+from cocoop_fast.training.observer import EvaluationInfo, Observer, Observers, RunInfo
+from cocoop_fast.training.recipe import resolve, with_method
+from cocoop_fast.training.run_directory import RunDirectory, check_same_run, open_run, read_run
+from cocoop_fast.training.run_log import RunLog
+from cocoop_fast.training.trainer import Position, Trainer
 
 
 @dataclass(frozen=True)
@@ -21,11 +42,17 @@ class Row:
     new: float | None
     h: float | None  # harmonic mean of base and new
     all: float | None
+    train_seconds: float
     output_dir: Path
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {**self.__dict__, "output_dir": str(self.output_dir)}
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any]) -> Row:
+        """The inverse of :meth:`to_mapping`."""
+        return cls(**{**values, "output_dir": Path(values["output_dir"])})
 
 
 @dataclass(frozen=True)
@@ -59,25 +86,310 @@ def run(
     Raises:
         UserError: anything wrong with the configuration, the data, or the output directory.
     """
-    raise NotImplementedError
+    observer = observer or Observer()
+    dataset = load_dataset(config.data)
+    resolved = resolve(config, dataset)
+    output_dir = cast(Path, resolved.output_dir)
+    others = [method for method in dict.fromkeys(compare) if method != config.prompt.method]
+    plans = [resolved] + [
+        resolve(with_method(config, method, output_dir / method), dataset) for method in others
+    ]
+    material = _Material(resolved, dataset, observer)
+    with open_run(resolved, overwrite=overwrite) as directory:
+        rows: list[Row] = []
+        for plan in plans:
+            if plan is resolved:
+                rows.append(_run_method(plan, directory, material, observer))
+            else:
+                with open_run(plan, overwrite=overwrite) as own:
+                    rows.append(_run_method(plan, own, material, observer))
+        finished = directory.results() or {}
+        directory.write_results({**finished, "rows": [row.to_mapping() for row in rows]})
+    return Results(tuple(rows), output_dir)
 
 
 def evaluate_run(
     run_dir: Path,
     *,
-    subset: str | None = None,
+    subset: Subset | None = None,
     reference_checkpoint: Path | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Metrics]:
-    """Evaluate a finished run again.
+    """Evaluate what a run has learned, on its data set.
 
     Args:
-        run_dir: what :func:`run` wrote.
-        subset: "base", "new" or "all"; ``None``: those the run itself is evaluated on.
-        reference_checkpoint: learned parameters from the reference implementation
-            (``model.pth.tar-N`` or its folder) instead of the run's own.
+        run_dir: what :func:`run` wrote; its newest checkpoint is used.
+        subset: "base", "new" or "all" (all classes together, also for a model trained on half of them);
+            ``None``: those the run itself is evaluated on.
+        reference_checkpoint: learned parameters from the reference implementation (``model.pth.tar-N`` or its folder)
+            instead of the run's own.
+        observer: is told about progress.
 
     Returns:
         Metrics by subset.
+
+    Raises:
+        UserError: no run there, or damaged files or images.
     """
-    raise NotImplementedError
+    config, newest = read_run(run_dir)
+    if reference_checkpoint is not None:
+        return evaluate_reference(config, reference_checkpoint, subset=subset, observer=observer)
+    return _evaluate(config, newest.parameters, str(run_dir), subset, observer)
+
+
+def evaluate_reference(
+    config: RunConfig, path: Path, *, subset: Subset | None = None, observer: Observer | None = None
+) -> dict[str, Metrics]:
+    """Evaluate a checkpoint that the reference implementation wrote.
+
+    Args:
+        config: the method, model and data that it was trained with.
+        path: ``model.pth.tar-N`` or its folder. It is read without running any code in it.
+        subset, observer: as for :func:`evaluate_run`.
+
+    Raises:
+        UserError: a file that cannot be read, or was trained with another method or model.
+    """
+    loaded = reference_checkpoint.load(path)
+    return _evaluate(config, loaded.parameters, str(loaded.path), subset, observer)
+
+
+class _Material:
+    """What the methods of one experiment share, made when first needed: images, CLIP, test features."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, observer: Observer) -> None:
+        self._config = config
+        self._dataset = dataset
+        self._observer = observer
+        self._features: dict[str, Features] = {}
+
+    @cached_property
+    def clip(self) -> LoadedClip:
+        return load_clip(self._config.model)
+
+    @cached_property
+    def sampled(self) -> Dataset:
+        """All classes, few-shot sampled, its images checked. Validation images are not used."""
+        sampled = sample_shots(self._dataset, self._config.data.shots, self._config.seed)
+        subset = self._config.data.subset
+        used = select_classes(sampled, subset)
+        shown = {sample.source for sample in used.train}
+        tested = {name for one in self.subsets for name in select_classes(sampled, one).classnames}
+        return check_images(
+            sampled.with_splits(
+                train=tuple(sample for sample in sampled.train if sample.source in shown),
+                val=(),
+                test=tuple(sample for sample in sampled.test if sample.classname in tested),
+            ),
+            skip_bad=self._config.data.skip_bad_images,
+            on_message=self._observer.on_message,
+        )
+
+    @property
+    def subsets(self) -> tuple[Subset, ...]:
+        """Sets of classes to evaluate on."""
+        return ("base", "new") if self._config.data.subset == "base" else (self._config.data.subset,)
+
+    def classes(self, subset: Subset) -> Dataset:
+        """The data of one set of classes, relabelled."""
+        return select_classes(self.sampled, subset)
+
+    def features(self, subset: Subset, model: nn.Module, progress: Callable[[int, int], None]) -> Features:
+        """Test features of one set of classes; every method has the same image encoder."""
+        if subset not in self._features:
+            self._features[subset] = encode_test_images(
+                model,
+                self.clip,
+                self.classes(subset),
+                batch_size=self._config.eval_batch_size,
+                workers=self._config.data.workers,
+                progress=progress,
+            )
+        return self._features[subset]
+
+
+def _run_method(config: RunConfig, directory: RunDirectory, material: _Material, observer: Observer) -> Row:
+    method = config.prompt.method
+    finished = directory.results()
+    if finished is not None:
+        observer.on_message(f"The {method} run in {directory.path} is finished; its results are shown.")
+        return Row.from_mapping(finished["rows"][0])
+    observer = Observers(RunLog(directory.path, config.print_freq, config.data.subset), observer)
+    train = material.classes(config.data.subset)
+    rng.seed_everything(config.seed)
+    model = build_model(config.prompt, list(train.classnames), material.clip, backend=config.model.backend)
+    optimizer, seconds = _train(config, directory, model, train, material.clip, observer)
+    learned = checkpoint.learned_parameters(model)
+    metrics = _measure(config, material, learned, str(directory.path), material.subsets, observer)
+    if learned:
+        accuracy = metrics[config.data.subset].accuracy
+        reference_checkpoint.save(directory.prompt_learner, model, config.optim, optimizer, accuracy)
+    row = _row(config, metrics, seconds)
+    directory.write_results({"rows": [row.to_mapping()], "evaluations": _summaries(metrics)})
+    observer.on_run_end(directory.path)
+    return row
+
+
+def _train(
+    config: RunConfig,
+    directory: RunDirectory,
+    model: nn.Module,
+    train: Dataset,
+    clip: LoadedClip,
+    observer: Observer,
+) -> tuple[dict[str, Any], float]:
+    """Train from the newest checkpoint, or from the start. Returns the optimizer's state and the seconds."""
+    mapping = to_mapping(config)
+    size = sum(parameter.numel() for parameter in model.prompt_learner.parameters())  # type: ignore[operator, union-attr]
+    fingerprint = _fingerprint(train)
+    batches = TrainBatches(
+        train,
+        train.train,
+        TrainTransform(
+            clip.image_size,
+            cast("tuple[float, float]", config.augment.crop_scale),
+            cast(float, config.augment.flip),
+            Normalize(clip.mean, clip.std),
+        ),
+        cast(int, config.optim.batch_size),
+        config.seed,
+        workers=config.data.workers,
+        pin_memory=clip.device.type == "cuda",
+    )
+    trainer = Trainer(model, batches, config.optim, precision=clip.precision, observer=observer)
+    resumed = checkpoint.load_newest(directory.checkpoints, observer.on_message)
+    if resumed is not None:
+        check_same_run(resumed.config, mapping, directory.checkpoints)
+        if resumed.classnames != list(train.classnames) or resumed.data_fingerprint != fingerprint:
+            raise UserError(
+                f"The training images in {train.where} are not those that the run in {directory.path} began "
+                "with; restore them, choose another output directory, or use --overwrite.",
+                exit_status=1,
+            )
+        _restore(trainer, resumed, str(directory.checkpoints))
+    observer.on_run_start(
+        RunInfo(
+            config=config,
+            output_dir=directory.path,
+            classnames=train.classnames,
+            parameters=size,
+            train_images=len(train.train),
+            steps_per_epoch=len(batches),
+            epochs=trainer.epochs,
+            precision=clip.precision,
+            device=str(clip.device),
+            first_step=trainer.step,
+        )
+    )
+
+    def save() -> None:
+        state = Checkpoint(
+            config=mapping,
+            classnames=list(train.classnames),
+            data_fingerprint=fingerprint,
+            parameters=checkpoint.learned_parameters(model),
+            optimizer=trainer.optimizer.state_dict(),
+            scaler=trainer.scaler.state_dict(),
+            rng=rng.capture(),
+            epoch=trainer.position.epoch,
+            batch=trainer.position.batch,
+            step=trainer.step,
+            seconds=trainer.seconds,
+        )
+        observer.on_checkpoint(checkpoint.save(directory.checkpoints, state))
+
+    if resumed is None:
+        save()  # a directory that cannot be written is noticed now, and zero-shot CLIP has its class names
+    trainer.fit(save=save, save_every=config.checkpoint_steps)
+    observer.on_training_end(trainer.seconds)
+    return trainer.optimizer.state_dict(), trainer.seconds
+
+
+def _restore(trainer: Trainer, state: Checkpoint, where: str) -> None:
+    checkpoint.load_parameters(trainer.model, state.parameters, where)
+    trainer.optimizer.load_state_dict(state.optimizer)
+    if state.scaler and trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(state.scaler)
+    trainer.position = Position(state.epoch, state.batch)
+    trainer.seconds = state.seconds
+    rng.restore(state.rng)
+
+
+def _evaluate(
+    config: RunConfig,
+    parameters: dict[str, Tensor],
+    where: str,
+    subset: Subset | None,
+    observer: Observer | None,
+) -> dict[str, Metrics]:
+    observer = observer or Observer()
+    dataset = load_dataset(config.data).with_splits(train=(), val=())
+    config = resolve(config, dataset)
+    if subset is not None:
+        config = replace(config, data=replace(config.data, subset=subset))
+    material = _Material(config, dataset, observer)
+    subsets = material.subsets if subset is None else (subset,)
+    return _measure(config, material, parameters, where, subsets, observer)
+
+
+def _measure(
+    config: RunConfig,
+    material: _Material,
+    parameters: dict[str, Tensor],
+    where: str,
+    subsets: tuple[Subset, ...],
+    observer: Observer,
+) -> dict[str, Metrics]:
+    """Carry what is learned over to each set of classes, and evaluate there."""
+    metrics: dict[str, Metrics] = {}
+    for subset in subsets:
+        classnames = list(material.classes(subset).classnames)
+        model = build_model(config.prompt, classnames, material.clip, backend=config.model.backend)
+        checkpoint.load_parameters(model, parameters, where)
+        images = len(material.classes(subset).test)
+        observer.on_evaluation_start(config.prompt.method, subset, images)
+        start = time.perf_counter()
+        # Encoding images and classifying them are one job of two halves to an observer.
+        features = material.features(
+            subset, model, lambda done, n: observer.on_evaluation_progress(done // 2, n)
+        )
+        metrics[subset] = evaluate(
+            model,
+            features,
+            len(classnames),
+            batch_size=config.eval_batch_size,
+            precision=material.clip.precision,
+            progress=lambda done, n: observer.on_evaluation_progress((n + done) // 2, n),
+        )
+        observer.on_evaluation_end(
+            EvaluationInfo(config.prompt.method, subset, metrics[subset], time.perf_counter() - start)
+        )
+    return metrics
+
+
+def _row(config: RunConfig, metrics: dict[str, Metrics], seconds: float) -> Row:
+    accuracy = {subset: one.accuracy for subset, one in metrics.items()}
+    base, new = accuracy.get("base"), accuracy.get("new")
+    return Row(
+        method=config.prompt.method,
+        seed=config.seed,
+        base=base,
+        new=new,
+        h=harmonic_mean(base, new) if base is not None and new is not None else None,
+        all=accuracy.get("all"),
+        train_seconds=seconds,
+        output_dir=cast(Path, config.output_dir),
+    )
+
+
+def _summaries(metrics: dict[str, Metrics]) -> dict[str, dict[str, Any]]:
+    """Metrics for ``results.json``, without the confusion matrix (a million numbers for ImageNet)."""
+    return {
+        subset: {name: value for name, value in one.to_mapping().items() if name != "confusion"}
+        for subset, one in metrics.items()
+    }
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    lines = "\n".join(f"{sample.label}\t{sample.source}" for sample in dataset.train)
+    return hashlib.sha256(lines.encode()).hexdigest()

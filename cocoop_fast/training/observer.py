@@ -71,7 +71,7 @@ class Observer:
     """Override what you want to hear about; everything else is ignored.
 
     Calls come in this order: ``on_run_start``, then for each epoch ``on_epoch_start``, ``on_step`` each
-    step, ``on_epoch_end``; then per set of classes ``on_evaluation_start``, ``on_evaluation_progress``,
+    step, ``on_epoch_end``; then ``on_training_end``; then per set of classes ``on_evaluation_start``, ``on_evaluation_progress``,
     ``on_evaluation_end``; then ``on_run_end``. With several methods this repeats for each. ``on_message``
     may come at any time.
     """
@@ -89,6 +89,9 @@ class Observer:
     def on_epoch_end(self, info: EpochInfo) -> None: ...
 
     def on_checkpoint(self, path: Path) -> None: ...
+
+    def on_training_end(self, seconds: float) -> None:
+        """``seconds`` were spent training, in earlier processes too; the model is about to be evaluated."""
 
     def on_evaluation_start(self, method: str, subset: str, images: int) -> None: ...
 
@@ -128,6 +131,10 @@ class Observers(Observer):
     def on_checkpoint(self, path: Path) -> None:
         for observer in self._observers:
             observer.on_checkpoint(path)
+
+    def on_training_end(self, seconds: float) -> None:
+        for observer in self._observers:
+            observer.on_training_end(seconds)
 
     def on_evaluation_start(self, method: str, subset: str, images: int) -> None:
         for observer in self._observers:

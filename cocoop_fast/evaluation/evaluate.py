@@ -1,0 +1,112 @@
+"""Accuracy of a model on a list of images. Image features are computed once and shared between models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cocoop_fast.data.batches import test_batches
+from cocoop_fast.data.dataset import Dataset
+from cocoop_fast.data.transforms import Normalize, TestTransform
+from cocoop_fast.evaluation.metrics import Metrics, measure
+from cocoop_fast.load_clip import LoadedClip
+
+Progress = Callable[[int, int], None]  # images done, images in all
+
+
+@dataclass(frozen=True)
+class Features:
+    """image (n, E) features on the model's device, in the samples' order; label (n,) int64 on the CPU."""
+
+    image: Tensor
+    label: Tensor
+
+
+def test_transform(clip: LoadedClip) -> TestTransform:
+    """The transform that a CLIP's images need."""
+    return TestTransform(clip.image_size, Normalize(clip.mean, clip.std))
+
+
+test_transform.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of the name
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Mixed precision for "amp" (float16 on a GPU, bfloat16 on a CPU), nothing otherwise."""
+    if precision != "amp":
+        return nullcontext()
+    return torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16)
+
+
+@torch.no_grad()
+def encode_test_images(
+    model: nn.Module,
+    clip: LoadedClip,
+    dataset: Dataset,
+    *,
+    batch_size: int = 100,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Features:
+    """Features of the test images of a data set, by the frozen image encoder.
+
+    Args:
+        model: any model on ``clip``; its ``image_encoder`` and ``dtype`` are used.
+        clip: for the transform, the device and the precision.
+        dataset: its ``test`` samples are encoded.
+        batch_size: images at once.
+        workers: processes that decode ahead.
+        progress: told after each batch.
+    """
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    done = 0
+    on_gpu = clip.device.type == "cuda"
+    for batch in test_batches(
+        dataset, dataset.test, test_transform(clip), batch_size, workers, pin_memory=on_gpu
+    ):
+        image = batch.image.to(clip.device, model.dtype, non_blocking=True)  # type: ignore[call-overload]
+        with autocast(clip.precision, clip.device):
+            features.append(model.image_encoder(image))  # type: ignore[operator]
+        labels.append(batch.label)
+        done += len(batch.label)
+        if progress is not None:
+            progress(done, len(dataset.test))
+    return Features(torch.cat(features), torch.cat(labels))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    features: Features,
+    n_classes: int,
+    *,
+    batch_size: int = 100,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> Metrics:
+    """Classify images and compare with their labels. The model is put into evaluation mode.
+
+    Args:
+        model: ``forward_features(image_features (B, E))`` gives logits (B, K).
+        features: n images with labels in [0, K).
+        n_classes: K.
+        batch_size: images at once.
+        precision: "amp" computes under autocast.
+        progress: told after each batch.
+    """
+    model.prompt_learner.eval()  # type: ignore[operator]
+    predictions: list[np.ndarray] = []
+    done = 0
+    for image in features.image.split(batch_size):
+        with autocast(precision, image.device):
+            logits = model.forward_features(image)  # type: ignore[operator]
+        predictions.append(logits.argmax(dim=1).cpu().numpy())
+        done += len(image)
+        if progress is not None:
+            progress(done, len(features.image))
+    return measure(features.label.numpy(), np.concatenate(predictions), n_classes)

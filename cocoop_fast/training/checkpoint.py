@@ -1,0 +1,171 @@
+"""Checkpoints: small, durable, safe to load, and enough to go on bit for bit.
+
+A checkpoint is an ordinary torch file that ``torch.load(weights_only=True)`` reads. It holds what is learned
+(not CLIP, not the token buffers), the optimizer, where the run stands, the random states and the
+configuration. Its zip format carries a CRC of every part, which is verified on reading.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cocoop_fast.errors import UserError
+from cocoop_fast.training.files import sync_directory, write_atomically
+
+_MAGIC = "cocoop_fast checkpoint"
+_VERSION = 1
+_NAME = re.compile(r"step-(\d{10})\.pt")
+_KEPT = 2  # the newest and, in case the disk damages it, the one before
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run between two steps."""
+
+    config: dict[str, Any]  # resolved, as plain values
+    classnames: list[str]  # trained on
+    data_fingerprint: str  # of the training samples, in order
+    parameters: dict[str, Tensor]  # what the prompt learner learns, by name
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]  # empty without loss scaling
+    rng: dict[str, Any]
+    epoch: int  # 1-based: the epoch of the next step (one past the last epoch when finished)
+    batch: int  # batches of that epoch that are done
+    step: int  # steps done in all
+    seconds: float  # spent training so far
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write ``folder/step-<step>.pt`` durably, then delete all but the two newest files.
+
+    Raises:
+        UserError: the file cannot be written (no space, no permission).
+    """
+    path = folder / f"step-{checkpoint.step:010d}.pt"
+    content = {"format": _MAGIC, "version": _VERSION}
+    content |= {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        raise UserError(
+            f"The checkpoint {path} cannot be written ({error}); make room or choose another output "
+            "directory, then run the same command to go on from the checkpoint before.",
+            exit_status=1,
+        ) from error
+    for old in _files(folder)[:-_KEPT]:
+        old.unlink(missing_ok=True)
+    sync_directory(folder)
+    return path
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify one file. No code in it is run.
+
+    Raises:
+        UserError: missing, torn or altered, or not a checkpoint of this program and version.
+    """
+    advice = "delete it to go on from an older checkpoint, or start again with --overwrite"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"The checkpoint {path} is damaged (in {damaged}); {advice}.", exit_status=1)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"The checkpoint {path} does not exist.", exit_status=1) from error
+    except Exception as error:  # zip, pickle and torch each raise their own on a file that is not theirs
+        raise UserError(
+            f"The checkpoint {path} is damaged or not a checkpoint; {advice}.", exit_status=1
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _MAGIC:
+        raise UserError(f"{path} is not a checkpoint of cocoop_fast; {advice}.", exit_status=1)
+    if content.get("version") != _VERSION:
+        raise UserError(
+            f"{path} is a checkpoint of format {content.get('version')}, and this version of cocoop_fast reads "
+            f"format {_VERSION}; use the version that wrote it.",
+            exit_status=1,
+        )
+    names = [field.name for field in fields(Checkpoint)]
+    if any(name not in content for name in names):
+        raise UserError(f"The checkpoint {path} is incomplete; {advice}.", exit_status=1)
+    return Checkpoint(**{name: content[name] for name in names})
+
+
+def load_newest(folder: Path, on_message: Callable[[str], None] | None = None) -> Checkpoint | None:
+    """The newest checkpoint that can be read; ``None`` if there is no file at all.
+
+    Args:
+        folder: where :func:`save` wrote.
+        on_message: told of a damaged file that was passed over.
+
+    Raises:
+        UserError: there are files, and none can be read.
+    """
+    files = _files(folder)
+    first_error: UserError | None = None
+    for path in reversed(files):
+        try:
+            checkpoint = load(path)
+        except UserError as error:
+            first_error = first_error or error
+            continue
+        if first_error is not None and on_message is not None:
+            on_message(f"{first_error} Using {path.name} instead.")
+        return checkpoint
+    if first_error is not None:
+        raise first_error
+    return None
+
+
+def learned_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Copies, on the CPU, of all that the model's prompt learner learns."""
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in model.prompt_learner.named_parameters()  # type: ignore[union-attr]
+    }
+
+
+@torch.no_grad()
+def load_parameters(model: nn.Module, parameters: dict[str, Tensor], where: str) -> None:
+    """Copy learned parameters into a model, converted to its dtype and device.
+
+    Args:
+        model: with a ``prompt_learner``.
+        parameters: by name, all of them and no others.
+        where: the file they come from, for messages.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    own = dict(model.prompt_learner.named_parameters())  # type: ignore[union-attr]
+    if own.keys() != parameters.keys():
+        missing, extra = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
+        what = f"lacks {', '.join(missing)}" if missing else f"also has {', '.join(extra)}"
+        raise UserError(f"{where} {what}: it was trained with another method.", exit_status=1)
+    for name, parameter in own.items():
+        if parameter.shape != parameters[name].shape:
+            raise UserError(
+                f"{where} has `{name}` of shape {tuple(parameters[name].shape)} where the model needs "
+                f"{tuple(parameter.shape)}; use the CLIP model and context length it was trained with.",
+                exit_status=1,
+            )
+    for name, parameter in own.items():
+        parameter.copy_(parameters[name])
+
+
+def _files(folder: Path) -> list[Path]:
+    """Checkpoint files, oldest first (the number in a name has a fixed width)."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))

@@ -1,0 +1,41 @@
+"""Write a file so that it is there whole or not at all, whenever the power fails."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call ``write`` on a temporary file beside ``path`` and rename it once it is on disk.
+
+    The old file, if any, stays until then. The temporary name is fixed, so that an interrupted attempt is
+    overwritten by the next one; a run directory has one writer at a time.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Atomically write indented JSON."""
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def sync_directory(folder: Path) -> None:
+    """Make a rename in ``folder`` durable (a directory cannot be opened for that on Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

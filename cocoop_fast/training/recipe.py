@@ -1,0 +1,71 @@
+"""What a configuration leaves open, filled in from the method's published recipe and the data set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from cocoop_fast.config import Method, OptimConfig, RunConfig
+from cocoop_fast.data.dataset import Dataset
+from cocoop_fast.errors import UserError
+from cocoop_fast.load_clip import resolve_device, resolve_precision
+
+_BATCH_SIZE: dict[Method, int] = {"cocoop": 1, "coop": 32, "zeroshot": 1}
+
+
+def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """A configuration in which no ``None`` and no "auto" decides what is computed.
+
+    CoCoOp: batches of 1, 10 epochs. CoOp: batches of 32, and 200 epochs for 8 and 16 shots, 100 for 2 and 4,
+    50 for 1 (the reference's configurations), or for all images. Zero-shot CLIP learns nothing: 0 epochs.
+    Both learners keep the configuration's ``ctx_init``, as the reference does in the base-to-new setting.
+
+    Args:
+        config: as written by a user.
+        dataset: its defaults for the transform and the zero-shot template are used.
+
+    Raises:
+        UserError: bounds of the crop in the wrong order, or a device that is not there.
+    """
+    method, optim = config.prompt.method, config.optim
+    epochs = optim.epochs if optim.epochs is not None else _epochs(method, config.data.shots)
+    batch_size = optim.batch_size if optim.batch_size is not None else _BATCH_SIZE[method]
+    scale, flip = config.augment.crop_scale, config.augment.flip
+    if scale is not None and scale[0] > scale[1]:
+        raise UserError(f"augment.crop_scale is {scale[0]:g} to {scale[1]:g}; give the smaller share first.")
+    return replace(
+        config,
+        model=replace(
+            config.model,
+            precision=resolve_precision(config.model.precision, resolve_device(config.model.device)),
+        ),
+        prompt=replace(config.prompt, template=config.prompt.template or dataset.template),
+        augment=replace(
+            config.augment,
+            crop_scale=scale if scale is not None else dataset.crop_scale,
+            flip=flip if flip is not None else dataset.flip,
+        ),
+        optim=replace(optim, epochs=0 if method == "zeroshot" else epochs, batch_size=batch_size),
+        output_dir=config.output_dir or default_output_dir(config),
+    )
+
+
+def default_output_dir(config: RunConfig) -> Path:
+    """output/<data>/<method>/seed<seed>: seeds side by side, as the reference's result parser expects."""
+    return Path("output") / config.data.name / config.prompt.method / f"seed{config.seed}"
+
+
+def with_method(config: RunConfig, method: Method, output_dir: Path) -> RunConfig:
+    """The same experiment by another method: that method's own recipe, in a directory of its own."""
+    own_recipe: OptimConfig = replace(config.optim, batch_size=None, epochs=None)
+    return replace(
+        config, prompt=replace(config.prompt, method=method), optim=own_recipe, output_dir=output_dir
+    )
+
+
+def _epochs(method: Method, shots: int) -> int:
+    if method == "cocoop":
+        return 10
+    if shots >= 8:
+        return 200
+    return 100 if shots >= 2 else 50

@@ -1,0 +1,183 @@
+"""The directory of a run: what is in it, whether it may be used, and that one process uses it.
+
+config.yaml       the resolved configuration; written first, so a directory with it is a run
+log.txt           in the reference's wording; test_<subset>/log.txt for classes not trained on
+metrics.jsonl     the same and more, at full precision, one JSON object a line
+checkpoints/      what is learned, and all that a resumed run needs
+prompt_learner/   the final model in the reference's format
+results.json      written last, so a directory with it is finished
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from cocoop_fast.config import RunConfig, from_mapping, load_yaml, to_mapping
+from cocoop_fast.errors import UserError
+from cocoop_fast.training import checkpoint
+from cocoop_fast.training.checkpoint import Checkpoint
+from cocoop_fast.training.files import write_atomically, write_json
+
+# Where a run is, and how its work is spread and reported, may change between two sessions of it.
+_FREE = (
+    "output_dir", "print_freq", "checkpoint_steps", "eval_batch_size", "data.root", "data.workers",
+    "model.device", "model.backend",
+)  # fmt: skip
+_OWN = ("config.yaml", "log.txt", "metrics.jsonl", "checkpoints", "prompt_learner", "results.json")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """An opened run directory."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def prompt_learner(self) -> Path:
+        return self.path / "prompt_learner"
+
+    def results(self) -> dict[str, Any] | None:
+        """What ``results.json`` holds; ``None`` if the run is not finished (or the file is damaged)."""
+        try:
+            return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Atomically replace ``results.json``."""
+        write_json(self.path / "results.json", results)
+
+
+@contextmanager
+def open_run(config: RunConfig, *, overwrite: bool = False) -> Iterator[RunDirectory]:
+    """Create the directory of a resolved configuration, or open it again, for this process alone.
+
+    Args:
+        config: ``output_dir`` is set.
+        overwrite: discard the run that is there.
+
+    Raises:
+        UserError: the directory holds another run or other files of these names, is in use, or cannot be
+            written.
+    """
+    path = config.output_dir
+    if path is None:
+        raise ValueError("`config.output_dir` must be resolved first")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with open(path / ".lock", "w") as lock:
+            _lock(lock, path)
+            if overwrite:
+                _discard(path)
+            _claim(path, to_mapping(config))
+            yield RunDirectory(path)
+    except OSError as error:
+        if not isinstance(error.filename, str) or not error.filename.startswith(str(path)):
+            raise
+        raise UserError(
+            f"The output directory {path} cannot be used: {error.strerror} ({error.filename}).", exit_status=1
+        ) from error
+
+
+def read_run(path: Path) -> tuple[RunConfig, Checkpoint]:
+    """The configuration of a run and its newest checkpoint.
+
+    Raises:
+        UserError: no run there, no checkpoint yet, or damaged files.
+    """
+    if not (path / "config.yaml").is_file():
+        raise UserError(
+            f"{path} is not a run directory (it has no config.yaml); pass the output of a training run."
+        )
+    config = from_mapping(load_yaml(path / "config.yaml"), where=str(path / "config.yaml"))
+    found = checkpoint.load_newest(path / "checkpoints")
+    if found is None:
+        raise UserError(
+            f"The run in {path} has no checkpoint yet; let its first epoch finish.", exit_status=1
+        )
+    return config, found
+
+
+def check_same_run(there: dict[str, Any], here: dict[str, Any], where: Path) -> None:
+    """Compare two configurations, as plain values, in all that decides a result.
+
+    Raises:
+        UserError: naming the fields that differ.
+    """
+    old, new = _flat(there), _flat(here)
+    differing = [
+        f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
+        for name in {**old, **new}
+        if name not in _FREE and old.get(name) != new.get(name)
+    ]
+    if differing:
+        more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"{where} holds a run with another configuration ({', '.join(differing[:3])}{more}); choose "
+            "another output directory, or discard that run with --overwrite."
+        )
+
+
+def _claim(path: Path, mapping: dict[str, Any]) -> None:
+    config_file = path / "config.yaml"
+    if config_file.exists():
+        check_same_run(load_yaml(config_file), mapping, path)
+    else:
+        foreign = [name for name in _OWN if (path / name).exists()]
+        if foreign:
+            raise UserError(
+                f"{path} already has {foreign[0]} but no config.yaml, so it is not a run that can be resumed; "
+                "choose another output directory."
+            )
+    text = yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
+    write_atomically(config_file, lambda file: file.write(text.encode()))
+
+
+def _discard(path: Path) -> None:
+    """Delete what a run wrote, and nothing else."""
+    if not (path / "config.yaml").exists():
+        return
+    for entry in [*(path / name for name in reversed(_OWN)), *path.glob("test_*")]:
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    """Refuse a second process. The lock goes with the process, even a killed one."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs in one directory are the user's to avoid
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"Another process is running in {path}; wait for it, or choose another output directory.",
+            exit_status=1,
+        ) from error
+    except OSError:  # some network file systems have no locks
+        return
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

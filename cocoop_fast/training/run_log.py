@@ -1,0 +1,136 @@
+"""The two logs of a run: ``log.txt`` in the reference's wording, ``metrics.jsonl`` for programs."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from cocoop_fast.evaluation.metrics import Metrics
+from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Observer, RunInfo, StepInfo
+
+
+class RunLog(Observer):
+    """Writes what happens into a run directory. Both files are only ever appended to.
+
+    A training step is logged every ``print_freq`` batches, or each time if an epoch has fewer. Both
+    "Finish training" and "Finished training" are written, because the field's result parsers look for the one
+    or the other. They take the last accuracy of a file, so that of classes which were not trained on goes to
+    ``test_<subset>/log.txt``, as the reference's separate evaluation run does.
+
+    Args:
+        folder: the run directory.
+        print_freq: batches between lines.
+        trained_on: the subset of classes whose accuracy belongs into ``log.txt``.
+    """
+
+    def __init__(self, folder: Path, print_freq: int, trained_on: str) -> None:
+        self._folder = folder
+        self._print_freq = print_freq
+        self._trained_on = trained_on
+        self._means = _Means()
+        _end_torn_line(folder / "metrics.jsonl")
+        _end_torn_line(folder / "log.txt")
+
+    def on_message(self, text: str) -> None:
+        self._text(text)
+
+    def on_run_start(self, info: RunInfo) -> None:
+        self._text(f"Learned parameters: {info.parameters:,}; training images: {info.train_images:,}")
+        if info.first_step:
+            self._text(f"Resumed after step {info.first_step}")
+        self._record(
+            "run",
+            method=info.config.prompt.method,
+            seed=info.config.seed,
+            device=info.device,
+            precision=info.precision,
+            parameters=info.parameters,
+            train_images=info.train_images,
+            classes=len(info.classnames),
+            epochs=info.epochs,
+            steps_per_epoch=info.steps_per_epoch,
+            first_step=info.first_step,
+        )
+
+    def on_epoch_start(self, epoch: int, epochs: int, first_batch: int, batches: int) -> None:
+        self._means = _Means()
+
+    def on_step(self, info: StepInfo) -> None:
+        mean = self._means.add(time=info.seconds, data=info.data_seconds, loss=info.loss, acc=info.accuracy)
+        if info.batch % self._print_freq and info.batches >= self._print_freq:
+            return
+        self._text(
+            f"epoch [{info.epoch}/{info.epochs}] batch [{info.batch}/{info.batches}] "
+            f"time {info.seconds:.3f} ({mean['time']:.3f}) data {info.data_seconds:.3f} ({mean['data']:.3f}) "
+            f"loss {info.loss:.4f} ({mean['loss']:.4f}) acc {info.accuracy:.4f} ({mean['acc']:.4f}) "
+            f"lr {info.lr:.4e} eta {timedelta(seconds=int(info.eta_seconds))}"
+        )
+        self._record("step", **info.__dict__)
+
+    def on_epoch_end(self, info: EpochInfo) -> None:
+        self._record("epoch", **info.__dict__)
+
+    def on_training_end(self, seconds: float) -> None:
+        self._text("Finish training")
+        self._text("Finished training")
+        self._text(f"Elapsed: {timedelta(seconds=round(seconds))}")
+        self._record("trained", seconds=seconds)
+
+    def on_evaluation_end(self, info: EvaluationInfo) -> None:
+        folder = self._folder
+        if info.subset != self._trained_on:
+            folder = folder / f"test_{info.subset}"
+            folder.mkdir(exist_ok=True)
+        _append(folder / "log.txt", evaluation_text(info.metrics))
+        metrics = info.metrics.to_mapping()
+        del metrics["confusion"]
+        self._record("evaluation", subset=info.subset, seconds=info.seconds, **metrics)
+
+    def _text(self, line: str) -> None:
+        _append(self._folder / "log.txt", line)
+
+    def _record(self, event: str, **values: Any) -> None:
+        record = {"event": event, "unix_time": time.time(), **values}
+        _append(self._folder / "metrics.jsonl", json.dumps(record, ensure_ascii=False))
+
+
+def evaluation_text(metrics: Metrics) -> str:
+    """A test result in the reference's wording, with its one decimal."""
+    return (
+        "=> result\n"
+        f"* total: {metrics.total:,}\n"
+        f"* correct: {metrics.correct:,}\n"
+        f"* accuracy: {metrics.accuracy:.1f}%\n"
+        f"* error: {metrics.error:.1f}%\n"
+        f"* macro_f1: {metrics.macro_f1:.1f}%"
+    )
+
+
+class _Means:
+    """Running means over an epoch."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, **values: float) -> dict[str, float]:
+        self._count += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        return {name: total / self._count for name, total in self._sums.items()}
+
+
+def _append(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def _end_torn_line(path: Path) -> None:
+    """A killed process may have left half a line: end it, so that the next record has its own."""
+    if path.exists():
+        with open(path, "rb+") as file:
+            if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+                file.write(b"\n")
