@@ -1,0 +1,68 @@
+"""Whole runs on a tiny CLIP with random weights: what tests of training and evaluation share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tiny_models import IMAGE_SIZE, tiny_clip
+
+from cocoop_fast.config import ModelConfig, RunConfig, from_mapping
+from cocoop_fast.evaluation import predict
+from cocoop_fast.load_clip import LoadedClip
+from cocoop_fast.training import experiment
+from cocoop_fast.training.observer import Observer
+
+
+def loaded_tiny_clip(config: ModelConfig | None = None) -> LoadedClip:
+    """Stands in for ``load_clip``."""
+    amp = config is not None and config.precision == "amp"
+    return LoadedClip(
+        model=tiny_clip(layers=2),
+        name="tiny",
+        image_size=IMAGE_SIZE,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        device=torch.device("cpu"),
+        precision="amp" if amp else "fp32",
+    )
+
+
+def use_tiny_clip(monkeypatch: Any) -> None:
+    """Let experiments and predictors load the tiny CLIP."""
+    monkeypatch.setattr(experiment, "load_clip", loaded_tiny_clip)
+    monkeypatch.setattr(predict, "load_clip", loaded_tiny_clip)
+
+
+def tiny_config(output_dir: Path, **fields: Any) -> RunConfig:
+    """Digits, two shots, two epochs of ten steps; ``optim__epochs=3`` sets ``optim.epochs``."""
+    values: dict[str, Any] = {"data": {"shots": 2}, "optim": {"epochs": 2}, "output_dir": str(output_dir)}
+    for name, value in fields.items():
+        section, _, field = name.rpartition("__")
+        (values.setdefault(section, {}) if section else values)[field] = value
+    return from_mapping(values)
+
+
+class StopAfter(Observer):
+    """Interrupts a run after so many steps of this process, as Ctrl-C would."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step(self, info: Any) -> None:
+        self.steps -= 1
+        if self.steps == 0:
+            raise KeyboardInterrupt
+
+
+def write_images(folder: Path, count: int, seed: int = 0, suffix: str = ".png", size: int = 24) -> list[Path]:
+    """Random images in ``folder``, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    paths = [folder / f"{i:03d}{suffix}" for i in range(count)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 255, (size, size + 5, 3), dtype=np.uint8)).save(path)
+    return paths

@@ -1,0 +1,166 @@
+"""Checkpoint files: what goes in comes out, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cocoop_fast import UserError
+from cocoop_fast.training import checkpoint, rng
+from cocoop_fast.training.checkpoint import Checkpoint
+
+
+def sample(step: int = 7) -> Checkpoint:
+    parameter = nn.Parameter(torch.randn(3, 5))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    parameter.sum().backward()
+    optimizer.step()
+    return Checkpoint(
+        config={"seed": 1, "optim": {"lr": 0.1}},
+        classnames=["cat", "dog"],
+        data_fingerprint="abc",
+        parameters={"ctx": parameter.detach().clone()},
+        optimizer=optimizer.state_dict(),
+        scaler={},
+        rng=rng.capture(),
+        epoch=2,
+        batch=3,
+        step=step,
+        seconds=1.5,
+    )
+
+
+def test_round_trip(tmp_path):
+    saved = sample()
+    path = checkpoint.save(tmp_path / "deep" / "folder", saved)
+    assert path.name == "step-0000000007.pt"
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded.parameters["ctx"], saved.parameters["ctx"])
+    momentum = loaded.optimizer["state"][0]["momentum_buffer"]
+    assert torch.equal(momentum, saved.optimizer["state"][0]["momentum_buffer"])
+    assert (loaded.config, loaded.classnames, loaded.epoch, loaded.batch, loaded.step, loaded.seconds) == (
+        saved.config, ["cat", "dog"], 2, 3, 7, 1.5,
+    )  # fmt: skip
+    assert torch.load(path, weights_only=True)["data_fingerprint"] == "abc"  # an ordinary, safe torch file
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
+
+
+def test_random_states_come_back():
+    rng.seed_everything(3)
+    state = rng.capture()
+    first = random.random(), np.random.rand(), np.random.randn(), torch.rand(2).tolist()
+    rng.restore(state)
+    assert (random.random(), np.random.rand(), np.random.randn(), torch.rand(2).tolist()) == first
+
+
+def test_the_two_newest_are_kept(tmp_path):
+    assert checkpoint.load_newest(tmp_path / "nothing") is None
+    for step in (1, 2, 10, 9000):
+        checkpoint.save(tmp_path, sample(step))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000000010.pt", "step-0000009000.pt"]
+    assert checkpoint.load_newest(tmp_path).step == 9000
+
+
+def test_a_damaged_newest_file_is_passed_over(tmp_path):
+    checkpoint.save(tmp_path, sample(1))
+    newest = checkpoint.save(tmp_path, sample(2))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    heard = []
+    assert checkpoint.load_newest(tmp_path, heard.append).step == 1
+    assert len(heard) == 1 and "step-0000000002.pt is damaged" in heard[0] and "Using step-0000000001.pt" in heard[0]
+    (tmp_path / "step-0000000001.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="step-0000000002.pt is damaged"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_no_flipped_byte_is_read_as_something_else(tmp_path):
+    original = sample()
+    path = checkpoint.save(tmp_path, original)
+    whole = path.read_bytes()
+    refused = 0
+    positions = random.Random(0).sample(range(len(whole)), 400)
+    for position in positions:
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x41]) + whole[position + 1 :])
+        try:
+            loaded = checkpoint.load(path)
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error)
+            continue
+        # Only padding and unused zip fields may change unnoticed: they change nothing.
+        assert torch.equal(loaded.parameters["ctx"], original.parameters["ctx"])
+        assert torch.equal(loaded.rng["torch"], original.rng["torch"])
+        assert (loaded.config, loaded.optimizer["param_groups"]) == (
+            original.config, original.optimizer["param_groups"],
+        )  # fmt: skip
+    assert refused > len(positions) / 2
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 5000, -1])
+def test_truncated_files(tmp_path, length):
+    path = checkpoint.save(tmp_path, sample())
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match="damaged or not a checkpoint; delete it to go on from an older"):
+        checkpoint.load(path)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    path, proof = tmp_path / "step-0000000001.pt", tmp_path / "proof"
+    torch.save({"format": "cocoop_fast checkpoint", "version": 1, "x": Malicious(proof)}, path)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.load(path)
+    path.write_bytes(pickle.dumps(Malicious(proof)))
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.load(path)
+    assert not proof.exists()
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(UserError, match="is not a checkpoint of cocoop_fast"):
+        checkpoint.load(path)
+    torch.save({"format": "cocoop_fast checkpoint", "version": 99}, path)
+    with pytest.raises(UserError, match="format 99, and this version of cocoop_fast reads format 1"):
+        checkpoint.load(path)
+    torch.save({"format": "cocoop_fast checkpoint", "version": 1}, path)
+    with pytest.raises(UserError, match="incomplete"):
+        checkpoint.load(path)
+    with pytest.raises(UserError, match="does not exist"):
+        checkpoint.load(tmp_path / "none.pt")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, sample(1))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="step-0000000002.pt cannot be written .*No space left"):
+        checkpoint.save(tmp_path, sample(2))
+    assert checkpoint.load_newest(tmp_path).step == 1
+
+
+def test_parameters_must_fit():
+    model = nn.Module()
+    model.prompt_learner = nn.Linear(4, 2)
+    good = checkpoint.learned_parameters(model)
+    checkpoint.load_parameters(model, {name: value.half() + 1 for name, value in good.items()}, "file")
+    assert model.prompt_learner.weight.dtype == torch.float32
+    with pytest.raises(UserError, match=r"file lacks bias: it was trained with another method"):
+        checkpoint.load_parameters(model, {"weight": good["weight"]}, "file")
+    with pytest.raises(UserError, match="file also has ctx"):
+        checkpoint.load_parameters(model, {**good, "ctx": good["bias"]}, "file")
+    with pytest.raises(UserError, match=r"`weight` of shape \(3, 4\) where the model needs \(2, 4\)"):
+        checkpoint.load_parameters(model, {**good, "weight": torch.zeros(3, 4)}, "file")
