@@ -57,7 +57,7 @@ class Lines(Observer):
 
     def on_evaluation_end(self, info: EvaluationInfo) -> None:
         self._print(
-            f"{info.method}: {info.metrics.accuracy:.2f} % on the {info.subset} classes "
+            f"{info.method}: {info.metrics.accuracy:.2f} % on {info.subset} classes "
             f"({info.metrics.total:,} images, {info.seconds:.1f} s)"
         )
 

@@ -13,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+NOTHING = "-"
+
 
 @contextlib.contextmanager
 def only_json(active: bool) -> Iterator[None]:
@@ -30,7 +32,7 @@ def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", left: int = 1
 ) -> None:
     """A table on stdout; the first ``left`` columns are text, the others numbers."""
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
         # Folded rather than cut: nothing that is printed is lost in a narrow terminal.
         table.add_column(column, justify="left" if position < left else "right", overflow="fold")
@@ -47,7 +49,7 @@ def warn(lines: Sequence[str]) -> None:
 
 def percent(value: float | None) -> str:
     """An accuracy with two decimals, or a dash."""
-    return "-" if value is None else f"{value:.2f}"
+    return NOTHING if value is None else f"{value:.2f}"
 
 
 def _finite(value: Any) -> Any:

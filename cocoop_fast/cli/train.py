@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from cocoop_fast.cli import configuration, output
+from cocoop_fast.cli.undo import undo_failed_start
 from cocoop_fast.config import Method
 from cocoop_fast.errors import UserError
 
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     from cocoop_fast.training.experiment import Results
 
 METHODS: tuple[str, ...] = get_args(Method)
-TITLES = {"cocoop": "CoCoOp", "coop": "CoOp", "zeroshot": "zero-shot CLIP"}
+TITLES = {
+    "zeroshot": "zero-shot CLIP",
+    "coop": "CoOp",
+    "cocoop": "CoCoOp",
+}  # in the order of the paper's tables
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -191,11 +196,14 @@ def command(
 
     from cocoop_fast.progress import observe
     from cocoop_fast.training import experiment
+    from cocoop_fast.training.recipe import default_output_dir
 
-    with output.only_json(json), observe(quiet=quiet) as observer:
+    run_dir = built.config.output_dir or default_output_dir(built.config)
+    with output.only_json(json), observe(quiet=quiet) as observer, undo_failed_start(run_dir, compared):
         results = experiment.run(built.config, compare=compared, observer=observer, overwrite=overwrite)  # type: ignore[arg-type]
     if json:
-        output.print_json({"command": "train", **_mapping(results)})
+        rows = [row.to_mapping() for row in results.rows]
+        output.print_json({"command": "train", "output_dir": str(results.output_dir), "rows": rows})
     else:
         _print(results)
 
@@ -235,27 +243,22 @@ def complete_compare(arguments: Sequence[str]) -> list[str]:
     return completed
 
 
-def _mapping(results: Results) -> dict[str, Any]:
-    return {"rows": [row.to_mapping() for row in results.rows], "output_dir": str(results.output_dir)}
-
-
 def _print(results: Results) -> None:
+    columns = ["Method", "Base", "New", "H", "All", "Seed", "Trained in"]
     rows = [
-        (
+        [
             TITLES.get(row.method, row.method),
             *(output.percent(value) for value in (row.base, row.new, row.h, row.all)),
             str(row.seed),
-        )
-        for row in results.rows
+            f"{row.train_seconds:.1f} s" if row.train_seconds else output.NOTHING,
+        ]
+        for row in sorted(results.rows, key=lambda row: list(TITLES).index(row.method))
     ]
-    columns = ["Method", "Base", "New", "H", "All", "Seed"]
     # Only what was measured: a run on the base classes has no accuracy over all of them, and the other way round.
-    kept = [i for i, name in enumerate(columns) if i == 0 or any(row[i] != "-" for row in rows)]
-    output.print_table(
-        [columns[i] for i in kept],
-        [[row[i] for i in kept] for row in rows],
-        title="Accuracy in percent; H is the harmonic mean of base and new classes"
-        if "H" in [columns[i] for i in kept]
-        else "Accuracy in percent",
-    )
+    kept = [i for i, _ in enumerate(columns) if any(row[i] != output.NOTHING for row in rows)]
+    output.print_table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    if columns.index("H") in kept:
+        print(
+            "Accuracy in percent. Base: classes trained on; new: classes never seen; H: their harmonic mean."
+        )
     print(f"Run directory: {results.output_dir}")
