@@ -38,7 +38,9 @@ class ClassTree:
     """
 
     def __init__(self, tokenized_prompts: Tensor | np.ndarray, n_ctx: int) -> None:
-        ids = np.asarray(tokenized_prompts.cpu() if isinstance(tokenized_prompts, Tensor) else tokenized_prompts)
+        ids = np.asarray(
+            tokenized_prompts.cpu() if isinstance(tokenized_prompts, Tensor) else tokenized_prompts
+        )
         _check(ids, n_ctx)
         self.n_ctx = n_ctx
         self.n_classes = len(ids)

@@ -94,7 +94,7 @@ class FrozenCLIP:
         return self._resblocks[0].attn.in_proj_weight.dtype
 
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
-        """Changes whenever a text weight was moved, cast, loaded or modified in place."""
+        """Changes whenever a text weight was moved, cast, loaded or modified in place (but not through `.data`)."""
         return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._parameters())
 
     def text_weights(self) -> TextWeights:
@@ -153,7 +153,9 @@ def _check_supported(clip_model: nn.Module, text: nn.Module) -> None:
             "use a CLIP model with a causal text mask."
         )
     for block in blocks:
-        if not isinstance(getattr(block, "attn", None), nn.MultiheadAttention) or not hasattr(block.mlp, "gelu"):
+        if not isinstance(getattr(block, "attn", None), nn.MultiheadAttention) or not hasattr(
+            block.mlp, "gelu"
+        ):
             raise UserError(
                 f"The text tower of {kind} has blocks of type {type(block).__name__}, which are not CLIP's "
                 "pre-norm attention blocks; use a standard CLIP text tower."

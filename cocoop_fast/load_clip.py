@@ -33,7 +33,7 @@ class LoadedClip:
 
 
 def resolve_device(text: str) -> torch.device:
-    """"auto" (a GPU where there is one, else the CPU) or any torch device.
+    """ "auto" (a GPU where there is one, else the CPU) or any torch device.
 
     Raises:
         UserError: the device is unknown, or is not there.
@@ -54,7 +54,7 @@ def resolve_device(text: str) -> torch.device:
 
 
 def resolve_precision(text: str, device: torch.device) -> str:
-    """"auto" becomes fp32 on a CPU and fp16, the reference's choice, on a GPU."""
+    """ "auto" becomes fp32 on a CPU and fp16, the reference's choice, on a GPU."""
     if text == "auto":
         return "fp32" if device.type == "cpu" else "fp16"
     return text
@@ -74,7 +74,9 @@ def load_clip(config: ModelConfig) -> LoadedClip:
     precision = resolve_precision(config.precision, device)
     if config.name == "demo":
         if config.pretrained is not None:
-            raise UserError("The model 'demo' has its own weights; leave --pretrained out or name an architecture.")
+            raise UserError(
+                "The model 'demo' has its own weights; leave --pretrained out or name an architecture."
+            )
         model = load_demo_clip()
     else:
         model = _load_open_clip(config.name, config.pretrained)
@@ -109,7 +111,9 @@ def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
         raise UserError(f"The model '{name}' has no weights tagged '{pretrained}'; the tags are: {tags}.")
     try:
         return open_clip.create_model(name, pretrained=pretrained)
-    except Exception as error:  # any reader's failure (pickle, zip, shapes, network) is the user's weights failing
+    except (
+        Exception
+    ) as error:  # any reader's failure (pickle, zip, shapes, network) is the user's weights failing
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"The weights '{pretrained}' of model '{name}' could not be loaded ({reason[:200]}); "

@@ -88,7 +88,9 @@ class PromptedCLIP(nn.Module):
 
     def _check_labels(self, label: Tensor, batch: int) -> None:
         if tuple(label.shape) != (batch,) or label.is_floating_point():
-            raise UserError(f"`label` must be ({batch},) integers, got {label.dtype} of {tuple(label.shape)}.")
+            raise UserError(
+                f"`label` must be ({batch},) integers, got {label.dtype} of {tuple(label.shape)}."
+            )
         if batch and not (0 <= int(label.min()) and int(label.max()) < self.n_classes):
             raise UserError(
                 f"`label` must lie in 0..{self.n_classes - 1}, got {int(label.min())}..{int(label.max())}; "

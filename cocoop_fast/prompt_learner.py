@@ -29,7 +29,9 @@ class MetaNet(nn.Sequential):
     def __init__(self, embed_dim: int, width: int) -> None:
         hidden = embed_dim // 16
         if hidden < 1:
-            raise UserError(f"The Meta-Net needs image features of at least 16 dimensions, this model has {embed_dim}.")
+            raise UserError(
+                f"The Meta-Net needs image features of at least 16 dimensions, this model has {embed_dim}."
+            )
         layers = OrderedDict(
             linear1=nn.Linear(embed_dim, hidden), relu=nn.ReLU(inplace=True), linear2=nn.Linear(hidden, width)
         )
@@ -66,7 +68,9 @@ class PromptLearner(nn.Module):
         self.name_lens = prompts.name_lens
 
         with torch.no_grad():
-            embedding = weights.token_embedding[prompts.tokens.to(weights.device)].to(weights.dtype)  # (K, L, d)
+            embedding = weights.token_embedding[prompts.tokens.to(weights.device)].to(
+                weights.dtype
+            )  # (K, L, d)
         if options.CTX_INIT:
             ctx = embedding[0, 1 : 1 + self.n_ctx].clone()
         else:  # drawn on the CPU in float32, so that a seed means the same context on every device

@@ -70,11 +70,17 @@ class DensePromptedCLIP(nn.Module):
         self.clip_model = clip_model
         n_ctx = len(ctx_init.split()) if ctx_init else n_ctx
         words = ctx_init or " ".join(["X"] * n_ctx)
-        self.tokens = open_clip.get_tokenizer("ViT-B-16")([f"{words} {name.replace('_', ' ')}." for name in classnames])
+        self.tokens = open_clip.tokenize(
+            [f"{words} {name.replace('_', ' ')}." for name in classnames]
+        )
         dtype = clip_model.ln_final.weight.dtype
         with torch.no_grad():
             self.embedding = clip_model.token_embedding(self.tokens).to(dtype)  # (K, L, d)
-        ctx = self.embedding[0, 1 : 1 + n_ctx] if ctx_init else 0.02 * torch.randn(n_ctx, self.embedding.shape[2])
+        ctx = (
+            self.embedding[0, 1 : 1 + n_ctx]
+            if ctx_init
+            else 0.02 * torch.randn(n_ctx, self.embedding.shape[2])
+        )
         embed_dim = clip_model.text_projection.shape[1] if conditional else None
         self.prompt_learner = DenseLearner(ctx.to(dtype), embed_dim)
         self.image_encoder = clip_model.visual
@@ -102,7 +108,9 @@ class DensePromptedCLIP(nn.Module):
         ctx = self.prompt_learner.ctx
         n_ctx, rows = len(ctx), []
         for x in image_features:
-            shifted = ctx + self.prompt_learner.meta_net(x) if hasattr(self.prompt_learner, "meta_net") else ctx
+            shifted = (
+                ctx + self.prompt_learner.meta_net(x) if hasattr(self.prompt_learner, "meta_net") else ctx
+            )
             prompts = torch.stack([torch.cat([e[:1], shifted, e[1 + n_ctx :]]) for e in self.embedding])
             text = encode_prompts(self.clip_model, prompts, self.tokens)
             text = text / text.norm(dim=-1, keepdim=True)
@@ -111,10 +119,15 @@ class DensePromptedCLIP(nn.Module):
 
 
 def zero_shot_logits(
-    clip_model: nn.Module, image_features: Tensor, classnames: Sequence[str], template: str = "a photo of a {}."
+    clip_model: nn.Module,
+    image_features: Tensor,
+    classnames: Sequence[str],
+    template: str = "a photo of a {}.",
 ) -> Tensor:
     """Zero-shot CLIP: (B, E) image features to logits (B, K)."""
-    tokens = open_clip.get_tokenizer("ViT-B-16")([template.format(name.replace("_", " ")) for name in classnames])
+    tokens = open_clip.tokenize(
+        [template.format(name.replace("_", " ")) for name in classnames]
+    )
     text = encode_prompts(clip_model, clip_model.token_embedding(tokens).to(image_features.dtype), tokens)
     text = text / text.norm(dim=-1, keepdim=True)
     image_features = image_features / image_features.norm(dim=-1, keepdim=True)

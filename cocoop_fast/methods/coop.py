@@ -52,7 +52,9 @@ class CoOp(PromptedCLIP):
         else:
             ctx = nn.init.normal_(torch.empty(prompts.n_ctx, frozen.width), std=0.02)
         self.prompt_learner = ContextLearner(ctx.to(embed.device, frozen.dtype, copy=True))
-        self.tree_encoder = TreeTextEncoder(clip_model, ClassTree(prompts.tokens, prompts.n_ctx), backend=backend)
+        self.tree_encoder = TreeTextEncoder(
+            clip_model, ClassTree(prompts.tokens, prompts.n_ctx), backend=backend
+        )
 
     def text_features(self, image_features: Tensor) -> Tensor:
         return self.tree_encoder(self.prompt_learner.ctx[None])

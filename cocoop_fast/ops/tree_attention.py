@@ -11,7 +11,13 @@ from cocoop_fast.class_tree import ClassTree
 
 
 def tree_attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, sos_k: Tensor, sos_v: Tensor, tree: ClassTree, nodes: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sos_k: Tensor,
+    sos_v: Tensor,
+    tree: ClassTree,
+    nodes: Tensor | None = None,
 ) -> Tensor:
     """o_r = softmax(q_r . k_s / sqrt(D)) v_s over the rows s that row r may see, per image and head.
 

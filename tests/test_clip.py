@@ -1,0 +1,70 @@
+"""FrozenCLIP: reads every layout, refuses what is not CLIP's text tower, notices changed weights."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+from tiny_models import tiny_clip, tiny_openai_clip
+
+from cocoop_fast import UserError
+from cocoop_fast.clip import FrozenCLIP
+
+
+@pytest.mark.parametrize("model", [tiny_clip(), tiny_clip(resnet=True, quick_gelu=False), tiny_openai_clip()])
+def test_sizes_and_roles(model):
+    frozen = FrozenCLIP(model)
+    weights = frozen.text_weights()
+    assert (frozen.width, frozen.heads, frozen.layers, frozen.embed_dim) == (48, 3, 3, 64)
+    assert (frozen.context_length, frozen.vocab_size, frozen.image_size) == (77, 49408, 32)
+    assert weights.blocks[1].in_proj.weight.shape == (144, 48)
+    assert weights.blocks[2].fc.weight.data_ptr() == model.transformer.resblocks[2].mlp.c_fc.weight.data_ptr()
+    assert not weights.projection.weight.requires_grad
+
+
+def test_activation_is_read():
+    assert FrozenCLIP(tiny_clip(quick_gelu=True)).activation == "quick_gelu"
+    assert FrozenCLIP(tiny_clip(quick_gelu=False)).activation == "gelu"
+
+
+def test_snapshot_is_kept_until_a_weight_changes():
+    model = tiny_clip()
+    frozen = FrozenCLIP(model)
+    before = frozen.text_weights()
+    assert frozen.text_weights() is before
+    with torch.no_grad():
+        model.transformer.resblocks[0].mlp.c_fc.bias.add_(1)
+    after = frozen.text_weights()
+    assert after is not before
+    model.double()
+    assert frozen.text_weights().dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"no_causal_mask": True}, "not causal"),
+        ({"pool_type": "last"}, "pools by 'last'"),
+        ({"pool_type": "first"}, "pools by 'first'"),
+        ({"act_kwargs": {"approximate": "tanh"}}, "activation"),
+        ({"scale_attn": True, "block_type": "custom"}, "CustomResidualAttentionBlock"),
+    ],
+)
+def test_other_text_towers_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        FrozenCLIP(tiny_clip(quick_gelu=False, **text))
+
+
+def test_a_model_without_text_tower_is_refused():
+    with pytest.raises(UserError, match="no `token_embedding`"):
+        FrozenCLIP(torch.nn.Linear(2, 2))
+
+
+def test_siglip_is_refused():
+    model = open_clip.model.CustomTextCLIP(
+        64,
+        open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=16, image_size=32),
+        open_clip.CLIPTextCfg(width=32, heads=2, layers=1, no_causal_mask=True, pool_type="last"),
+    )
+    with pytest.raises(UserError, match="pools by 'last'"):
+        FrozenCLIP(model)
