@@ -1,10 +1,11 @@
-// The Python module cocoop_fast._C. Only bindings live here; each operation is in cpu/<op>.{h,cpp}.
+// The Python module cocoop_fast._C. The operations are bound in cpu/bind_ops.cpp.
 #include <pybind11/pybind11.h>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "cpu/bind_ops.h"
 #include "cpu/cpu_features.h"
 
 namespace py = pybind11;
@@ -71,4 +72,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_features", &cpu_features_dict, "Which instruction sets this processor can execute, by name.");
     m.def("openmp_max_threads", &openmp_max_threads,
           "Threads that a parallel region started now would use; 1 without OpenMP.");
+    bind_ops(m);
 }
