@@ -78,6 +78,7 @@ std::vector<int64_t> integers(const std::string& name, const py::array& array) {
 static std::vector<int64_t> row_strides(const std::string& name, const py::array& array) {
     check_float32(name, array);
     const int last = (int)array.ndim() - 1;
+    if (array.size() == 0) return std::vector<int64_t>(last, 0);
     require(array.shape(last) <= 1 || array.strides(last) == (py::ssize_t)sizeof(float), name,
             "be contiguous in its last dimension", "a stride of " + std::to_string(array.strides(last)) + " bytes");
     std::vector<int64_t> strides;

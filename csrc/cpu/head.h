@@ -46,7 +46,7 @@ void cross_entropy(const CrossEntropy& a) {
             const int64_t count = n - from < stretch ? n - from : stretch;
             total += sum(count, [=](int64_t i, auto lanes) { return exp(lanes.load(z + from + i) - highest); });
         }
-        if (a.losses != nullptr) a.losses[b] = __builtin_log(total) + highest - z[a.labels[b]];
+        if (a.losses != nullptr) a.losses[b] = __builtin_log(total) + ((double)highest - (double)z[a.labels[b]]);
         if (a.d_logits == nullptr) continue;
         float* dz = a.d_logits + b * n;
         const float share = (float)(a.grad / total);

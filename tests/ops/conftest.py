@@ -1,0 +1,43 @@
+"""The C++ kernels under each instruction set that this machine runs."""
+
+import pytest
+import torch
+
+from cocoop_fast import extension
+from cocoop_fast.ops import cpu_kernels
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request):
+    """Runs the test once for each instruction set, and leaves the widest chosen."""
+    if not extension.extension_available():
+        pytest.skip(extension.describe_extension())
+    available = cpu_kernels.available_isas()
+    if request.param not in available:
+        pytest.skip(f"no {request.param} here")
+    cpu_kernels.set_isa(request.param)
+    yield request.param
+    cpu_kernels.set_isa(available[-1])
+
+
+@pytest.fixture
+def widest_isa():
+    """The widest instruction set, for tests that need no other."""
+    if not extension.extension_available():
+        pytest.skip(extension.describe_extension())
+    cpu_kernels.set_isa(cpu_kernels.available_isas()[-1])
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads; restored after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def extension_built():
+    """For hypothesis, whose examples share the fixtures of one test."""
+    if not extension.extension_available():
+        pytest.skip(extension.describe_extension())
