@@ -36,8 +36,8 @@ def build_demo_clip() -> CLIP:
     """The demo architecture with fresh weights from the global random state.
 
     Returns:
-        CLIP: ViT (32x32, patch 8, 4 layers) and causal text transformer (3 layers), both of width 128 with two
-            heads of 64; E = 128; QuickGELU; float32; training mode.
+        CLIP: ViT (32x32, patch 8, 4 layers) and causal text transformer (3 layers), both of width 128 with
+            two heads of 64; E = 128; QuickGELU; float32; training mode.
     """
     model = CLIP(_EMBED_DIM, _VISION, _TEXT, quick_gelu=True)
     preprocess = PreprocessCfg(size=DEMO_IMAGE_SIZE, mean=DEMO_IMAGE_MEAN, std=DEMO_IMAGE_STD)

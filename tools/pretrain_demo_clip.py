@@ -7,8 +7,8 @@ Glyphs come from two sources: text faces bundled with matplotlib, drawn with Pil
 digits and letters (below), bent at random. Each glyph is stored as a 32x32 bitmap tightly fitted to its box;
 during training it is moved, averaged down (most often to 8x8, as the handwritten digits of scikit-learn were
 scanned) and brought back to 32x32. Captions name the glyph and sometimes its style: "a photo of a digit
-zero.", "a thin handwritten letter k.". The loss is CLIP's, symmetric and contrastive, where every caption that
-is true of an image counts as its positive.
+zero.", "a thin handwritten letter k.". The loss is CLIP's, symmetric and contrastive, where every caption
+that is true of an image counts as its positive.
 
 No handwritten digit of scikit-learn is trained on. Its first 800 images (the development split) may be looked
 at while choosing settings; the others are scored once, by --evaluate.
@@ -230,8 +230,8 @@ SKELETONS: dict[str, list[list]] = {
         [_line((0.1, 0.02), (0.85, 0.02), (0.4, 0.4)),
          [(0.4, 0.4), (0.8, 0.5), (0.9, 0.78), (0.5, 1), (0.05, 0.92)]],
         [[(0.1, 0.05), (0.5, 0), (0.82, 0.2), (0.6, 0.43), (0.85, 0.7), (0.6, 0.97), (0.1, 0.98)]],
-        [[(0.1, 0.1), (0.5, 0), (0.8, 0.18), (0.65, 0.4), (0.4, 0.48), (0.55, 0.5), (0.85, 0.65), (0.75, 0.92),
-          (0.4, 1), (0.1, 0.9)]],
+        [[(0.1, 0.1), (0.5, 0), (0.8, 0.18), (0.65, 0.4), (0.4, 0.48), (0.55, 0.5), (0.85, 0.65),
+          (0.75, 0.92), (0.4, 1), (0.1, 0.9)]],
     ],
     "4": [
         [_line((0.3, 0), (0.05, 0.55), (0.95, 0.55)), _line((0.7, 0.25), (0.65, 1))],
@@ -245,8 +245,8 @@ SKELETONS: dict[str, list[list]] = {
         [_line((0.9, 0), (0.2, 0), (0.15, 0.42)),
          [(0.15, 0.42), (0.5, 0.33), (0.88, 0.55), (0.8, 0.88), (0.45, 1), (0.05, 0.92)]],
         [[(0.85, 0.03), (0.35, 0.05), (0.15, 0.3), (0.5, 0.45), (0.85, 0.65), (0.65, 0.95), (0.1, 0.98)]],
-        [_line((0.2, 0.02), (0.15, 0.45)), [(0.15, 0.45), (0.6, 0.4), (0.85, 0.65), (0.65, 0.95), (0.1, 0.97)],
-         _line((0.2, 0.02), (0.95, 0.0))],
+        [_line((0.2, 0.02), (0.15, 0.45)), [(0.15, 0.45), (0.6, 0.4), (0.85, 0.65), (0.65, 0.95),
+          (0.1, 0.97)], _line((0.2, 0.02), (0.95, 0.0))],
         [_line((0.8, 0), (0.25, 0.05), (0.1, 0.5), (0.55, 0.45)),
          [(0.55, 0.45), (0.75, 0.6), (0.7, 0.85), (0.4, 1), (0.1, 1)]],
     ],
@@ -267,14 +267,14 @@ SKELETONS: dict[str, list[list]] = {
         [_line((0.1, 0.2), (0.1, 0.02), (0.9, 0.02), (0.45, 1)), _line((0.3, 0.48), (0.9, 0.48))],
     ],
     "8": [
-        [[(0.8, 0.15), (0.5, 0), (0.18, 0.18), (0.45, 0.45), (0.82, 0.75), (0.5, 1), (0.15, 0.78), (0.5, 0.48),
-          (0.8, 0.22), (0.8, 0.15)]],
+        [[(0.8, 0.15), (0.5, 0), (0.18, 0.18), (0.45, 0.45), (0.82, 0.75), (0.5, 1), (0.15, 0.78),
+          (0.5, 0.48), (0.8, 0.22), (0.8, 0.15)]],
         [_ellipse(0.5, 0.25, 0.3, 0.25, 90), _ellipse(0.5, 0.74, 0.36, 0.26)],
         [[(0.9, 0.1), (0.55, 0), (0.2, 0.15), (0.4, 0.42), (0.75, 0.7), (0.5, 1), (0.2, 0.8), (0.45, 0.5),
           (0.9, 0.05)]],
         [_ellipse(0.5, 0.26, 0.34, 0.26, 90), _ellipse(0.45, 0.76, 0.27, 0.24)],
-        [[(0.15, 0.05), (0.2, 0.35), (0.6, 0.55), (0.75, 0.8), (0.45, 1), (0.2, 0.8), (0.45, 0.5), (0.8, 0.25),
-          (0.7, 0.02), (0.15, 0.05)]],
+        [[(0.15, 0.05), (0.2, 0.35), (0.6, 0.55), (0.75, 0.8), (0.45, 1), (0.2, 0.8), (0.45, 0.5),
+          (0.8, 0.25), (0.7, 0.02), (0.15, 0.05)]],
     ],
     "9": [
         [[(0.85, 0.2), (0.5, 0), (0.12, 0.2), (0.25, 0.47), (0.6, 0.45), (0.85, 0.2)],
@@ -291,7 +291,8 @@ SKELETONS: dict[str, list[list]] = {
     "a": [[_ellipse(0.45, 0.5, 0.4, 0.5, -30, -330), _line((0.85, 0.05), (0.85, 1))]],
     "c": [[_ellipse(0.5, 0.5, 0.45, 0.5, -45, -270)]],
     "d": [[_ellipse(0.4, 0.7, 0.35, 0.3, -30, -330), _line((0.78, 0), (0.78, 1))]],
-    "e": [[[(0.1, 0.5), (0.85, 0.45), (0.75, 0.1), (0.4, 0.02), (0.08, 0.4), (0.25, 0.92), (0.6, 1), (0.9, 0.85)]]],
+    "e": [[[(0.1, 0.5), (0.85, 0.45), (0.75, 0.1), (0.4, 0.02), (0.08, 0.4), (0.25, 0.92), (0.6, 1),
+           (0.9, 0.85)]]],
     "f": [[[(0.85, 0.1), (0.6, 0), (0.45, 0.2), (0.45, 1)], _line((0.15, 0.42), (0.8, 0.42))]],
     "h": [[_line((0.15, 0), (0.15, 1)), [(0.15, 0.6), (0.5, 0.42), (0.8, 0.6), (0.8, 1)]]],
     "k": [[_line((0.15, 0), (0.15, 1)), _line((0.8, 0.35), (0.15, 0.7), (0.85, 1))]],
@@ -588,7 +589,7 @@ def encode_captions(model: CLIP, tokens: Tensor) -> Tensor:
 
 
 def contrastive_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Mean over the positive pairs (i, j) of log(1 + sum over negatives n of i of exp(s_in - s_ij)), both ways.
+    """Mean over the positive pairs (i, j) of log(1 + sum over negatives n of exp(s_in - s_ij)), both ways.
 
     Args:
         logits: (images, captions) scaled cosines.
