@@ -67,11 +67,13 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = app(args=train.complete_compare(arguments), prog_name="cocoop-fast", standalone_mode=False)
         sys.stdout.flush()
+        if status == failures.INTERRUPTED:  # the parser's way of reporting control-C
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else failures.DONE
     except BrokenPipeError:
         # The reader of our output has gone (`| head`). Python would complain once more when it closes stdout.
         _discard_stdout()
-        return failures.BROKEN_PIPE
+        return failures.FAILED
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("COCOOP_FAST_DEBUG"):
             traceback.print_exc()

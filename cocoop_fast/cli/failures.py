@@ -9,7 +9,7 @@ import typer
 
 from cocoop_fast.errors import UserError
 
-DONE, FAILED, WRONG_USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # Typer's public face of the exceptions that its parser raises: an unknown option, a missing argument.
 PARSER_ERROR: type[Exception] = typer.BadParameter.__mro__[1].__mro__[1]  # ClickException, above UsageError

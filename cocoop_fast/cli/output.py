@@ -38,7 +38,11 @@ def print_table(
         table.add_column(column, justify="left" if position < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(file=sys.stdout, highlight=False, markup=False).print(table)
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    with console.capture() as rendered:
+        console.print(table)
+    # Printed by print, because Rich itself would end the program if the reader of stdout has gone.
+    print(rendered.get(), end="")
 
 
 def warn(lines: Sequence[str]) -> None:

@@ -1,0 +1,341 @@
+"""The commands from end to end: what they print where, and that a run can be evaluated and used."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from cocoop_fast import cli
+from cocoop_fast.cli import failures
+from cocoop_fast.config import DataConfig
+from cocoop_fast.data.registry import REGISTRY
+from cocoop_fast.errors import UserError
+from cocoop_fast.progress import Bars, Lines, observe
+from cocoop_fast.training.observer import Observer
+
+SHORT = ["--epochs", "2", "--shots", "1"]
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object], str]:
+    """A short run on the embedded data, compared with zero-shot CLIP: its directory, JSON and stderr."""
+    folder = tmp_path_factory.mktemp("cli")
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        status = cli.run(["train", *SHORT, "--compare", "zeroshot", "-o", str(folder / "run"), "--json"])
+    assert status == 0, err.getvalue()
+    (line,) = out.getvalue().splitlines()
+    return folder / "run", json.loads(line), err.getvalue()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> dict[str, Path]:
+    """One test image of each digit, by class name."""
+    dataset = REGISTRY["digits"].load(DataConfig())
+    paths = {}
+    for sample in dataset.test:
+        if sample.classname not in paths:
+            paths[sample.classname] = tmp_path / f"{sample.classname}.png"
+            dataset.read(sample).save(paths[sample.classname])
+    return paths
+
+
+# -- train ------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_one_line_and_complete(digits):
+    run_dir, result, _ = digits
+    assert result["command"] == "train"
+    assert result["output_dir"] == str(run_dir)
+    assert [row["method"] for row in result["rows"]] == ["cocoop", "zeroshot"]
+    for row in result["rows"]:
+        assert row["seed"] == 1
+        assert row["h"] == pytest.approx(2 * row["base"] * row["new"] / (row["base"] + row["new"]))
+
+
+def test_progress_away_from_a_terminal_is_a_plain_line_an_epoch(digits):
+    _, _, err = digits
+    assert "\x1b" not in err and "\r" not in err
+    assert len([line for line in err.splitlines() if line.startswith("cocoop: epoch ")]) == 2
+
+
+def test_the_table_of_a_finished_run(digits, capsys):
+    run_dir, result, _ = digits
+    # A finished run is read, not trained again: the same command prints its table.
+    assert cli.run(["train", *SHORT, "--compare", "zeroshot", "-o", str(run_dir), "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = [line.split() for line in out.splitlines() if line.strip()]
+    assert lines[0] == ["Method", "Base", "New", "H", "Seed", "Trained", "in"]
+    rows = {"CoCoOp": result["rows"][0], "zero-shot CLIP": result["rows"][1]}
+    for title, row in rows.items():
+        line = next(line for line in out.splitlines() if line.strip().startswith(title))
+        assert f"{row['base']:.2f}" in line and f"{row['new']:.2f}" in line and f"{row['h']:.2f}" in line
+    assert f"Run directory: {run_dir}" in out
+
+
+def test_other_classes_have_no_harmonic_mean(tmp_path, capsys):
+    assert cli.run(["train", "-m", "zeroshot", "--subset", "all", "-q", "-o", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert out.split()[:3] == ["Method", "All", "Seed"]
+
+
+def test_files_options_and_pairs_reach_the_run(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("TRAINER: {COOP: {N_CTX: 3}}\nOPTIM: {MAX_EPOCH: 9, LR: 0.1}\n")
+    run_dir = tmp_path / "run"
+    call = ["train", "-c", str(config), "--shots", "1", "--lr", "0.2", "-q", "-o", str(run_dir)]
+    assert cli.run([*call, "optim.epochs", "1", "OPTIM.MOMENTUM", "0.5"]) == 0
+    written = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert written["prompt"]["method"] == "coop"
+    assert (written["prompt"]["n_ctx"], written["prompt"]["ctx_init"]) == (3, "")
+    assert (written["optim"]["epochs"], written["optim"]["lr"], written["optim"]["momentum"]) == (1, 0.2, 0.5)
+    assert "CoOp" in capsys.readouterr().out
+
+
+def test_warnings_go_to_stderr(tmp_path, capsys):
+    call = ["train", "-m", "zeroshot", "-q", "-o", str(tmp_path / "run"), "--json", "VERBOSE", "True"]
+    assert cli.run(call) == 0
+    out, err = capsys.readouterr()
+    assert err == "warning: the command line: VERBOSE is ignored; it does not change what is learned.\n"
+    assert len(out.splitlines()) == 1 and json.loads(out)["rows"][0]["method"] == "zeroshot"
+
+
+def test_overwrite_begins_anew(digits, tmp_path, capsys):
+    call = ["train", "-m", "zeroshot", "-q", "-o", str(tmp_path / "run")]
+    assert cli.run(call) == 0
+    assert cli.run([*call, "--seed", "2"]) == failures.WRONG_USAGE
+    assert "another configuration" in capsys.readouterr().err
+    assert cli.run([*call, "--seed", "2", "--overwrite"]) == 0
+
+
+# -- eval, predict, datasets ------------------------------------------------------------------------------------
+
+
+def test_eval_repeats_the_runs_result(digits, capsys):
+    run_dir, result, _ = digits
+    assert cli.run(["eval", str(run_dir), "--json", "-q"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    evaluated = json.loads(line)
+    for subset in ("base", "new"):
+        assert evaluated["results"][subset]["accuracy"] == pytest.approx(result["rows"][0][subset])
+    assert evaluated["h"] == pytest.approx(result["rows"][0]["h"])
+
+
+def test_eval_of_one_subset_as_a_table(digits, capsys):
+    run_dir, result, _ = digits
+    assert cli.run(["eval", str(run_dir), "--subset", "new", "-q"]) == 0
+    out = capsys.readouterr().out
+    assert out.split()[:6] == ["Classes", "Images", "Correct", "Accuracy", "Macro", "F1"]
+    assert f"{result['rows'][0]['new']:.2f}" in out and "base" not in out and "H," not in out
+
+
+def test_predict_by_a_run(digits, pictures, capsys):
+    picture = str(pictures["digit zero"])
+    assert cli.run(["predict", picture, "--run", str(digits[0]), "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    (prediction,) = json.loads(line)["predictions"]
+    assert prediction["image"] == picture
+    names = [entry["name"] for entry in prediction["classes"]]
+    chances = [entry["probability"] for entry in prediction["classes"]]
+    assert set(names) == {f"digit {word}" for word in ("zero", "one", "two", "three", "four")}
+    assert chances == sorted(chances, reverse=True) and sum(chances) == pytest.approx(1, abs=1e-5)
+
+
+def test_predict_without_a_run_is_zero_shot(pictures, capsys):
+    assert cli.run(["predict", *map(str, pictures.values()), "--top-k", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["run_dir"] is None
+    found = [entry["name"] for prediction in result["predictions"] for entry in prediction["classes"]]
+    assert sum(map(str.__eq__, found, pictures)) >= 7  # of ten: the embedded CLIP knows its digits
+
+
+def test_predict_among_classes_of_ones_own(digits, pictures, capsys):
+    classes = ["--classes", "digit two,digit seven", "--classes", "letter a"]
+    call = ["predict", str(pictures["digit two"]), "--run", str(digits[0]), "-k", "2"]
+    assert cli.run([*call, *classes]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.rstrip().endswith("%")]
+    assert len(rows) == 2
+
+
+def test_datasets_says_what_is_missing(tmp_path, capsys):
+    assert cli.run(["datasets", "--root", str(tmp_path / "nowhere"), "--json"]) == 0
+    found = {row["name"]: row for row in json.loads(capsys.readouterr().out)["datasets"]}
+    assert found.keys() == REGISTRY.keys()
+    assert found["digits"]["missing"] == []
+    assert found["folder"]["missing"] == [str(tmp_path / "nowhere")]
+
+    assert cli.run(["datasets"]) == 0
+    out = capsys.readouterr().out
+    assert "digits" in out and "folder" in out
+
+
+# -- help and the outside of the process ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "datasets"])
+def test_help_has_an_example(command, capsys):
+    assert cli.run([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"cocoop-fast {command} " in out and "Example" in out
+
+
+def test_help_names_every_command(capsys):
+    assert cli.run(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(
+        command in out for command in ("train", "eval", "predict", "datasets", "--version", "Exit status")
+    )
+
+
+def test_no_command_is_wrong_usage(capsys):
+    assert cli.run([]) == failures.WRONG_USAGE
+    assert "Usage: cocoop-fast" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("cocoop-fast ")
+
+
+def test_a_reader_that_goes_away_is_told_nothing():
+    # A pipe whose reading end is closed before anything is written to it.
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        command = [sys.executable, "-m", "cocoop_fast", "datasets"]
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode == failures.FAILED
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "status"),
+    [
+        (UserError("The cat is missing.", exit_status=1), "The cat is missing.", 1),
+        (UserError("Two\nlines\n  become one."), "Two lines become one.", 2),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (FileNotFoundError(2, "No such file", "a.txt"), "a.txt: No such file or directory.", 1),
+        (OSError(28, "No space left on device"), "free some space", 1),
+        (MemoryError(), "the memory is used up", 1),
+        (ZeroDivisionError("division by zero"), "unexpected ZeroDivisionError: division by zero", 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_every_exception_becomes_one_line(error, says, status, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("cocoop_fast.training.experiment.run", fail)
+    assert cli.run(["train", "-q"]) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and says in err and err.count("\n") == 1
+
+
+def test_a_run_that_is_interrupted_early_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cocoop_fast.training.experiment.build_model", interrupted)
+    assert cli.run(["train", "-q", "-o", str(tmp_path / "a" / "b")]) == failures.INTERRUPTED
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- progress ---------------------------------------------------------------------------------------------------
+
+
+def test_the_stream_decides_how_progress_looks():
+    with observe(stream=io.StringIO()) as observer:
+        assert isinstance(observer, Lines)
+    with observe(stream=Terminal()) as observer:
+        assert isinstance(observer, Bars)
+    with observe(quiet=True, stream=Terminal()) as observer:
+        assert type(observer) is Observer
+
+
+def test_bars_show_epoch_loss_accuracy_rate_and_time_left(tmp_path, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    assert (
+        cli.run(
+            [
+                "train",
+                "-m",
+                "coop",
+                "--shots",
+                "4",
+                "--epochs",
+                "12",
+                "-o",
+                str(tmp_path),
+                "optim.batch_size",
+                "4",
+            ]
+        )
+        == 0
+    )
+    shown = terminal.getvalue()
+    for part in (
+        "coop epoch 12/12",
+        "loss ",
+        "acc ",
+        "images/s",
+        "ETA 0:",
+        "coop on base classes",
+        "accuracy ",
+    ):
+        assert part in shown
+
+
+def test_long_runs_print_few_plain_lines(tmp_path, capsys):
+    call = [
+        "train",
+        "-m",
+        "coop",
+        "--shots",
+        "1",
+        "--epochs",
+        "25",
+        "-o",
+        str(tmp_path),
+        "optim.batch_size",
+        "5",
+    ]
+    assert cli.run(call) == 0
+    epochs = [line for line in capsys.readouterr().err.splitlines() if ": epoch " in line]
+    assert len(epochs) <= 10
+    assert "epoch 25/25" in epochs[-1]
+
+
+def test_a_bad_picture_can_be_left_out(tmp_path, capsys):
+    for name in ("one", "two", "three", "four"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (32, 32), (40 * i, 90, 10)).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos" / "one" / "0.png").write_text("no picture")
+    call = ["train", "-m", "zeroshot", "--root", str(tmp_path / "photos"), "-o", str(tmp_path / "run")]
+    call += ["data.shots", "0"]
+    assert cli.run(call) == failures.FAILED
+    assert "one/0.png (not an image)" in capsys.readouterr().err
+    assert cli.run([*call, "--skip-bad-images"]) == 0
+    assert "Left out 1 of" in capsys.readouterr().err
