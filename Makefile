@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint typecheck bench wheel clean
+.PHONY: help install demo test lint typecheck bench wheel clean sanitize
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -25,6 +25,9 @@ lint: $(INSTALLED) ## style: ruff check and ruff format
 
 typecheck: $(INSTALLED) ## types: mypy
 	$(BIN)/mypy
+
+sanitize: $(INSTALLED) ## tests of the C++ operations under the address and undefined-behaviour sanitizers
+	PYTHON=$(BIN)/python tools/sanitize_ops.sh
 
 bench: $(INSTALLED) ## benchmarks
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
