@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from tiny_models import IMAGE_SIZE, tiny_clip
 
-from cocoop_fast.config import ModelConfig, RunConfig, from_mapping
+from cocoop_fast.config import DataConfig, ModelConfig, RunConfig, from_mapping
+from cocoop_fast.data import Dataset, load_dataset
 from cocoop_fast.evaluation import predict
 from cocoop_fast.load_clip import LoadedClip
 from cocoop_fast.training import experiment
@@ -31,10 +32,17 @@ def loaded_tiny_clip(config: ModelConfig | None = None) -> LoadedClip:
     )
 
 
+def load_few_test_images(config: DataConfig) -> Dataset:
+    """Stands in for ``load_dataset``: 54 test images of digits are enough to tell runs apart."""
+    dataset = load_dataset(config)
+    return dataset.with_splits(test=dataset.test[::10]) if config.name == "digits" else dataset
+
+
 def use_tiny_clip(monkeypatch: Any) -> None:
-    """Let experiments and predictors load the tiny CLIP."""
+    """Let experiments and predictors load the tiny CLIP, and test on few images."""
     monkeypatch.setattr(experiment, "load_clip", loaded_tiny_clip)
     monkeypatch.setattr(predict, "load_clip", loaded_tiny_clip)
+    monkeypatch.setattr(experiment, "load_dataset", load_few_test_images)
 
 
 def tiny_config(output_dir: Path, **fields: Any) -> RunConfig:

@@ -99,7 +99,6 @@ class Trainer:
         clock = _Clock(self.seconds, self.step)
         while self.position.epoch <= self.epochs:
             self._epoch(clock, save, save_every)
-            self.position = Position(self.position.epoch + 1, 0)
             if save is not None:
                 save()
 
@@ -118,7 +117,8 @@ class Trainer:
             loss, logits = self._step(features, label, batch)
             correct = int((logits.argmax(dim=1) == label).sum())
             losses, hits, images = losses + loss, hits + correct, images + len(label)
-            self.position = Position(epoch, self.position.batch + 1)
+            batch_done = self.position.batch + 1
+            self.position = Position(epoch, batch_done) if batch_done < n_batches else Position(epoch + 1)
             self.seconds = clock.total()
             steps_per_second = clock.rate(self.step)
             self.observer.on_step(
@@ -127,7 +127,7 @@ class Trainer:
                     total_steps=self.epochs * n_batches,
                     epoch=epoch,
                     epochs=self.epochs,
-                    batch=self.position.batch,
+                    batch=batch_done,
                     batches=n_batches,
                     loss=loss,
                     accuracy=100.0 * correct / len(label),
@@ -139,7 +139,7 @@ class Trainer:
                 )
             )
             mark = time.perf_counter()
-            if save is not None and save_every and self.step % save_every == 0:
+            if save is not None and save_every and self.step % save_every == 0 and batch_done < n_batches:
                 save()
         seconds = time.perf_counter() - epoch_started
         self.observer.on_epoch_end(

@@ -78,12 +78,14 @@ def test_test_batches_keep_the_order(data):
 def test_an_image_that_vanishes_is_named(data, tmp_path, workers):
     train = batches(data, size=18, workers=workers)
     (tmp_path / str(data.train[3].source)).unlink()
-    with pytest.raises(UserError, match=rf"^The image {data.train[3].source} .*can no longer be read \(missing\)"):
+    with pytest.raises(
+        UserError, match=rf"^The image {data.train[3].source} .*can no longer be read \(missing\)"
+    ):
         list(train.epoch(1))
 
 
 def test_no_images(data):
-    with pytest.raises(UserError, match="no images to train on"):
+    with pytest.raises(UserError, match=r"no images to train on"):
         TrainBatches(data, (), TrainTransform(16, (1, 1), 0, NORMALIZE), 1, 1)
 
 

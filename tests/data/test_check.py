@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import zlib
 
@@ -82,7 +83,7 @@ def test_a_class_must_not_be_skipped_away(root):
     for sample in data.train:
         if sample.classname == "b":
             (root / str(sample.source)).write_text("bad")
-    with pytest.raises(UserError, match="'b'.*no readable training image"):
+    with pytest.raises(UserError, match=r"'b'.*no readable training image"):
         check_images(data, skip_bad=True)
 
 
@@ -90,9 +91,9 @@ def test_a_class_must_not_be_skipped_away(root):
 @pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (60_000, 60_000)])
 def test_decompression_bombs_are_refused_before_decoding(root, width, height):
     claim_size(root / "a" / "000.jpg", width, height)
-    with pytest.raises(ImageError, match="more than 89,478,485"):
+    with pytest.raises(ImageError, match=r"more than 89,478,485"):
         open_rgb(root / "a" / "000.jpg")
-    with pytest.raises(UserError, match="1 image in .*more than 89,478,485"):
+    with pytest.raises(UserError, match=r"1 image in .*more than 89,478,485"):
         check_images(load(root))
 
 
@@ -112,7 +113,5 @@ def test_every_damage_is_an_image_error_or_an_image(tmp_path):
         whole = path.read_bytes()
         for position in range(0, len(whole), max(1, len(whole) // 60)):
             path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
-            try:
+            with contextlib.suppress(ImageError):
                 assert open_rgb(path).mode == "RGB"
-            except ImageError:
-                pass

@@ -14,7 +14,9 @@ from cocoop_fast.data import Dataset, Sample, load_dataset
 from cocoop_fast.data.few_shot import sample_shots, select_classes
 
 
-def dataset(train: list[int], val: list[int] = (), test: list[int] = (), n_classes: int | None = None) -> Dataset:
+def dataset(
+    train: list[int], val: list[int] = (), test: list[int] = (), n_classes: int | None = None
+) -> Dataset:
     """A data set whose labels are given; sources are unique."""
     n_classes = n_classes or max([*train, *val, *test]) + 1
     names = tuple(f"class {label}" for label in range(n_classes))
@@ -83,7 +85,7 @@ def test_base_is_the_larger_half_and_labels_start_at_zero(n, base, new):
 
 
 def test_too_few_classes_for_two_halves():
-    with pytest.raises(UserError, match="3 classes.*data.subset all"):
+    with pytest.raises(UserError, match=r"3 classes.*data.subset all"):
         select_classes(dataset([0, 1, 2]), "base")
     assert select_classes(dataset([0, 1, 2]), "all").classnames == ("class 0", "class 1", "class 2")
 
@@ -91,5 +93,5 @@ def test_too_few_classes_for_two_halves():
 def test_zero_shots_keep_everything():
     full = load_dataset(DataConfig())
     assert sample_shots(full, 0, seed=1) is full
-    with pytest.raises(UserError, match="data.shots is -1"):
+    with pytest.raises(UserError, match=r"data.shots is -1"):
         sample_shots(full, -1, seed=1)

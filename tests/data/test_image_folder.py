@@ -146,17 +146,17 @@ def test_wrong_folders(tmp_path, make, message):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"does not exist"):
         load(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match=r"is a file"):
         load(tmp_path / "file")
-    with pytest.raises(UserError, match="--root"):
+    with pytest.raises(UserError, match=r"--root"):
         load(None)
 
 
 def test_registry_says_what_is_missing(tmp_path):
-    with pytest.raises(UserError, match="no data set called 'imagnet'; choose one of digits, folder"):
+    with pytest.raises(UserError, match=r"no data set called 'imagnet'; choose one of digits, folder"):
         load_dataset(DataConfig(name="imagnet"))
     missing = REGISTRY["folder"].missing
     assert missing(DataConfig(name="folder", root=tmp_path)) == ()

@@ -8,7 +8,13 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from cocoop_fast.data.transforms import Normalize, TestTransform, TrainTransform, order_generator, view_generator
+from cocoop_fast.data.transforms import (
+    Normalize,
+    TestTransform,
+    TrainTransform,
+    order_generator,
+    view_generator,
+)
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SHAPES = [(64, 48), (8, 8), (31, 97), (300, 20), (20, 300)]  # the long ones need the centred fallback
@@ -71,5 +77,7 @@ def test_views_depend_on_seed_epoch_and_sample_alone():
     assert len(set(draws.values())) == len(draws)  # no two streams alike
     torch.manual_seed(99)
     assert torch.rand(1, generator=view_generator(1, 2, 3)).item() == draws[1, 2, 3]
-    orders = {tuple(torch.randperm(9, generator=order_generator(s, e)).tolist()) for s in range(4) for e in range(4)}
+    orders = {
+        tuple(torch.randperm(9, generator=order_generator(s, e)).tolist()) for s in range(4) for e in range(4)
+    }
     assert len(orders) == 16

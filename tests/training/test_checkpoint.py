@@ -73,9 +73,13 @@ def test_a_damaged_newest_file_is_passed_over(tmp_path):
     newest.write_bytes(newest.read_bytes()[:-100])
     heard = []
     assert checkpoint.load_newest(tmp_path, heard.append).step == 1
-    assert len(heard) == 1 and "step-0000000002.pt is damaged" in heard[0] and "Using step-0000000001.pt" in heard[0]
+    assert (
+        len(heard) == 1
+        and "step-0000000002.pt is damaged" in heard[0]
+        and "Using step-0000000001.pt" in heard[0]
+    )
     (tmp_path / "step-0000000001.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="step-0000000002.pt is damaged"):
+    with pytest.raises(UserError, match=r"step-0000000002.pt is damaged"):
         checkpoint.load_newest(tmp_path)
 
 
@@ -106,7 +110,7 @@ def test_no_flipped_byte_is_read_as_something_else(tmp_path):
 def test_truncated_files(tmp_path, length):
     path = checkpoint.save(tmp_path, sample())
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(UserError, match="damaged or not a checkpoint; delete it to go on from an older"):
+    with pytest.raises(UserError, match=r"damaged or not a checkpoint; delete it to go on from an older"):
         checkpoint.load(path)
 
 
@@ -121,10 +125,10 @@ class Malicious:
 def test_code_in_a_file_is_not_run(tmp_path):
     path, proof = tmp_path / "step-0000000001.pt", tmp_path / "proof"
     torch.save({"format": "cocoop_fast checkpoint", "version": 1, "x": Malicious(proof)}, path)
-    with pytest.raises(UserError, match="not a checkpoint"):
+    with pytest.raises(UserError, match=r"not a checkpoint"):
         checkpoint.load(path)
     path.write_bytes(pickle.dumps(Malicious(proof)))
-    with pytest.raises(UserError, match="not a checkpoint"):
+    with pytest.raises(UserError, match=r"not a checkpoint"):
         checkpoint.load(path)
     assert not proof.exists()
 
@@ -132,22 +136,22 @@ def test_code_in_a_file_is_not_run(tmp_path):
 def test_foreign_files(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(UserError, match="is not a checkpoint of cocoop_fast"):
+    with pytest.raises(UserError, match=r"is not a checkpoint of cocoop_fast"):
         checkpoint.load(path)
     torch.save({"format": "cocoop_fast checkpoint", "version": 99}, path)
-    with pytest.raises(UserError, match="format 99, and this version of cocoop_fast reads format 1"):
+    with pytest.raises(UserError, match=r"format 99, and this version of cocoop_fast reads format 1"):
         checkpoint.load(path)
     torch.save({"format": "cocoop_fast checkpoint", "version": 1}, path)
-    with pytest.raises(UserError, match="incomplete"):
+    with pytest.raises(UserError, match=r"incomplete"):
         checkpoint.load(path)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"does not exist"):
         checkpoint.load(tmp_path / "none.pt")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, sample(1))
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match="step-0000000002.pt cannot be written .*No space left"):
+    with pytest.raises(UserError, match=r"step-0000000002.pt cannot be written .*No space left"):
         checkpoint.save(tmp_path, sample(2))
     assert checkpoint.load_newest(tmp_path).step == 1
 
@@ -160,7 +164,7 @@ def test_parameters_must_fit():
     assert model.prompt_learner.weight.dtype == torch.float32
     with pytest.raises(UserError, match=r"file lacks bias: it was trained with another method"):
         checkpoint.load_parameters(model, {"weight": good["weight"]}, "file")
-    with pytest.raises(UserError, match="file also has ctx"):
+    with pytest.raises(UserError, match=r"file also has ctx"):
         checkpoint.load_parameters(model, {**good, "ctx": good["bias"]}, "file")
     with pytest.raises(UserError, match=r"`weight` of shape \(3, 4\) where the model needs \(2, 4\)"):
         checkpoint.load_parameters(model, {**good, "weight": torch.zeros(3, 4)}, "file")

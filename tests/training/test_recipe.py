@@ -65,10 +65,15 @@ def test_only_names_of_pretrained_weights_stay_open():
 def test_a_compared_method_has_its_own_recipe():
     config = with_method(from_mapping({"optim": {"epochs": 3, "lr": 0.01}}), "coop", Path("x/coop"))
     own = resolve(config, DIGITS)
-    assert (own.prompt.method, own.optim.epochs, own.optim.batch_size, own.optim.lr) == ("coop", 200, 32, 0.01)
+    assert (own.prompt.method, own.optim.epochs, own.optim.batch_size, own.optim.lr) == (
+        "coop",
+        200,
+        32,
+        0.01,
+    )
     assert own.output_dir == Path("x/coop")
 
 
 def test_crop_bounds_in_the_wrong_order():
-    with pytest.raises(UserError, match="crop_scale is 0.9 to 0.5; give the smaller share first"):
+    with pytest.raises(UserError, match=r"crop_scale is 0.9 to 0.5; give the smaller share first"):
         resolved(augment={"crop_scale": [0.9, 0.5]})

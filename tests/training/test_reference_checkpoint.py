@@ -128,7 +128,7 @@ def test_a_pickle_cannot_change_the_reader(tmp_path, model):
         with zipfile.ZipFile(path, "w") as target:
             for entry, data in parts.items():
                 target.writestr(entry, program if entry.endswith("data.pkl") else data)
-        with pytest.raises(UserError, match="model.pth.tar-1"):
+        with pytest.raises(UserError, match=r"model.pth.tar-1"):
             reference_checkpoint.load(path)
         assert reference_checkpoint._rebuild_tensor.__defaults__ is None
         torch.save(reference_content(model), path)
@@ -178,7 +178,7 @@ def test_damaged_pickles_inside_an_intact_archive(tmp_path, model):
 def test_a_small_file_cannot_ask_for_a_huge_tensor(tmp_path):
     path = tmp_path / "model.pth.tar-1"
     torch.save({"state_dict": {"ctx": torch.zeros(1).expand(10**6, 10**6)}, "epoch": 1}, path)
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"damaged"):
         reference_checkpoint.load(path)
 
 
@@ -188,20 +188,20 @@ def test_other_files(tmp_path):
     with pytest.raises(UserError, match=r"zip format that PyTorch writes since version 1\.6"):
         reference_checkpoint.load(path)
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
-    with pytest.raises(UserError, match="no learned context"):
+    with pytest.raises(UserError, match=r"no learned context"):
         reference_checkpoint.load(path)
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match="no learned context"):
+    with pytest.raises(UserError, match=r"no learned context"):
         reference_checkpoint.load(path)
-    with pytest.raises(UserError, match="has no file `checkpoint`"):
+    with pytest.raises(UserError, match=r"has no file `checkpoint`"):
         reference_checkpoint.load(tmp_path)
     (tmp_path / "checkpoint").write_text("model.pth.tar-9\n")
-    with pytest.raises(UserError, match="names model.pth.tar-9, which is not there"):
+    with pytest.raises(UserError, match=r"names model.pth.tar-9, which is not there"):
         reference_checkpoint.load(tmp_path)
     (tmp_path / "checkpoint").write_text("")
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match=r"not there"):
         reference_checkpoint.load(tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"does not exist"):
         reference_checkpoint.load(tmp_path / "none")
 
 

@@ -9,7 +9,18 @@ from cocoop_fast.config import OptimConfig
 from cocoop_fast.training.schedule import learning_rate
 
 # Measured from the reference's running scheduler for the paper's recipe.
-TABLE = (1e-5, 0.002, 0.00195106, 0.00180902, 0.00158779, 0.00130902, 0.001, 0.00069098, 0.00041221, 0.00019098)
+TABLE = (
+    1e-5,
+    0.002,
+    0.00195106,
+    0.00180902,
+    0.00158779,
+    0.00130902,
+    0.001,
+    0.00069098,
+    0.00041221,
+    0.00019098,
+)
 
 
 def test_the_papers_ten_epochs():

@@ -1,0 +1,127 @@
+"""Run directories: whose they are, and that nothing in them is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from dataclasses import replace
+
+import pytest
+from tiny_runs import tiny_config
+
+from cocoop_fast import UserError
+from cocoop_fast.config import DataConfig, from_mapping, load_yaml
+from cocoop_fast.data import load_dataset
+from cocoop_fast.training.recipe import resolve
+from cocoop_fast.training.run_directory import open_run, read_run
+
+
+def config(path, **fields):
+    return resolve(tiny_config(path, **fields), load_dataset(DataConfig()))
+
+
+def test_the_configuration_is_kept_in_full(tmp_path):
+    wanted = config(tmp_path / "deep" / "run", optim__lr=1e-5)
+    with open_run(wanted) as directory:
+        assert from_mapping(load_yaml(directory.path / "config.yaml")) == wanted
+        assert directory.results() is None
+        directory.write_results({"rows": [1]})
+        assert directory.results() == {"rows": [1]}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seed", 2), ("optim__lr", 0.5), ("data__shots", 4), ("prompt__method", "coop"), ("augment__flip", 0.5)],
+)
+def test_another_configuration_is_refused(tmp_path, field, value):
+    with open_run(config(tmp_path)):
+        pass
+    name = field.replace("__", ".")
+    with (
+        pytest.raises(UserError, match=rf"another configuration \(.*{name} is .* there and {value!r} here"),
+        open_run(config(tmp_path, **{field: value})),
+    ):
+        pass
+    with open_run(config(tmp_path, **{field: value}), overwrite=True):
+        pass
+
+
+def test_how_it_is_computed_and_shown_may_change(tmp_path):
+    with open_run(config(tmp_path)):
+        pass
+    other = config(tmp_path, print_freq=3, checkpoint_steps=7, data__workers=2, eval_batch_size=5)
+    with open_run(replace(other, model=replace(other.model, backend="torch"))):
+        pass
+
+
+def test_other_peoples_files_are_left_alone(tmp_path):
+    (tmp_path / "log.txt").write_text("somebody's log")
+    for overwrite in (False, True):
+        with (
+            pytest.raises(UserError, match=r"already has log.txt but no config.yaml"),
+            open_run(config(tmp_path), overwrite=overwrite),
+        ):
+            pass
+    assert (tmp_path / "log.txt").read_text() == "somebody's log"
+
+
+def test_overwriting_discards_the_run_and_nothing_else(tmp_path):
+    with open_run(config(tmp_path)) as directory:
+        directory.write_results({})
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "step-0000000001.pt").write_text("x")
+        (tmp_path / "notes.md").write_text("mine")
+        (tmp_path / "coop").mkdir()
+    with open_run(config(tmp_path, seed=2), overwrite=True) as directory:
+        assert directory.results() is None
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {".lock", "config.yaml", "notes.md", "coop"}
+
+
+def _hold(path, ready, done):
+    with open_run(config(path)):
+        ready.set()
+        done.wait(30)
+
+
+def test_two_runs_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(30)
+    with pytest.raises(UserError, match=r"Another process is running in"), open_run(config(tmp_path)):
+        pass
+    other.kill()  # a killed process leaves no lock behind
+    other.join()
+    with open_run(config(tmp_path)):
+        pass
+
+
+def test_unusable_places(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with (
+            pytest.raises(UserError, match=rf"output directory {path} cannot be used"),
+            open_run(config(path)),
+        ):
+            pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with (
+        pytest.raises(UserError, match=r"cannot be used: Permission denied"),
+        open_run(config(tmp_path / "run")),
+    ):
+        pass
+
+
+def test_reading_a_directory_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match=r"is not a run directory \(it has no config.yaml\)"):
+        read_run(tmp_path)
+    with open_run(config(tmp_path)):
+        pass
+    with pytest.raises(UserError, match=r"has no checkpoint yet"):
+        read_run(tmp_path)
