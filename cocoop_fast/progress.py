@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Observer, RunInfo, StepInfo
 
@@ -52,7 +52,7 @@ class Lines(Observer):
         if info.epoch % every == 0 or info.epoch == info.epochs:
             self._print(
                 f"{self._method}: epoch {info.epoch}/{info.epochs}, loss {info.loss:.4f}, "
-                f"accuracy {info.accuracy:.1f} %, {info.images_per_second:.1f} images/s"
+                f"accuracy {info.accuracy:.1f} %, {_rate(info.images_per_second)}"
             )
 
     def on_evaluation_end(self, info: EvaluationInfo) -> None:
@@ -72,7 +72,7 @@ class Bars(Observer):
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TextColumn("{task.fields[status]}"),
             console=console,
             refresh_per_second=8,
@@ -114,18 +114,18 @@ class Bars(Observer):
         self._epoch_steps += 1
         self._show(
             info.step,
-            f"loss {self._epoch_loss / self._epoch_steps:.3f}  acc {self._epoch_accuracy / self._epoch_steps:.1f} %  "
-            f"{info.images_per_second:.1f} images/s  ETA {_duration(info.eta_seconds)}",
+            f"loss {self._epoch_loss / self._epoch_steps:.3f}  acc {self._epoch_accuracy / self._epoch_steps:.0f} %  "
+            f"{_rate(info.images_per_second)}  ETA {_duration(info.eta_seconds)}",
         )
 
     def on_epoch_end(self, info: EpochInfo) -> None:
         self._show(
             None,
-            f"loss {info.loss:.3f}  acc {info.accuracy:.1f} %  {info.images_per_second:.1f} images/s",
+            f"loss {info.loss:.3f}  acc {info.accuracy:.0f} %  {_rate(info.images_per_second)}",
         )
 
     def on_evaluation_start(self, method: str, subset: str, images: int) -> None:
-        self._task = self._progress.add_task(f"{method} on {subset} classes", total=images, status="")
+        self._task = self._progress.add_task(f"{method}, {subset} classes", total=images, status="")
 
     def on_evaluation_progress(self, images_done: int, images: int) -> None:
         self._show(images_done, "")
@@ -144,6 +144,10 @@ def _describe(info: RunInfo) -> str:
         f"{info.parameters:,} parameters, {info.train_images:,} images of {len(info.classnames)} classes, "
         f"{info.precision} on {info.device}, to {info.output_dir}"
     )
+
+
+def _rate(images_per_second: float) -> str:
+    return f"{images_per_second:.{0 if images_per_second >= 10 else 2}f} images/s"
 
 
 def _duration(seconds: float) -> str:

@@ -301,7 +301,7 @@ def test_bars_show_epoch_loss_accuracy_rate_and_time_left(tmp_path, monkeypatch)
         "acc ",
         "images/s",
         "ETA 0:",
-        "coop on base classes",
+        "coop, base classes",
         "accuracy ",
     ):
         assert part in shown

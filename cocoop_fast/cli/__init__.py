@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from cocoop_fast.cli import datasets, evaluate, failures, predict, train
+from cocoop_fast.cli import datasets, evaluate, failures, output, predict, train
 
 app = typer.Typer(
     name="cocoop-fast",
@@ -65,7 +66,11 @@ def run(arguments: Sequence[str]) -> int:
         The exit status. Every failure has been told as one line on stderr.
     """
     try:
-        status = app(args=train.complete_compare(arguments), prog_name="cocoop-fast", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning  # type: ignore[assignment]  # it has no use for the place
+            status = app(
+                args=train.complete_compare(arguments), prog_name="cocoop-fast", standalone_mode=False
+            )
         sys.stdout.flush()
         if status == failures.INTERRUPTED:  # the parser's way of reporting control-C
             raise KeyboardInterrupt
@@ -80,6 +85,11 @@ def run(arguments: Sequence[str]) -> int:
         sentence, status = failures.explain(error)
         print(f"error: {sentence}", file=sys.stderr)
         return status
+
+
+def _print_warning(message: Warning | str, *place: object) -> None:
+    """Warnings of libraries and our own: what is wrong, not the line of code that noticed it."""
+    output.warn([" ".join(str(message).split())])
 
 
 def _discard_stdout() -> None:

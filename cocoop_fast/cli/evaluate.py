@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, cast, get_args
 
 import typer
 
@@ -52,7 +52,10 @@ def command(
 
     with output.only_json(json), observe(quiet=quiet) as observer:
         results = experiment.evaluate_run(
-            run_dir, subset=subset, reference_checkpoint=reference_checkpoint, observer=observer
+            run_dir,
+            subset=cast("Subset | None", subset),
+            reference_checkpoint=reference_checkpoint,
+            observer=observer,
         )
     h = (
         harmonic_mean(results["base"].accuracy, results["new"].accuracy)
