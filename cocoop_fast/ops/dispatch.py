@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cocoop_fast.errors import UserError
+from cocoop_fast.extension import load_extension
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -30,7 +31,16 @@ class Backend:
         return self.why_unavailable()
 
 
+def _why_no_extension() -> str | None:
+    try:
+        load_extension()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 BACKENDS: tuple[Backend, ...] = (  # in order of preference
+    Backend("cpu", frozenset({"cpu"}), frozenset({torch.float32}), _why_no_extension),
     Backend("torch", frozenset({"cpu", "cuda"}), _FLOATS),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -95,16 +96,16 @@ def run(
         resolve(with_method(config, method, output_dir / method), dataset) for method in others
     ]
     material = _Material(resolved, dataset, observer)
-    with open_run(resolved, overwrite=overwrite) as directory:
-        rows: list[Row] = []
-        for plan in plans:
-            if plan is resolved:
-                rows.append(_run_method(plan, directory, material, observer))
-            else:
-                with open_run(plan, overwrite=overwrite) as own:
-                    rows.append(_run_method(plan, own, material, observer))
-        finished = directory.results() or {}
-        directory.write_results({**finished, "rows": [row.to_mapping() for row in rows]})
+    with ExitStack() as stack:
+        # All directories first: that one of them cannot be used should not come out after hours of training.
+        directories = [stack.enter_context(open_run(plan, overwrite=overwrite)) for plan in plans]
+        rows = [
+            _run_method(plan, directory, material, observer)
+            for plan, directory in zip(plans, directories, strict=True)
+        ]
+        directories[0].write_results(
+            {**(directories[0].results() or {}), "rows": [row.to_mapping() for row in rows]}
+        )
     return Results(tuple(rows), output_dir)
 
 
