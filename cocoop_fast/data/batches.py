@@ -19,11 +19,11 @@ from cocoop_fast.errors import UserError
 
 
 class Batch(NamedTuple):
-    """image (B, 3, S, S) float32; label (B,) int64; index (B,) int64, positions in the list of samples."""
+    """image (B, 3, S, S) float32; label (B,) int64; sample (B,) int64, positions in the list of samples."""
 
     image: Tensor
     label: Tensor
-    index: Tensor
+    sample: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class TrainBatches:
 
     def describe(self, batch: Batch) -> str:
         """The sources of a batch's images, for a message."""
-        sources = [str(self.samples[i].source) for i in batch.index.tolist()]
+        sources = [str(self.samples[i].source) for i in batch.sample.tolist()]
         more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
         return ", ".join(sources[:3]) + more
 

@@ -97,10 +97,10 @@ def _crop_box(
     An area share and an aspect ratio (log-uniform) are drawn until the box fits, ten times at most; then the
     largest centred box of an allowed ratio is taken.
     """
-    log_ratio = torch.log(torch.tensor(_RATIO))
+    log_ratio = torch.log(torch.tensor(_RATIO)).tolist()
     for _ in range(_ATTEMPTS):
         area = width * height * torch.empty(1).uniform_(*scale, generator=generator).item()
-        ratio = torch.exp(torch.empty(1).uniform_(log_ratio[0], log_ratio[1], generator=generator)).item()
+        ratio = torch.exp(torch.empty(1).uniform_(*log_ratio, generator=generator)).item()
         w = round(math.sqrt(area * ratio))
         h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

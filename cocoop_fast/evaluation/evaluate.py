@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cocoop_fast.data.batches import test_batches
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.data.transforms import Normalize, TestTransform
+from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.metrics import Metrics, measure
 from cocoop_fast.load_clip import LoadedClip
 
@@ -44,7 +45,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 @torch.no_grad()
 def encode_test_images(
-    model: nn.Module,
+    model: PromptClassifier,
     clip: LoadedClip,
     dataset: Dataset,
     *,
@@ -69,9 +70,9 @@ def encode_test_images(
     for batch in test_batches(
         dataset, dataset.test, test_transform(clip), batch_size, workers, pin_memory=on_gpu
     ):
-        image = batch.image.to(clip.device, model.dtype, non_blocking=True)  # type: ignore[call-overload]
+        image = batch.image.to(clip.device, model.dtype, non_blocking=True)
         with autocast(clip.precision, clip.device):
-            features.append(model.image_encoder(image))  # type: ignore[operator]
+            features.append(model.image_encoder(image))
         labels.append(batch.label)
         done += len(batch.label)
         if progress is not None:
@@ -81,7 +82,7 @@ def encode_test_images(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: PromptClassifier,
     features: Features,
     n_classes: int,
     *,
@@ -99,12 +100,12 @@ def evaluate(
         precision: "amp" computes under autocast.
         progress: told after each batch.
     """
-    model.prompt_learner.eval()  # type: ignore[operator]
+    model.prompt_learner.eval()
     predictions: list[np.ndarray] = []
     done = 0
     for image in features.image.split(batch_size):
         with autocast(precision, image.device):
-            logits = model.forward_features(image)  # type: ignore[operator]
+            logits = model.forward_features(image)
         predictions.append(logits.argmax(dim=1).cpu().numpy())
         done += len(image)
         if progress is not None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from PIL.Image import Image
-from torch import nn
 
 from cocoop_fast.data.images import ImageError, open_rgb
 from cocoop_fast.errors import UserError
+from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
 from cocoop_fast.load_clip import LoadedClip, load_clip
 from cocoop_fast.methods import build_model
@@ -30,13 +30,13 @@ class Predictor:
     """
 
     def __init__(
-        self, model: nn.Module, clip: LoadedClip, classnames: Sequence[str], batch_size: int = 100
+        self, model: PromptClassifier, clip: LoadedClip, classnames: Sequence[str], batch_size: int = 100
     ) -> None:
         self.model = model
         self.clip = clip
         self.classnames = tuple(classnames)
         self._batch_size = batch_size
-        model.prompt_learner.eval()  # type: ignore[operator]
+        model.prompt_learner.eval()
 
     @classmethod
     def from_run(
@@ -76,9 +76,9 @@ class Predictor:
         best: list[list[tuple[str, float]]] = []
         for start in range(0, len(images), self._batch_size):
             views = [transform(_rgb(image)) for image in images[start : start + self._batch_size]]
-            batch = torch.stack(views).to(self.clip.device, self.model.dtype)  # type: ignore[call-overload]
+            batch = torch.stack(views).to(self.clip.device, self.model.dtype)
             with autocast(self.clip.precision, self.clip.device):
-                logits = self.model.forward_features(self.model.image_encoder(batch))  # type: ignore[operator]
+                logits = self.model.forward_features(self.model.image_encoder(batch))
             probabilities, labels = logits.float().softmax(dim=1).topk(min(topk, len(self.classnames)))
             best += [
                 [(self.classnames[label], probability) for label, probability in zip(*pair, strict=True)]

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cocoop_fast.errors import UserError
+from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.training.files import sync_directory, write_atomically
 
 _MAGIC = "cocoop_fast checkpoint"
@@ -128,16 +129,16 @@ def load_newest(folder: Path, on_message: Callable[[str], None] | None = None) -
     return None
 
 
-def learned_parameters(model: nn.Module) -> dict[str, Tensor]:
+def learned_parameters(model: PromptClassifier) -> dict[str, Tensor]:
     """Copies, on the CPU, of all that the model's prompt learner learns."""
     return {
         name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in model.prompt_learner.named_parameters()  # type: ignore[union-attr]
+        for name, parameter in model.prompt_learner.named_parameters()
     }
 
 
 @torch.no_grad()
-def load_parameters(model: nn.Module, parameters: dict[str, Tensor], where: str) -> None:
+def load_parameters(model: PromptClassifier, parameters: dict[str, Tensor], where: str) -> None:
     """Copy learned parameters into a model, converted to its dtype and device.
 
     Args:
@@ -148,7 +149,7 @@ def load_parameters(model: nn.Module, parameters: dict[str, Tensor], where: str)
     Raises:
         UserError: names or shapes differ.
     """
-    own = dict(model.prompt_learner.named_parameters())  # type: ignore[union-attr]
+    own = dict(model.prompt_learner.named_parameters())
     if own.keys() != parameters.keys():
         missing, extra = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
         what = f"lacks {', '.join(missing)}" if missing else f"also has {', '.join(extra)}"

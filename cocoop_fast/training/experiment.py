@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cocoop_fast.config import Method, RunConfig, Subset, to_mapping
 from cocoop_fast.data import Dataset, load_dataset
@@ -20,6 +20,7 @@ from cocoop_fast.data.check import check_images
 from cocoop_fast.data.few_shot import sample_shots, select_classes
 from cocoop_fast.data.transforms import Normalize, TrainTransform
 from cocoop_fast.errors import UserError
+from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import Features, encode_test_images, evaluate
 from cocoop_fast.evaluation.metrics import Metrics, harmonic_mean
 from cocoop_fast.load_clip import LoadedClip, load_clip
@@ -195,7 +196,9 @@ class _Material:
         """The data of one set of classes, relabelled."""
         return select_classes(self.sampled, subset)
 
-    def features(self, subset: Subset, model: nn.Module, progress: Callable[[int, int], None]) -> Features:
+    def features(
+        self, subset: Subset, model: PromptClassifier, progress: Callable[[int, int], None]
+    ) -> Features:
         """Test features of one set of classes; every method has the same image encoder."""
         if subset not in self._features:
             self._features[subset] = encode_test_images(
@@ -234,14 +237,14 @@ def _run_method(config: RunConfig, directory: RunDirectory, material: _Material,
 def _train(
     config: RunConfig,
     directory: RunDirectory,
-    model: nn.Module,
+    model: PromptClassifier,
     train: Dataset,
     clip: LoadedClip,
     observer: Observer,
 ) -> tuple[dict[str, Any], float]:
     """Train from the newest checkpoint, or from the start. Returns the optimizer's state and the seconds."""
     mapping = to_mapping(config)
-    size = sum(parameter.numel() for parameter in model.prompt_learner.parameters())  # type: ignore[operator, union-attr]
+    size = sum(parameter.numel() for parameter in model.prompt_learner.parameters())
     fingerprint = _fingerprint(train)
     batches = TrainBatches(
         train,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
-from cocoop_fast.config import Method, OptimConfig, RunConfig
+from cocoop_fast.config import Method, OptimConfig, Precision, RunConfig
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.errors import UserError
 from cocoop_fast.load_clip import resolve_device, resolve_precision
@@ -37,7 +38,9 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
         config,
         model=replace(
             config.model,
-            precision=resolve_precision(config.model.precision, resolve_device(config.model.device)),
+            precision=cast(
+                Precision, resolve_precision(config.model.precision, resolve_device(config.model.device))
+            ),
         ),
         prompt=replace(config.prompt, template=config.prompt.template or dataset.template),
         augment=replace(

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.errors import UserError
+from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.training.files import write_atomically
 from cocoop_fast.training.schedule import learning_rate
 
@@ -95,7 +96,7 @@ def load(path: Path) -> ReferenceCheckpoint:
 
 def save(
     folder: Path,
-    model: nn.Module,
+    model: PromptClassifier,
     optim: OptimConfig,
     optimizer: dict[str, Any],
     accuracy: float | None,
@@ -119,8 +120,7 @@ def save(
     rate = learning_rate(optim, epochs + 1)
     content = {
         "state_dict": OrderedDict(
-            (name, tensor.detach().cpu())
-            for name, tensor in model.prompt_learner.state_dict().items()  # type: ignore[union-attr]
+            (name, tensor.detach().cpu()) for name, tensor in model.prompt_learner.state_dict().items()
         ),
         "epoch": epochs,
         "optimizer": optimizer,

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.data.batches import Batch, TrainBatches
 from cocoop_fast.errors import UserError
+from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import autocast
 from cocoop_fast.training.observer import EpochInfo, Observer, StepInfo
 from cocoop_fast.training.schedule import learning_rate
@@ -49,7 +50,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PromptClassifier,
         batches: TrainBatches,
         optim: OptimConfig,
         *,

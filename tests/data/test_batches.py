@@ -29,13 +29,13 @@ def batches(data, size=4, seed=1, workers=0):
 def test_each_epoch_is_a_permutation_without_the_incomplete_batch(data):
     train = batches(data)
     assert len(data.train) == 18 and len(train) == 4
-    seen = [torch.cat([batch.index for batch in train.epoch(epoch)]) for epoch in (1, 2)]
+    seen = [torch.cat([batch.sample for batch in train.epoch(epoch)]) for epoch in (1, 2)]
     for indices in seen:
         assert len(set(indices.tolist())) == 16
     assert not torch.equal(seen[0], seen[1])
     for batch in train.epoch(1):
         assert batch.image.shape == (4, 3, 16, 16) and batch.label.dtype == torch.int64
-        assert batch.label.tolist() == [data.train[i].label for i in batch.index.tolist()]
+        assert batch.label.tolist() == [data.train[i].label for i in batch.sample.tolist()]
 
 
 def test_a_batch_larger_than_the_data_is_kept(data):
@@ -49,7 +49,7 @@ def test_resuming_inside_an_epoch_gives_the_same_batches(data):
         part = list(batches(data).epoch(3, first))
         assert len(part) == 4 - first
         for ours, theirs in zip(part, whole[first:], strict=True):
-            assert torch.equal(ours.image, theirs.image) and torch.equal(ours.index, theirs.index)
+            assert torch.equal(ours.image, theirs.image) and torch.equal(ours.sample, theirs.sample)
 
 
 def test_workers_and_global_state_change_nothing(data):
@@ -65,13 +65,13 @@ def test_workers_and_global_state_change_nothing(data):
 
 def test_seeds_differ(data):
     one, two = (next(iter(batches(data, seed=seed).epoch(1))) for seed in (1, 2))
-    assert not torch.equal(one.index, two.index)
+    assert not torch.equal(one.sample, two.sample)
 
 
 def test_test_batches_keep_the_order(data):
     found = list(test_batches(data, data.test, TestTransform(16, NORMALIZE), 4))
     assert [len(batch.label) for batch in found] == [4, 4, 1]
-    assert torch.cat([batch.index for batch in found]).tolist() == list(range(9))
+    assert torch.cat([batch.sample for batch in found]).tolist() == list(range(9))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -93,4 +93,4 @@ def test_description(data):
     train = batches(data, size=5)
     batch = next(iter(train.epoch(1)))
     text = train.describe(batch)
-    assert text.endswith(" and 2 more") and str(data.train[int(batch.index[0])].source) in text
+    assert text.endswith(" and 2 more") and str(data.train[int(batch.sample[0])].source) in text

@@ -39,7 +39,7 @@ def start(output: Path) -> tuple[int, int]:
         code = 1
         try:
             os.close(reader)
-            config = tiny_config(output, optim__epochs=3, checkpoint_steps=2)
+            config = tiny_config(output, optim__epochs=6, checkpoint_steps=2)
             experiment.run(config, observer=Signal(writer))
             code = 0
         except BaseException:
@@ -71,7 +71,7 @@ def main(output: Path, kills: int) -> None:
         if kill % 3:  # else it is probably still starting up
             for _ in range(random.randint(1, 5)):
                 os.read(reader, 1)
-        time.sleep(random.uniform(0, 0.05))  # a step takes about that long: any moment of it
+        time.sleep(random.uniform(0, 0.01))  # any moment of a step
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(reader)

@@ -184,6 +184,15 @@ def test_a_comparison_can_be_added_later(tmp_path):
     assert calls.evaluations == [("zeroshot", "base"), ("zeroshot", "new")]
 
 
+def test_an_unusable_directory_is_noticed_before_training(tmp_path):
+    (tmp_path / "coop").mkdir()
+    (tmp_path / "coop" / "log.txt").write_text("mine")
+    calls = Calls()
+    with pytest.raises(UserError, match=r"coop already has log.txt"):
+        run(tiny_config(tmp_path), compare=("coop",), observer=calls)
+    assert "on_run_start" not in calls.names
+
+
 def test_evaluating_again(tmp_path):
     [row] = run(tiny_config(tmp_path)).rows
     again = evaluate_run(tmp_path)

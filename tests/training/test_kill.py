@@ -30,7 +30,7 @@ def test_killed_ten_times(tmp_path):
     moments = [line for line in done.stdout.splitlines() if line.startswith("killed at")]
     assert len(moments) == 10 and len(set(moments)) >= 3, f"not at different moments: {done.stdout}"
     (_, whole), (_, killed) = read_run(tmp_path / "whole"), read_run(tmp_path / "killed")
-    assert killed.step == whole.step == 30
+    assert killed.step == whole.step == 60
     for name, value in whole.parameters.items():
         assert torch.equal(killed.parameters[name], value), name
     for ours, theirs in zip(
