@@ -13,7 +13,7 @@ from open_clip.transformer import LayerNorm, LayerNormFp32
 from torch import nn
 
 from cocoop_fast.config import ModelConfig
-from cocoop_fast.demo_clip import load_demo_clip
+from cocoop_fast.demo_clip import known_token_ids, load_demo_clip
 from cocoop_fast.errors import UserError
 
 _LOW_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -30,6 +30,9 @@ class LoadedClip:
     std: tuple[float, float, float]
     device: torch.device
     precision: str  # fp32, fp16, bf16 or amp
+    known_tokens: frozenset[int] | None = (
+        None  # the only tokens that were trained on; None: the whole vocabulary
+    )
 
 
 def resolve_device(text: str) -> torch.device:
@@ -92,6 +95,7 @@ def load_clip(config: ModelConfig) -> LoadedClip:
         std=tuple(getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD),
         device=device,
         precision=precision,
+        known_tokens=known_token_ids() if config.name == "demo" else None,
     )
 
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocoop_fast.class_tree import ClassTree
 from cocoop_fast.clip import FrozenCLIP
 from cocoop_fast.errors import UserError
-from cocoop_fast.ops.head import cosine_logits_ref
+from cocoop_fast.ops.head import cosine_cross_entropy, cosine_logits_ref
 from cocoop_fast.prompt_learner import PromptLearner
 from cocoop_fast.text_tower import TextEncoder, TreeTextEncoder
 
@@ -26,10 +25,11 @@ class PromptedCLIP(nn.Module):
 
     prompt_learner: nn.Module
 
-    def __init__(self, clip_model: nn.Module, n_classes: int) -> None:
+    def __init__(self, clip_model: nn.Module, n_classes: int, *, backend: str = "auto") -> None:
         super().__init__()
         frozen = FrozenCLIP(clip_model)
         self.dtype = frozen.dtype
+        self.backend = backend
         self.n_classes = n_classes
         self.embed_dim = frozen.embed_dim
         self.image_encoder = clip_model.visual
@@ -65,16 +65,21 @@ class PromptedCLIP(nn.Module):
 
     def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """The scalar cross-entropy loss, and the logits (B, K) behind it, detached."""
+        self._check_features(image_features)
         self._check_labels(label, len(image_features))
-        logits = self.logits(image_features)
-        return F.cross_entropy(logits, label), logits.detach()
+        image_features = self._normalise(image_features)
+        text_features = self.text_features(image_features)
+        return cosine_cross_entropy(image_features, text_features, self.logit_scale, label, self.backend)
 
     def logits(self, image_features: Tensor) -> Tensor:
         """Scaled cosines (B, K) of image features (B, E) with the text features of their prompts."""
         self._check_features(image_features)
-        image_features = image_features.to(self.dtype)
-        image_features = image_features / image_features.norm(dim=-1, keepdim=True)
+        image_features = self._normalise(image_features)
         return cosine_logits_ref(image_features, self.text_features(image_features), self.logit_scale)
+
+    def _normalise(self, image_features: Tensor) -> Tensor:
+        image_features = image_features.to(self.dtype)
+        return image_features / image_features.norm(dim=-1, keepdim=True)
 
     def _check_features(self, features: Tensor) -> None:
         if features.ndim != 2 or features.shape[1] != self.embed_dim:
@@ -116,7 +121,7 @@ class CustomCLIP(PromptedCLIP):
     def __init__(
         self, cfg: Any, classnames: Sequence[str], clip_model: nn.Module, *, backend: str = "auto"
     ) -> None:
-        super().__init__(clip_model, len(classnames))
+        super().__init__(clip_model, len(classnames), backend=backend)
         self.prompt_learner = PromptLearner(cfg, classnames, clip_model)
         self.tokenized_prompts = self.prompt_learner.tokenized_prompts
         self.text_encoder = TextEncoder(clip_model)

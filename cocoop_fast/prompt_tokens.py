@@ -81,6 +81,17 @@ def tokenizer() -> SimpleTokenizer:
     return SimpleTokenizer()
 
 
+def warn_of_unknown_words(classnames: Sequence[str], known: frozenset[int]) -> None:
+    """Warn of classes whose name has a token that the model was not trained on."""
+    unknown = [name for name in classnames if not known.issuperset(tokenizer().encode(_spell(name)))]
+    if unknown:
+        warnings.warn(
+            f"The model never saw the words of {', '.join(repr(_shorten(name)) for name in unknown[:5])}"
+            f"{' and others' if len(unknown) > 5 else ''}: what it says of such classes means little.",
+            stacklevel=3,
+        )
+
+
 def _spell(name: str) -> str:
     return str(name).replace("_", " ")
 

@@ -209,3 +209,20 @@ def test_errors(features, label, message):
 def test_a_template_without_a_place_for_the_name_is_refused():
     with pytest.raises(UserError, match=r"must contain \{\} once"):
         ZeroShot("a photo.", NAMES, tiny_clip())
+
+
+def test_gradients_reach_image_features_and_logit_scale_where_they_are_wanted():
+    clip_model = tiny_clip(dtype=torch.float32)
+    exact, _ = pair(tiny_clip(dtype=torch.float64), NAMES)
+    fast, _ = pair(clip_model, NAMES)
+    for p, q in zip(fast.prompt_learner.parameters(), exact.prompt_learner.parameters(), strict=True):
+        q.data.copy_(p.data)
+    label, features = torch.tensor([1, 3]), torch.randn(2, 64)
+    found = []
+    for model in (fast, exact):
+        model.logit_scale.requires_grad_()
+        leaf = features.to(model.dtype).requires_grad_()
+        loss = model.forward_features(leaf, label)
+        found.append(torch.autograd.grad(loss, [leaf, model.logit_scale]))
+    for gradient, wanted in zip(*found, strict=True):
+        assert_close(gradient, wanted, 2e-5)

@@ -9,7 +9,7 @@ from tiny_models import IMAGE_SIZE, tiny_clip, tiny_openai_clip
 
 from cocoop_fast import PromptLearner, UserError
 from cocoop_fast.prompt_learner import reference_cfg
-from cocoop_fast.prompt_tokens import tokenize_names, tokenize_prompts
+from cocoop_fast.prompt_tokens import tokenize_names, tokenize_prompts, tokenizer, warn_of_unknown_words
 
 NAMES = ["tabby_cat", "digit zero", "dog"]
 
@@ -114,6 +114,12 @@ def test_errors(names, options, message):
 def test_features_narrower_than_the_meta_net_are_refused():
     with pytest.raises(UserError, match="at least 16 dimensions, this model has 8"):
         PromptLearner(cfg(), NAMES, tiny_clip(embed_dim=8))
+
+
+def test_words_that_the_model_never_saw_warn():
+    known = frozenset(tokenizer().encode("digit zero one"))
+    with pytest.warns(UserWarning, match=r"never saw the words of 'black swan', 'digit two'"):
+        warn_of_unknown_words(["digit_zero", "black swan", "digit two", "one"], known)
 
 
 def test_duplicates_warn_and_name_the_classes():

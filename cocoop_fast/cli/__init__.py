@@ -102,4 +102,7 @@ def _discard_stdout() -> None:
 
 def main() -> None:
     """Entry point: runs ``sys.argv`` and exits."""
+    # Threads that wait for each other sleep instead of spinning: on a shared machine spinning costs several times
+    # the work itself, on an idle one sleeping costs nothing measurable. Read when torch loads its OpenMP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))

@@ -14,6 +14,7 @@ from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.methods.zeroshot import ZeroShot
 from cocoop_fast.model import CustomCLIP, PromptedCLIP
 from cocoop_fast.prompt_learner import reference_cfg
+from cocoop_fast.prompt_tokens import warn_of_unknown_words
 
 
 def build_model(
@@ -24,6 +25,8 @@ def build_model(
     Raises:
         UserError: an unusable class list, context, template or backend.
     """
+    if clip.known_tokens is not None:
+        warn_of_unknown_words(classnames, clip.known_tokens)
     cfg = reference_cfg(
         ctx_init=prompt.ctx_init, n_ctx=prompt.n_ctx, precision=clip.precision, image_size=clip.image_size
     )

@@ -41,7 +41,7 @@ class CoOp(PromptedCLIP):
     def __init__(
         self, cfg: Any, classnames: Sequence[str], clip_model: nn.Module, *, backend: str = "auto"
     ) -> None:
-        super().__init__(clip_model, len(classnames))
+        super().__init__(clip_model, len(classnames), backend=backend)
         options, frozen = cfg.TRAINER.COCOOP, FrozenCLIP(clip_model)
         prompts = tokenize_prompts(
             classnames, ctx_init=options.CTX_INIT, n_ctx=options.N_CTX, context_length=frozen.context_length

@@ -1,9 +1,15 @@
-"""From text features to logits."""
+"""From text features to logits and loss."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from cocoop_fast.ops import cpu_kernels as cpu
+from cocoop_fast.ops.dispatch import select_backend
 
 
 def cosine_logits_ref(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
@@ -22,3 +28,65 @@ def cosine_logits_ref(image_features: Tensor, text_features: Tensor, logit_scale
     if len(text) == 1:
         return image @ text[0].T
     return torch.einsum("be,bke->bk", image, text)
+
+
+def cosine_cross_entropy_ref(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy of :func:`cosine_logits_ref` against the labels.
+
+    Args:
+        image_features, text_features, logit_scale: as there.
+        label: (B,) int64.
+
+    Returns:
+        The scalar loss, and the logits (B, K), detached.
+    """
+    logits = cosine_logits_ref(image_features, text_features, logit_scale)
+    return F.cross_entropy(logits, label), logits.detach()
+
+
+def cosine_cross_entropy(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, label: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """:func:`cosine_cross_entropy_ref` by the best backend.
+
+    The C++ kernels differentiate by the text features alone, each image having its own; where a gradient of the
+    image features or of the logit scale is wanted, the torch operations serve.
+    """
+    fixed = not (image_features.requires_grad or logit_scale.requires_grad)
+    per_image = len(text_features) == len(image_features)
+    same_type = image_features.dtype == text_features.dtype and logit_scale.numel() == 1
+    if fixed and per_image and same_type:
+        chosen = select_backend(text_features.device, text_features.dtype, backend)
+        if chosen.name == "cpu":
+            loss, logits = _CosineCrossEntropy.apply(
+                text_features, image_features, logit_scale.exp().item(), label
+            )
+            return loss, logits
+    return cosine_cross_entropy_ref(image_features, text_features, logit_scale, label)
+
+
+class _CosineCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        node: Any, text_features: Tensor, image_features: Tensor, scale: float, label: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        batch, classes, _ = text_features.shape
+        image = image_features.contiguous()
+        logits, inverse_norms = torch.empty(2, batch, classes).unbind()
+        cpu.head_fwd(text_features, image, scale, logits, inverse_norms)
+        node.scale = scale
+        node.save_for_backward(text_features, image, logits, inverse_norms, label)
+        node.mark_non_differentiable(logits)
+        return torch.tensor(cpu.cross_entropy_fwd(logits, label)), logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(node: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        text_features, image, logits, inverse_norms, label = node.saved_tensors
+        grad_logits = torch.empty_like(logits)
+        cpu.cross_entropy_bwd(logits, label, grad_loss.item(), grad_logits)
+        grad_text = torch.empty(text_features.shape)
+        cpu.head_bwd(text_features, image, node.scale, logits, inverse_norms, grad_logits, grad_text)
+        return grad_text, None, None, None
