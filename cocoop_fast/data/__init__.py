@@ -1,7 +1,7 @@
 """Data sets: lists of samples, few-shot and base/new selection, transforms and batches.
 
 May import ``config`` and ``errors`` only; ``training`` and ``evaluation`` import it.
-Read in this order: dataset, registry, (digits, image_folder), split, few_shot, transforms, batches, check.
+Read in this order: dataset, registry, (digits, image_folder, images), split, few_shot, check, transforms, batches.
 """
 
 from cocoop_fast.data.dataset import Dataset, Sample
