@@ -46,7 +46,7 @@ class CpuTower:
         if torch.is_grad_enabled() and ctx.requires_grad:
             features: Tensor = _Encode.apply(ctx, self)
             return features
-        with self.lock, torch.no_grad():
+        with self.lock, torch.no_grad(), _float32():
             return _forward(self, ctx, Activations(self, len(ctx), self.scratch))
 
     def borrow(self, batch: int) -> Activations:
@@ -62,7 +62,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(node: Any, ctx: Tensor, tower: CpuTower) -> Tensor:
         activations = tower.borrow(len(ctx))
-        with tower.lock:
+        with tower.lock, _float32():
             features = _forward(tower, ctx, activations)
         # Autograd drops a saved tensor as soon as the graph is done with: its owner then gives the buffers back.
         owner = torch.empty(0)
@@ -79,8 +79,13 @@ class _Encode(torch.autograd.Function):
             )
         (owner,) = node.saved_tensors
         lease: _Lease = owner.lease
-        with lease.tower.lock:
+        with lease.tower.lock, _float32():
             return _backward(lease.tower, grad_features, lease.activations), None
+
+
+def _float32() -> torch.autocast:
+    """The buffers are float32: autocast, where it is on, ends at the engine's door."""
+    return torch.autocast("cpu", enabled=False)
 
 
 class _Lease:
