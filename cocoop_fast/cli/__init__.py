@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from cocoop_fast.cli import datasets, evaluate, failures, output, predict, train
+from cocoop_fast.cli import bench, datasets, evaluate, failures, output, predict, train
 
 app = typer.Typer(
     name="cocoop-fast",
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command("train", epilog=train.EPILOG)(train.command)
 app.command("eval", epilog=evaluate.EPILOG)(evaluate.command)
 app.command("predict", epilog=predict.EPILOG)(predict.command)
+app.command("bench", epilog=bench.EPILOG)(bench.command)
 app.command("datasets", epilog=datasets.EPILOG)(datasets.command)
 
 

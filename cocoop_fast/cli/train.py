@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from cocoop_fast.cli import configuration, output
-from cocoop_fast.cli.undo import undo_failed_start
 from cocoop_fast.config import Method
 from cocoop_fast.errors import UserError
 
@@ -196,10 +195,8 @@ def command(
 
     from cocoop_fast.progress import observe
     from cocoop_fast.training import experiment
-    from cocoop_fast.training.recipe import default_output_dir
 
-    run_dir = built.config.output_dir or default_output_dir(built.config)
-    with output.only_json(json), observe(quiet=quiet) as observer, undo_failed_start(run_dir, compared):
+    with output.only_json(json), observe(quiet=quiet) as observer:
         results = experiment.run(built.config, compare=compared, observer=observer, overwrite=overwrite)  # type: ignore[arg-type]
     if json:
         rows = [row.to_mapping() for row in results.rows]

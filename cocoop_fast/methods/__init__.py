@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cocoop_fast.config import PromptConfig
-from cocoop_fast.errors import UserError
 from cocoop_fast.load_clip import LoadedClip
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.methods.zeroshot import ZeroShot
@@ -25,8 +24,13 @@ def build_model(
     Raises:
         UserError: an unusable class list, context, template or backend.
     """
+    model = _build(prompt, classnames, clip, backend)
     if clip.known_tokens is not None:
         warn_of_unknown_words(classnames, clip.known_tokens)
+    return model
+
+
+def _build(prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, backend: str) -> PromptedCLIP:
     cfg = reference_cfg(
         ctx_init=prompt.ctx_init, n_ctx=prompt.n_ctx, precision=clip.precision, image_size=clip.image_size
     )
@@ -34,9 +38,7 @@ def build_model(
         return CustomCLIP(cfg, classnames, clip.model, backend=backend)
     if prompt.method == "coop":
         return CoOp(cfg, classnames, clip.model, backend=backend)
-    if prompt.method == "zeroshot":
-        return ZeroShot(prompt.template or "a photo of a {}.", classnames, clip.model)
-    raise UserError(f"The method '{prompt.method}' is unknown; use cocoop, coop or zeroshot.")
+    return ZeroShot(prompt.template or "a photo of a {}.", classnames, clip.model)
 
 
 __all__ = ["CoOp", "ZeroShot", "build_model"]

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from cocoop_fast.config import Method, RunConfig, Subset, to_mapping
+from cocoop_fast.config import Method, PromptConfig, RunConfig, Subset, to_mapping
 from cocoop_fast.data import Dataset, load_dataset
 from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.data.check import check_images
@@ -25,6 +25,7 @@ from cocoop_fast.evaluation.evaluate import Features, encode_test_images, evalua
 from cocoop_fast.evaluation.metrics import Metrics, harmonic_mean
 from cocoop_fast.load_clip import LoadedClip, load_clip
 from cocoop_fast.methods import build_model
+from cocoop_fast.model import PromptedCLIP
 from cocoop_fast.training import checkpoint, reference_checkpoint, rng
 from cocoop_fast.training.checkpoint import Checkpoint
 from cocoop_fast.training.observer import EvaluationInfo, Observer, Observers, RunInfo
@@ -97,6 +98,8 @@ def run(
         resolve(with_method(config, method, output_dir / method), dataset) for method in others
     ]
     material = _Material(resolved, dataset, observer)
+    if overwrite or any(RunDirectory(cast(Path, plan.output_dir)).results() is None for plan in plans):
+        material.check([plan.prompt for plan in plans])
     with ExitStack() as stack:
         # All directories first: that one of them cannot be used should not come out after hours of training.
         directories = [stack.enter_context(open_run(plan, overwrite=overwrite)) for plan in plans]
@@ -187,6 +190,17 @@ class _Material:
             on_message=self._observer.on_message,
         )
 
+    def check(self, prompts: list[PromptConfig]) -> None:
+        """Find whatever is wrong with model, images, prompts and class names before anything is written."""
+        for prompt in prompts:
+            for subset in self.subsets:
+                self.model(prompt, subset)
+
+    def model(self, prompt: PromptConfig, subset: Subset) -> PromptedCLIP:
+        """An untrained model over one set of classes."""
+        classnames = list(self.classes(subset).classnames)
+        return build_model(prompt, classnames, self.clip, backend=self._config.model.backend)
+
     @property
     def subsets(self) -> tuple[Subset, ...]:
         """Sets of classes to evaluate on."""
@@ -221,7 +235,7 @@ def _run_method(config: RunConfig, directory: RunDirectory, material: _Material,
     observer = Observers(RunLog(directory.path, config.print_freq, config.data.subset), observer)
     train = material.classes(config.data.subset)
     rng.seed_everything(config.seed)
-    model = build_model(config.prompt, list(train.classnames), material.clip, backend=config.model.backend)
+    model = material.model(config.prompt, config.data.subset)
     optimizer, seconds = _train(config, directory, model, train, material.clip, observer)
     learned = checkpoint.learned_parameters(model)
     metrics = _measure(config, material, learned, str(directory.path), material.subsets, observer)
@@ -347,8 +361,7 @@ def _measure(
     """Carry what is learned over to each set of classes, and evaluate there."""
     metrics: dict[str, Metrics] = {}
     for subset in subsets:
-        classnames = list(material.classes(subset).classnames)
-        model = build_model(config.prompt, classnames, material.clip, backend=config.model.backend)
+        model = material.model(config.prompt, subset)
         checkpoint.load_parameters(model, parameters, where)
         images = len(material.classes(subset).test)
         observer.on_evaluation_start(config.prompt.method, subset, images)
@@ -360,7 +373,7 @@ def _measure(
         metrics[subset] = evaluate(
             model,
             features,
-            len(classnames),
+            model.n_classes,
             batch_size=config.eval_batch_size,
             precision=material.clip.precision,
             progress=lambda done, n: observer.on_evaluation_progress((n + done) // 2, n),

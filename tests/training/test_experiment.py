@@ -283,3 +283,36 @@ def test_the_final_checkpoint_is_small(tmp_path):
     assert newest.stat().st_size < 30_000
     assert checkpoint.load(newest).parameters.keys() == learned(tmp_path).keys()
     assert not any("token" in name for name in learned(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "compare", "message"),
+    [
+        ({"prompt__template": "a photo."}, ("zeroshot",), r"must contain \{\} once"),
+        ({"prompt__ctx_init": "word " * 90}, (), "reads 77"),
+        ({"model__backend": "cuda"}, (), "'cuda' is not part of this version"),
+    ],
+)
+def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, fields, compare, message):
+    output = tmp_path / "run"
+    with pytest.raises(UserError, match=message):
+        run(tiny_config(output, **fields), compare=compare)
+    assert not output.exists()
+
+
+def test_a_name_of_the_new_classes_that_cannot_be_encoded_is_found_before_training(tmp_path, monkeypatch):
+    def with_a_long_name(config):
+        dataset = load_dataset(config)
+        return replace(dataset, classnames=(*dataset.classnames[:9], "word " * 90))
+
+    monkeypatch.setattr(experiment, "load_dataset", with_a_long_name)
+    with pytest.raises(UserError, match="prompt of class 4, 'word word"):
+        run(tiny_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_overwriting_spares_a_run_until_its_successor_is_known_to_work(tmp_path):
+    run(tiny_config(tmp_path))
+    with pytest.raises(UserError, match="'cuda' is not part"):
+        run(tiny_config(tmp_path, model__backend="cuda"), overwrite=True)
+    assert (tmp_path / "results.json").exists()

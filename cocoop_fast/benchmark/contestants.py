@@ -1,0 +1,212 @@
+"""Who competes. A contestant is data: how it is built, how much it has to do, what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cocoop_fast.benchmark import dense
+from cocoop_fast.benchmark.floor import GemmFloor
+from cocoop_fast.benchmark.padding_free import PaddingFreeCLIP
+from cocoop_fast.benchmark.problem import Problem
+from cocoop_fast.benchmark.work import Work, gemm_flops, saved_by_engine, tree_flops
+from cocoop_fast.errors import UserError
+from cocoop_fast.extension import extension_available
+from cocoop_fast.model import CustomCLIP
+
+COOP_BATCH = 32  # the batch size that the reference trains CoOp with
+
+
+class Runner(Protocol):
+    """A contestant ready to run. A step is forward and backward to the gradients of everything learned."""
+
+    def step(self) -> object: ...
+    def forward(self) -> object: ...
+
+
+class ModelRunner:
+    """Runs a prompted CLIP from image features.
+
+    Args:
+        model: anything with a `prompt_learner` and `logits(features)`.
+        features: (B, E).
+        labels: (B,).
+    """
+
+    def __init__(self, model: nn.Module, features: Tensor, labels: Tensor) -> None:
+        self.model, self.features, self.labels = model, features, labels
+
+    def step(self) -> Tensor:
+        return dense.cross_entropy_step(self.model, self.features, self.labels)
+
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = self.model.logits(self.features)
+            return logits
+
+    def results(self) -> dict[str, Tensor]:
+        """Logits and gradients of one step, by name."""
+        logits = self.step()
+        learned = self.model.prompt_learner.named_parameters()
+        gradients = {name: value.grad.clone() for name, value in learned if value.grad is not None}
+        return {"logits": logits, **gradients}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to compute a problem."""
+
+    name: str
+    title: str
+    build: Callable[[Problem], Runner]
+    work: Callable[[Problem], Work]
+    # Seconds of a step over those of its GEMMs, roughly: decides what is too slow to be tried.
+    overhead: float
+    why_not: Callable[[], str | None] = lambda: None
+    setup_seconds: float = 0.0  # beyond the first step, such as compiling
+    images_per_step: Callable[[Problem], int] = lambda problem: problem.spec.batch
+    oracle: str | None = "dense"  # whose results it must reproduce
+
+    def seconds_per_batch(self, problem: Problem) -> float:
+        """Factor from the time of one call to that of the problem's batch."""
+        return problem.spec.batch / self.images_per_step(problem)
+
+
+def _run(make: Callable[[Problem], nn.Module]) -> Callable[[Problem], Runner]:
+    return lambda problem: ModelRunner(make(problem), problem.features, problem.labels)
+
+
+def _tree(backend: str) -> Callable[[Problem], Runner]:
+    def make(problem: Problem) -> nn.Module:
+        model = CustomCLIP(problem.cfg(), problem.spec.classes, problem.clip_model, backend=backend)
+        model.prompt_learner = problem.learner()
+        return model
+
+    return _run(make)
+
+
+def _coop(problem: Problem) -> Runner:
+    generator = torch.Generator().manual_seed(problem.spec.seed)
+    features = torch.randn(COOP_BATCH, problem.features.shape[1], generator=generator)
+    labels = torch.randint(len(problem.spec.classes), (COOP_BATCH,), generator=generator)
+    return ModelRunner(dense.dense_coop(problem), features, labels)
+
+
+def _dense_work(problem: Problem, tokens: int, batch: int) -> Work:
+    prompts = batch * len(problem.tokens)
+    flops = gemm_flops(problem.weights, prompts * tokens, projected=prompts)
+    return Work(prompts * tokens, flops, _saved_by_autograd(problem, prompts * tokens))
+
+
+def _padding_free_work(problem: Problem) -> Work:
+    prompts, rows = problem.spec.batch * len(problem.tokens), problem.spec.batch * int(problem.lengths.sum())
+    flops = gemm_flops(problem.weights, rows, last_rows=prompts, projected=prompts)
+    return Work(rows, flops, 1.3 * _saved_by_autograd(problem, rows))
+
+
+def _tree_work(problem: Problem, *, engine: bool) -> Work:
+    batch, rows = problem.spec.batch, problem.spec.batch * problem.tree.rows
+    flops = tree_flops(problem.weights, problem.tree, batch)
+    if engine:
+        return Work(rows, flops, 1.15 * saved_by_engine(problem.weights, problem.tree, batch))
+    gathered = 1 + 2 * problem.tree.max_depth / 23  # keys and values of the path, for every row
+    return Work(rows, flops, gathered * _saved_by_autograd(problem, rows))
+
+
+def _floor_work(problem: Problem) -> Work:
+    rows = problem.spec.batch * problem.tree.rows
+    return Work(rows, gemm_flops(problem.weights, rows))
+
+
+def _saved_by_autograd(problem: Problem, rows: int) -> float:
+    return 4.0 * rows * len(problem.weights.blocks) * 23 * problem.weights.width  # 23 d floats: measured
+
+
+def _why_no_extension() -> str | None:
+    return None if extension_available() else "the C++ extension is not built"
+
+
+CONTESTANTS: tuple[Contestant, ...] = (  # from the slowest to the fastest
+    Contestant(
+        "dense",
+        "dense oracle, 77 tokens a prompt",
+        _run(dense.dense_oracle),
+        lambda p: _dense_work(p, p.tokens.shape[1], p.spec.batch),
+        overhead=2.5,
+    ),
+    Contestant(
+        "truncated",
+        "prompts cut to the longest",
+        _run(dense.TruncatedCLIP),
+        lambda p: _dense_work(p, p.longest, p.spec.batch),
+        overhead=2.0,
+    ),
+    Contestant(
+        "truncated+compile",
+        "the same under torch.compile",
+        _run(lambda p: dense.TruncatedCLIP(p, compiled=True)),
+        lambda p: _dense_work(p, p.longest, p.spec.batch),
+        overhead=1.6,
+        why_not=dense.why_no_compiler,
+        setup_seconds=60.0,
+    ),
+    Contestant(
+        "padding-free",
+        "ragged batch of the prompts",
+        _run(PaddingFreeCLIP),
+        _padding_free_work,
+        overhead=1.8,
+    ),
+    Contestant(
+        "tree+torch",
+        "class tree, torch operations",
+        _tree("torch"),
+        lambda p: _tree_work(p, engine=False),
+        overhead=3.5,
+    ),
+    Contestant(
+        "engine",
+        "class tree, C++ engine",
+        _tree("cpu"),
+        lambda p: _tree_work(p, engine=True),
+        overhead=1.1,
+        why_not=_why_no_extension,
+    ),
+    Contestant(
+        "floor",
+        "the tree's GEMMs alone, nothing skipped",
+        lambda p: GemmFloor(p.weights, p.spec.batch * p.tree.rows),
+        _floor_work,
+        overhead=1.0,
+        oracle=None,
+    ),
+    Contestant(
+        "coop",
+        f"the reference's CoOp, its batch of {COOP_BATCH} divided by {COOP_BATCH}",
+        _coop,
+        lambda p: _dense_work(p, p.tokens.shape[1], 1),
+        overhead=2.5,
+        images_per_step=lambda problem: COOP_BATCH,
+        oracle="coop",
+    ),
+)
+BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
+
+
+def choose(only: list[str] | None = None, skip: list[str] | None = None) -> tuple[Contestant, ...]:
+    """The contestants of these names, or all but those.
+
+    Raises:
+        UserError: an unknown name, or nobody left.
+    """
+    for name in [*(only or []), *(skip or [])]:
+        if name not in BY_NAME:
+            raise UserError(f"There is no contestant '{name}'; choose from {', '.join(BY_NAME)}.")
+    chosen = tuple(c for c in CONTESTANTS if (not only or c.name in only) and c.name not in (skip or []))
+    if not chosen:
+        raise UserError("No contestant is left to measure; leave fewer out.")
+    return chosen

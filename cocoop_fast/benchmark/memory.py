@@ -1,0 +1,93 @@
+"""Peak memory of a contestant above the loaded model, each in a process of its own.
+
+``python -m cocoop_fast.benchmark.memory`` is that process: a request as JSON on stdin, the answer on stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cocoop_fast.benchmark.contestants import BY_NAME
+from cocoop_fast.benchmark.problem import ProblemSpec, build_problem
+
+ACTIONS = ("step", "forward")
+
+
+def peak_memory(spec: ProblemSpec, contestant: str, action: str = "step", threads: int | None = None) -> int:
+    """Bytes that two runs of `action` take at their peak, beyond the model and the contestant's construction.
+
+    Raises:
+        RuntimeError: the process failed, for example for want of memory.
+    """
+    request = {
+        "spec": asdict(spec),
+        "contestant": contestant,
+        "action": action,
+        "threads": threads or torch.get_num_threads(),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", __name__], input=json.dumps(request), capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        raise RuntimeError(f"memory of {contestant}: {reason}")
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+
+def available_memory() -> int | None:
+    """Bytes that can still be had, where the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    torch.set_num_threads(request["threads"])
+    spec = ProblemSpec(**{**request["spec"], "classes": tuple(request["spec"]["classes"])})
+    runner = BY_NAME[request["contestant"]].build(build_problem(spec))
+    run = {"step": runner.step, "forward": runner.forward}[request["action"]]
+    _settle()
+    before = _status("VmRSS")
+    for _ in range(2):
+        run()
+    print(json.dumps({"peak_bytes": max(0, _peak() - before), "before_bytes": before}))
+
+
+def _settle() -> None:
+    """Give freed memory back to the system and forget the peak so far, or later use would hide in either."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status in bytes; without it, the process's largest size ever."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return 1024 * int(line.split()[1])
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else 1024 * size
+
+
+if __name__ == "__main__":
+    _main()

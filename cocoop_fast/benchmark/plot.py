@@ -1,0 +1,62 @@
+"""Bars of a comparison, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cocoop_fast.benchmark.machine import one_line
+from cocoop_fast.errors import UserError
+
+# Okabe and Ito's palette, told apart by people of any colour vision.
+COLOURS = {"engine": "#D55E00", "floor": "#999999", "coop": "#CC79A7"}
+OTHERS = "#0072B2"
+
+
+def plot_comparison(comparison: Mapping[str, Any], path: Path) -> None:
+    """Write the step times of a comparison (:meth:`Comparison.to_mapping`) as horizontal bars, log scale.
+
+    Raises:
+        UserError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise UserError(
+            "A plot needs matplotlib, which is not installed; run `pip install matplotlib`.", exit_status=1
+        ) from error
+    rows = list(comparison["contestants"])
+    figure, axes = plt.subplots(figsize=(8.6, 1.3 + 0.42 * len(rows)), layout="constrained")
+    seconds = [row["step"]["best"] for row in rows]
+    places = range(len(rows))
+    axes.barh(places, seconds, color=[COLOURS.get(row["name"], OTHERS) for row in rows])
+    axes.set_xscale("log")
+    axes.set_xlim(min(seconds) / 2, max(seconds) * 12)  # room for the labels
+    for place, row in zip(places, rows, strict=True):
+        ratio = row["step_to_floor"]
+        label = f" {readable_seconds(row['step']['best'])}" + (f"  ({ratio:.2f} × floor)" if ratio else "")
+        axes.text(row["step"]["best"], place, label, va="center", fontsize=9)
+    axes.set_yticks(places, [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds for a training step (forward and backward), log scale; shorter is better")
+    images = "1 image" if comparison["batch"] == 1 else f"{comparison['batch']} images"
+    axes.set_title(f"{comparison['model']}: {comparison['classes']} classes, {images} a step", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(one_line(comparison["machine"]), fontsize=8, color="#555555")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The plot {path} could not be written ({error}).", exit_status=1) from error
+    finally:
+        plt.close(figure)
+
+
+def readable_seconds(seconds: float) -> str:
+    """Three digits and a unit."""
+    if seconds >= 1:
+        return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
+    return f"{1e3 * seconds:.3g} ms"
