@@ -5,13 +5,18 @@ Nothing here changes a weight, a mode or a gradient flag of the model it looks a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from cocoop_fast.errors import UserError
+
+# An open_clip `CLIP` or `CustomTextCLIP`, or OpenAI's `clip.model.CLIP`. They share attributes, but no base class:
+# what is needed of them is checked when a FrozenCLIP looks at one.
+ClipModel: TypeAlias = Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +24,7 @@ class Affine:
     """Weight and bias of a linear layer, (out, in) and (out,), or of a LayerNorm, (d,) and (d,)."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor
     eps: float = 0.0  # LayerNorm only
 
 
@@ -46,7 +51,7 @@ class TextWeights:
     positional_embedding: Tensor  # (L, d)
     blocks: tuple[TextBlock, ...]
     ln_final: Affine
-    projection: Affine  # weight (d, E): applied as `x @ weight`; bias (E,) or None
+    projection: Affine  # weight (d, E), applied as `x @ weight`; bias (E,), zero in most models
     heads: int
     activation: str  # "quick_gelu" or "gelu"
 
@@ -75,8 +80,8 @@ class FrozenCLIP:
         UserError: the text tower is not causal, not pooled at EOT, or of a kind that is not CLIP's.
     """
 
-    def __init__(self, clip_model: nn.Module) -> None:
-        self._text = _text_module(clip_model)
+    def __init__(self, clip_model: ClipModel) -> None:
+        self._text = text_module(clip_model)
         _check_supported(clip_model, self._text)
         self._resblocks = tuple(self._text.transformer.resblocks)
         self._snapshot: TextWeights | None = None
@@ -84,7 +89,8 @@ class FrozenCLIP:
         self.heads: int = self._resblocks[0].attn.num_heads
         self.layers = len(self._resblocks)
         self.activation = _activation(self._resblocks[0].mlp.gelu)
-        self.context_length, self.width = self._text.positional_embedding.shape
+        self.context_length = int(self._text.positional_embedding.shape[0])
+        self.width = int(self._text.positional_embedding.shape[1])
         self.vocab_size: int = self._text.token_embedding.weight.shape[0]
         self.embed_dim: int = _projection(self._text).weight.shape[1]
         self.image_size = _image_size(clip_model.visual)
@@ -124,12 +130,12 @@ class FrozenCLIP:
         )
 
 
-def _text_module(clip_model: nn.Module) -> nn.Module:
+def text_module(clip_model: ClipModel) -> Any:
     """The module that holds the text tower: the model itself, or open_clip's ``CustomTextCLIP.text``."""
     return clip_model.text if isinstance(getattr(clip_model, "text", None), nn.Module) else clip_model
 
 
-def _check_supported(clip_model: nn.Module, text: nn.Module) -> None:
+def _check_supported(clip_model: ClipModel, text: Any) -> None:
     kind = type(clip_model).__name__
     for name in ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection"):
         if getattr(text, name, None) is None:
@@ -144,7 +150,7 @@ def _check_supported(clip_model: nn.Module, text: nn.Module) -> None:
             "prompts are read at their end-of-text token; use a CLIP model whose text tower is EOT-pooled."
         )
     mask = getattr(text, "attn_mask", None)
-    blocks = getattr(text.transformer, "resblocks", ())
+    blocks: Sequence[Any] = getattr(text.transformer, "resblocks", ())
     if mask is None and len(blocks):
         mask = getattr(blocks[0], "attn_mask", None)  # OpenAI keeps it in each block
     if mask is None or not _is_causal(mask):
@@ -182,7 +188,7 @@ def _layer_norm(module: nn.LayerNorm) -> Affine:
     return Affine(module.weight.detach(), module.bias.detach(), module.eps)
 
 
-def _linear(module: nn.Linear, scale: nn.Module | None = None) -> Affine:
+def _linear(module: nn.Linear, scale: Any = None) -> Affine:
     weight, bias = module.weight.detach(), module.bias.detach()
     gamma = getattr(scale, "gamma", None)  # open_clip's LayerScale: gamma * (W x + b) = (gamma W) x + gamma b
     if gamma is not None:
@@ -190,7 +196,7 @@ def _linear(module: nn.Linear, scale: nn.Module | None = None) -> Affine:
     return Affine(weight, bias)
 
 
-def _read_block(block: nn.Module) -> TextBlock:
+def _read_block(block: Any) -> TextBlock:
     return TextBlock(
         ln_1=_layer_norm(block.ln_1),
         in_proj=Affine(block.attn.in_proj_weight.detach(), block.attn.in_proj_bias.detach()),
@@ -201,14 +207,15 @@ def _read_block(block: nn.Module) -> TextBlock:
     )
 
 
-def _projection(text: nn.Module) -> Affine:
+def _projection(text: Any) -> Affine:
     projection = text.text_projection
-    if isinstance(projection, nn.Linear):
-        bias = None if projection.bias is None else projection.bias.detach()
-        return Affine(projection.weight.detach().T, bias)
-    return Affine(projection.detach(), None)
+    linear = isinstance(projection, nn.Linear)
+    weight = projection.weight.detach().T if linear else projection.detach()
+    if linear and projection.bias is not None:
+        return Affine(weight, projection.bias.detach())
+    return Affine(weight, weight.new_zeros(weight.shape[1]))
 
 
-def _image_size(visual: nn.Module) -> int:
-    size = getattr(visual, "image_size", None) or getattr(visual, "input_resolution", 224)
+def _image_size(visual: Any) -> int:
+    size: Any = getattr(visual, "image_size", None) or getattr(visual, "input_resolution", 224)
     return int(size[0] if isinstance(size, (tuple, list)) else size)

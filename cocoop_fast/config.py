@@ -117,6 +117,7 @@ def from_mapping(values: dict[str, Any], where: str = "the configuration") -> Ru
         path = ".".join(str(part) for part in first["loc"]) or "(top level)"
         raise UserError(f"{where}: `{path}` {_explain(first)}.") from error
 
+
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The inverse of :func:`from_mapping`: nested values that YAML and JSON can hold."""
     return _ADAPTER.dump_python(config, mode="json")

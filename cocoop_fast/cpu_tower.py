@@ -66,7 +66,7 @@ class _Encode(torch.autograd.Function):
             features = _forward(tower, ctx, activations)
         # Autograd drops a saved tensor as soon as the graph is done with: its owner then gives the buffers back.
         owner = torch.empty(0)
-        owner.lease = _Lease(tower, activations)
+        owner.lease = _Lease(tower, activations)  # type: ignore[attr-defined]
         node.save_for_backward(owner)
         return features
 
@@ -201,9 +201,7 @@ def _forward(tower: CpuTower, ctx: Tensor, acts: Activations) -> Tensor:
         torch.addmm(a.x_mid, g, block.proj.weight.T, out=x)
         pending = block.proj.bias
     normed = _layer_norm(s, acts.x_out, pending, w.ln_final, acts.stats_out)
-    features = normed @ w.projection.weight
-    if w.projection.bias is not None:
-        features += w.projection.bias
+    features = torch.addmm(w.projection.bias, normed, w.projection.weight)
     return features.view(batch, -1, features.shape[1])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cocoop_fast.class_tree import ClassTree
-from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.clip import ClipModel, FrozenCLIP
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.head import cosine_cross_entropy, cosine_logits_ref
 from cocoop_fast.prompt_learner import PromptLearner
@@ -25,15 +25,15 @@ class PromptedCLIP(nn.Module):
 
     prompt_learner: nn.Module
 
-    def __init__(self, clip_model: nn.Module, n_classes: int, *, backend: str = "auto") -> None:
+    def __init__(self, clip_model: ClipModel, n_classes: int, *, backend: str = "auto") -> None:
         super().__init__()
         frozen = FrozenCLIP(clip_model)
         self.dtype = frozen.dtype
         self.backend = backend
         self.n_classes = n_classes
         self.embed_dim = frozen.embed_dim
-        self.image_encoder = clip_model.visual
-        self.logit_scale = clip_model.logit_scale
+        self.image_encoder: nn.Module = clip_model.visual
+        self.logit_scale: nn.Parameter = clip_model.logit_scale
 
     def text_features(self, image_features: Tensor) -> Tensor:
         """(B, E) unit-length image features to text features: (B, K, E), or (1, K, E) if no image matters."""
@@ -119,7 +119,7 @@ class CustomCLIP(PromptedCLIP):
     prompt_learner: PromptLearner
 
     def __init__(
-        self, cfg: Any, classnames: Sequence[str], clip_model: nn.Module, *, backend: str = "auto"
+        self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel, *, backend: str = "auto"
     ) -> None:
         super().__init__(clip_model, len(classnames), backend=backend)
         self.prompt_learner = PromptLearner(cfg, classnames, clip_model)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.clip import ClipModel, FrozenCLIP
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
 from cocoop_fast.prompt_tokens import tokenize_prompts
@@ -54,7 +54,10 @@ class PromptLearner(nn.Module):
             image size is not the model's.
     """
 
-    def __init__(self, cfg: Any, classnames: Sequence[str], clip_model: nn.Module) -> None:
+    token_prefix: Tensor
+    token_suffix: Tensor
+
+    def __init__(self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel) -> None:
         super().__init__()
         frozen = FrozenCLIP(clip_model)
         options = cfg.TRAINER.COCOOP

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import open_clip
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def encode_prompts(clip_model: nn.Module, prompts: Tensor, tokens: Tensor) -> Tensor:
+def encode_prompts(clip_model: Any, prompts: Tensor, tokens: Tensor) -> Tensor:
     """(n, L, d) prompt embeddings to (n, E) text features, by the model's own transformer.
 
     Args:
@@ -39,6 +40,7 @@ class DenseLearner(nn.Module):
     def __init__(self, ctx: Tensor, embed_dim: int | None) -> None:
         super().__init__()
         self.ctx = nn.Parameter(ctx.clone())
+        self.meta_net: nn.Module | None = None
         if embed_dim is not None:
             hidden, width = embed_dim // 16, ctx.shape[1]
             layers = OrderedDict(
@@ -59,7 +61,7 @@ class DensePromptedCLIP(nn.Module):
 
     def __init__(
         self,
-        clip_model: nn.Module,
+        clip_model: Any,
         classnames: Sequence[str],
         *,
         ctx_init: str = "a photo of a",
@@ -67,12 +69,10 @@ class DensePromptedCLIP(nn.Module):
         conditional: bool = True,
     ) -> None:
         super().__init__()
-        self.clip_model = clip_model
+        self.clip_model: Any = clip_model
         n_ctx = len(ctx_init.split()) if ctx_init else n_ctx
         words = ctx_init or " ".join(["X"] * n_ctx)
-        self.tokens = open_clip.tokenize(
-            [f"{words} {name.replace('_', ' ')}." for name in classnames]
-        )
+        self.tokens = open_clip.tokenize([f"{words} {name.replace('_', ' ')}." for name in classnames])
         dtype = clip_model.ln_final.weight.dtype
         with torch.no_grad():
             self.embedding = clip_model.token_embedding(self.tokens).to(dtype)  # (K, L, d)
@@ -83,9 +83,9 @@ class DensePromptedCLIP(nn.Module):
         )
         embed_dim = clip_model.text_projection.shape[1] if conditional else None
         self.prompt_learner = DenseLearner(ctx.to(dtype), embed_dim)
-        self.image_encoder = clip_model.visual
-        self.logit_scale = clip_model.logit_scale
-        self.dtype = dtype
+        self.image_encoder: nn.Module = clip_model.visual
+        self.logit_scale: nn.Parameter = clip_model.logit_scale
+        self.dtype: torch.dtype = dtype
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) images to the loss in training mode, to logits (B, K) otherwise."""
@@ -94,10 +94,11 @@ class DensePromptedCLIP(nn.Module):
     def forward_features(self, image_features: Tensor, label: Tensor | None = None) -> Tensor:
         """The same from image features (B, E)."""
         if self.prompt_learner.training:
+            assert label is not None
             return self.loss_and_logits(image_features, label)[0]
         return self.logits(image_features)
 
-    def loss_and_logits(self, image_features: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+    def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-entropy loss, and the logits (B, K) behind it."""
         logits = self.logits(image_features)
         return F.cross_entropy(logits, label), logits.detach()
@@ -108,9 +109,8 @@ class DensePromptedCLIP(nn.Module):
         ctx = self.prompt_learner.ctx
         n_ctx, rows = len(ctx), []
         for x in image_features:
-            shifted = (
-                ctx + self.prompt_learner.meta_net(x) if hasattr(self.prompt_learner, "meta_net") else ctx
-            )
+            meta_net = self.prompt_learner.meta_net
+            shifted = ctx if meta_net is None else ctx + meta_net(x)
             prompts = torch.stack([torch.cat([e[:1], shifted, e[1 + n_ctx :]]) for e in self.embedding])
             text = encode_prompts(self.clip_model, prompts, self.tokens)
             text = text / text.norm(dim=-1, keepdim=True)
@@ -119,15 +119,13 @@ class DensePromptedCLIP(nn.Module):
 
 
 def zero_shot_logits(
-    clip_model: nn.Module,
+    clip_model: Any,
     image_features: Tensor,
     classnames: Sequence[str],
     template: str = "a photo of a {}.",
 ) -> Tensor:
     """Zero-shot CLIP: (B, E) image features to logits (B, K)."""
-    tokens = open_clip.tokenize(
-        [template.format(name.replace("_", " ")) for name in classnames]
-    )
+    tokens = open_clip.tokenize([template.format(name.replace("_", " ")) for name in classnames])
     text = encode_prompts(clip_model, clip_model.token_embedding(tokens).to(image_features.dtype), tokens)
     text = text / text.norm(dim=-1, keepdim=True)
     image_features = image_features / image_features.norm(dim=-1, keepdim=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocoop_fast.class_tree import ClassTree
-from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.clip import ClipModel, FrozenCLIP, text_module
 from cocoop_fast.cpu_tower import CpuTower
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.dispatch import select_backend
@@ -38,7 +38,7 @@ class TreeTextEncoder(nn.Module):
         UserError: an unsupported text tower or backend, or a tree that does not fit the tower's context length.
     """
 
-    def __init__(self, clip_model: nn.Module, tree: ClassTree, *, backend: str = "auto") -> None:
+    def __init__(self, clip_model: ClipModel, tree: ClassTree, *, backend: str = "auto") -> None:
         super().__init__()
         self.frozen = FrozenCLIP(clip_model)
         self.tree = tree
@@ -108,10 +108,10 @@ class TextEncoder(nn.Module):
         clip_model: an open_clip or OpenAI CLIP whose text tower is causal and EOT-pooled.
     """
 
-    def __init__(self, clip_model: nn.Module) -> None:
+    def __init__(self, clip_model: ClipModel) -> None:
         super().__init__()
         self.frozen = FrozenCLIP(clip_model)
-        text = clip_model.text if isinstance(getattr(clip_model, "text", None), nn.Module) else clip_model
+        text = text_module(clip_model)
         self.transformer = text.transformer
         self.positional_embedding = text.positional_embedding
         self.ln_final = text.ln_final
@@ -145,6 +145,7 @@ class TextEncoder(nn.Module):
         x = prompts[:, :length].to(weights.dtype) + weights.positional_embedding[:length].to(weights.dtype)
         for block in weights.blocks:
             q, k, v = qkv_rows(x, block, weights.heads)
-            o = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (n, H, L, D)
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = finish_block(x, o.transpose(1, 2), block, weights.activation)
         return project(x[torch.arange(len(x), device=x.device), ends], weights)

@@ -2,4 +2,6 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, too; read when torch loads
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # for the processes that tests start, too; read when torch loads

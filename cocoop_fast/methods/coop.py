@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cocoop_fast.class_tree import ClassTree
-from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.clip import ClipModel, FrozenCLIP
 from cocoop_fast.model import PromptedCLIP
 from cocoop_fast.prompt_tokens import tokenize_prompts
 from cocoop_fast.text_tower import TreeTextEncoder
@@ -39,7 +39,7 @@ class CoOp(PromptedCLIP):
     prompt_learner: ContextLearner
 
     def __init__(
-        self, cfg: Any, classnames: Sequence[str], clip_model: nn.Module, *, backend: str = "auto"
+        self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel, *, backend: str = "auto"
     ) -> None:
         super().__init__(clip_model, len(classnames), backend=backend)
         options, frozen = cfg.TRAINER.COCOOP, FrozenCLIP(clip_model)

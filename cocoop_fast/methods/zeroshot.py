@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.clip import ClipModel, FrozenCLIP
 from cocoop_fast.errors import UserError
 from cocoop_fast.model import PromptedCLIP
 from cocoop_fast.prompt_tokens import tokenize_names
@@ -28,7 +28,7 @@ class ZeroShot(PromptedCLIP):
         UserError: a template without exactly one ``{}``, or an unusable class list.
     """
 
-    def __init__(self, template: str, classnames: Sequence[str], clip_model: nn.Module) -> None:
+    def __init__(self, template: str, classnames: Sequence[str], clip_model: ClipModel) -> None:
         super().__init__(clip_model, len(classnames))
         if template.count("{}") != 1:
             raise UserError(f"The template '{template}' must contain {{}} once, where the class name goes.")
