@@ -122,7 +122,9 @@ def compare(
         runners[contestant.name] = runner
     # Compiling happens once in a program's life: it is not part of what a contestant may spend on being measured.
     spent = {name: 0.0 if BY_NAME[name].setup_seconds else seconds for name, seconds in spent.items()}
-    actions: dict[str, Callable[[], object]] = {f"{name} step": runner.step for name, runner in runners.items()}
+    actions: dict[str, Callable[[], object]] = {
+        f"{name} step": runner.step for name, runner in runners.items()
+    }
     actions |= {f"{name} forward": r.forward for name, r in runners.items() if _has_forward(name)}
     tell(f"measuring, {rounds} rounds")
     timings = interleave(
@@ -159,12 +161,12 @@ def measure_memory(comparison: Comparison, tell: Callable[[str], None] = lambda 
 
 
 def gemm_rate(problem: Problem) -> float:
-    """FLOP/s of this machine's GEMMs, from two forward passes over a few hundred rows."""
+    """FLOP/s of this machine's GEMMs, the best of a few forward passes over a few hundred rows."""
     floor = BY_NAME["floor"]
     small = problem.first(min(len(problem.spec.classes), 50), 1)
     runner = floor.build(small)
     runner.forward()
-    return floor.work(small).forward_flops / seconds_of(runner.forward)
+    return floor.work(small).forward_flops / min(seconds_of(runner.forward) for _ in range(3))
 
 
 def predicted_seconds(contestant: Contestant, problem: Problem, rate: float) -> float:

@@ -24,7 +24,9 @@ class GemmFloor:
         generator = torch.Generator().manual_seed(0)
         self.weights = weights
         widths = {d, 3 * d, wide}
-        self.rows: dict[int, Tensor] = {width: torch.randn(rows, width, generator=generator) for width in widths}
+        self.rows: dict[int, Tensor] = {
+            width: torch.randn(rows, width, generator=generator) for width in widths
+        }
         self.out: dict[int, Tensor] = {width: torch.empty(rows, width) for width in widths}
 
     def forward(self) -> None:

@@ -70,7 +70,7 @@ def interleave(
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     names = list(actions)
-    for turn in range(rounds):
+    for turn in range(rounds if names else 0):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             used = (spent or {}).get(name, 0.0) + sum(seconds[name])

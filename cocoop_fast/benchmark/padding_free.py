@@ -50,7 +50,9 @@ class PaddingFreeCLIP(PromptedCLIP):
         batch, n, w = len(contexts), len(self.embedded), self.weights
         places = len(self.source)
         spread = (contexts + self.context_positions).repeat(1, self.n_classes, 1)
-        x = self.embedded.repeat(batch, 1, 1).index_copy(1, self.context_slots, spread).flatten(0, 1)  # (T, d)
+        x = (
+            self.embedded.repeat(batch, 1, 1).index_copy(1, self.context_slots, spread).flatten(0, 1)
+        )  # (T, d)
         source = _every_image(self.source, n, batch)
         real = _every_image(self.real, places, batch)
         for layer, block in enumerate(w.blocks):

@@ -112,10 +112,11 @@ def command(
                 memory=memory,
                 tell=(lambda line: None) if quiet or json else _tell,
             )
+            if not comparison.results:
+                reasons = "; ".join(f"{name} {reason}" for name, reason in comparison.notes.items())
+                raise UserError(f"No contestant could be measured: {reasons}.", exit_status=1)
             mapping = comparison.to_mapping()
             if plot is not None:
-                if not comparison.results:
-                    raise UserError("No contestant could be measured in the time given; raise --max-seconds.")
                 plot_comparison(mapping, plot)
     finally:
         torch.set_num_threads(previous)
@@ -165,7 +166,7 @@ def _print(comparison: Comparison) -> None:
     from cocoop_fast.benchmark.machine import describe_machine, one_line
 
     spec = comparison.problem.spec
-    columns = ["Contestant", "What it is", "Rows", "Step", "20-80 %", "× floor", "Speed-up", "Forward", "× floor"]
+    columns = ["Contestant", "Rows", "Step", "Median", "× floor", "Speed-up", "Forward"]
     rows = [_row(comparison, name, result) for name, result in comparison.results.items()]
     if any(result.peak_bytes is not None for result in comparison.results.values()):
         columns.append("Memory")
@@ -173,8 +174,12 @@ def _print(comparison: Comparison) -> None:
             row.append(output.NOTHING if result.peak_bytes is None else _megabytes(result.peak_bytes))
     images = "1 image" if spec.batch == 1 else f"{spec.batch} images"
     print(f"{spec.model_name}: {len(spec.classes)} classes, {images} a step.")
-    output.print_table(columns, rows, left=2)
-    print("Step: forward and backward, best of all rounds. Speed-up: over the dense oracle. Floor: GEMMs alone.")
+    output.print_table(columns, rows)
+    for name, result in comparison.results.items():
+        print(f"{name}: {result.contestant.title}.")
+    print(
+        "Step: forward and backward, the best of all rounds, and the median. Speed-up: over the dense oracle."
+    )
     for name, reason in comparison.notes.items():
         print(f"Left out: {name} ({reason}).")
     print(one_line(describe_machine()))
@@ -183,17 +188,14 @@ def _print(comparison: Comparison) -> None:
 def _row(comparison: Comparison, name: str, result: Result) -> list[str]:
     from cocoop_fast.benchmark.plot import readable_seconds
 
-    spread = f"{result.step.percentile(20):.3g}-{result.step.percentile(80):.3g}"
     return [
         name,
-        result.contestant.title,
         f"{result.work.rows:,}",
         readable_seconds(result.step.best),
-        spread,
+        readable_seconds(result.step.median),
         _number(comparison.ratio_to_floor(name), "{:.2f}"),
         _number(comparison.speedup(name), "{:.1f}"),
         output.NOTHING if result.forward is None else readable_seconds(result.forward.best),
-        _number(comparison.ratio_to_floor(name, "forward"), "{:.2f}"),
     ]
 
 
