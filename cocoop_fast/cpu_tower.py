@@ -5,6 +5,9 @@ block's input (d), query, key and value (3d), the middle of the block (d), the M
 LayerNorm statistics. Attention weights, LayerNorm outputs and activations are recomputed. Buffers are kept from
 step to step: after the first step nothing of activation size is allocated.
 
+Attention needs all rows of a layer. Everything between two attentions goes panel by panel of rows, so that what one
+step of it writes is still in the cache when the next one reads it.
+
 Notation: B images, M context tokens, N nodes, R = M + N rows of an image, Q distinct EOT nodes, d width.
 Rows lie image-major in (B * R, .) buffers, an image's context rows first, so a linear layer is one large GEMM.
 """
@@ -12,6 +15,7 @@ Rows lie image-major in (B * R, .) buffers, an image's context rows first, so a 
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +25,10 @@ from cocoop_fast.clip import Affine, TextBlock
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops import cpu_kernels as cpu
 from cocoop_fast.tower_rows import TowerConstants
+
+# Rows that go together from one attention to the next. Fewer, and the GEMMs lose efficiency; more, and the widest
+# intermediate (4d floats a row) leaves the cache. docs/performance.md has the measurement.
+PANEL_ROWS = 512
 
 
 class CpuTower:
@@ -115,6 +123,9 @@ class Buffers:
         return storage[:size].view(shape)
 
 
+Statistics = tuple[Tensor, Tensor]
+
+
 class LayerActivations:
     """What one layer leaves for its backward."""
 
@@ -124,9 +135,10 @@ class LayerActivations:
     k: cpu.ImageRows
     v: cpu.ImageRows
     x_mid: Tensor  # (queries, d) after attention: all B * R rows; in the last layer the B * Q EOT rows
-    u: Tensor  # (queries, 4d) MLP pre-activations, without their bias
-    stats_1: tuple[Tensor, Tensor]  # mean and reciprocal standard deviation of each row of x
-    stats_2: tuple[Tensor, Tensor]  # and of x_mid
+    u: Tensor  # (queries, 4d) MLP pre-activations, without their bias; kept for backward alone
+    stats_1: Statistics  # mean and reciprocal standard deviation of each row of x
+    stats_q: Statistics  # in the last layer, of the EOT rows of x alone
+    stats_2: Statistics  # of x_mid
 
 
 class Activations:
@@ -158,8 +170,9 @@ class Activations:
         a.x = own.get("x_ctx" if first else "x", rows, d)
         # Without backward, the middle of a block takes the place of its input.
         a.x_mid = own.get("x_leaf" if last else "x_mid" if self.keeps else "x", queries, d)
-        a.u = own.get("u", queries, block.fc.weight.shape[0])
-        a.stats_1, a.stats_2 = _statistics(rows), _statistics(queries)
+        if self.keeps:
+            a.u = own.get("u", queries, block.fc.weight.shape[0])
+        a.stats_1, a.stats_q, a.stats_2 = (_statistics(n) for n in (rows, queries if last else 0, queries))
         a.qkv = own.get("qkv", rows, (2 if last else 3) * d)
         *queries_of_rows, k, v = a.qkv.view(batch, -1, a.qkv.shape[1]).split(d, dim=-1)
         if first:
@@ -173,56 +186,76 @@ class Activations:
         return a
 
 
-def _statistics(rows: int) -> tuple[Tensor, Tensor]:
+def _statistics(rows: int) -> Statistics:
     return torch.empty(rows), torch.empty(rows)
+
+
+def _panels(rows: int) -> list[slice]:
+    """Slices of about PANEL_ROWS rows, all of nearly the same length."""
+    count = max(1, round(rows / PANEL_ROWS))
+    bounds = [rows * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def _forward(tower: CpuTower, ctx: Tensor, acts: Activations) -> Tensor:
     c, w, s, batch = tower.constants, tower.constants.weights, tower.scratch, acts.batch
     d, last = w.width, len(w.blocks) - 1
     torch.add(ctx, c.positions, out=acts.layers[0].x.view(batch, -1, d))
-    pending = None  # the bias of the linear layer before, which LayerNorm adds in passing
+    for panel in _panels(len(acts.layers[0].x)):
+        _project_qkv(s, acts.layers[0], w.blocks[0], None, panel)
     for layer, (block, a) in enumerate(zip(w.blocks, acts.layers, strict=True)):
-        # q, k, v = W_qkv LN_1(x) + b
-        normed = _layer_norm(s, a.x, pending, block.ln_1, a.stats_1)
-        _project_qkv(tower, a, normed, block.in_proj, batch)
-        # x_mid = x + W_o attention(q, k, v) + b_o
+        residual = _rows_that_ask(tower, a, layer, batch)
+        if layer == last and layer > 0:
+            _project_leaf_queries(s, a, block)
         o = s.get("o", len(a.x_mid), d)
         attention = tower.eot_rows if layer == last else tower.all_rows
         attention.forward(a.q, a.k, a.v, *c.sos_kv[layer], w.heads, o.view(batch, -1, d))
-        residual = _rows_that_ask(tower, a, layer, batch)
-        torch.addmm(residual, o, block.out_proj.weight.T, out=a.x_mid)
-        # x = x_mid + W_p act(W_f LN_2(x_mid) + b_f) + b_p
-        normed = _layer_norm(s, a.x_mid, block.out_proj.bias, block.ln_2, a.stats_2)
-        torch.mm(normed, block.fc.weight.T, out=a.u)
-        g = s.get("g", *a.u.shape) if acts.keeps else a.u
-        cpu.activation_fwd(a.u, block.fc.bias, w.activation, g)
         x = acts.x_out if layer == last else acts.layers[layer + 1].x
-        torch.addmm(a.x_mid, g, block.proj.weight.T, out=x)
-        pending = block.proj.bias
-    normed = _layer_norm(s, acts.x_out, pending, w.ln_final, acts.stats_out)
+        for panel in _panels(len(x)):
+            # x_mid = x + W_o attention(q, k, v) + b_o
+            torch.addmm(residual[panel], o[panel], block.out_proj.weight.T, out=a.x_mid[panel])
+            normed = _layer_norm(s, a.x_mid, block.out_proj.bias, block.ln_2, a.stats_2, panel)
+            # x = x_mid + W_p act(W_f LN_2(x_mid) + b_f) + b_p, the last bias being left to the next LayerNorm
+            g = s.get("g", len(normed), block.fc.weight.shape[0])
+            u = a.u[panel] if acts.keeps else g
+            torch.mm(normed, block.fc.weight.T, out=u)
+            cpu.activation_fwd(u, block.fc.bias, w.activation, g)
+            torch.addmm(a.x_mid[panel], g, block.proj.weight.T, out=x[panel])
+            if layer < last:
+                _project_qkv(s, acts.layers[layer + 1], w.blocks[layer + 1], block.proj.bias, panel)
+    whole = slice(0, len(acts.x_out))
+    normed = _layer_norm(s, acts.x_out, w.blocks[last].proj.bias, w.ln_final, acts.stats_out, whole)
     features = torch.addmm(w.projection.bias, normed, w.projection.weight)
     return features.view(batch, -1, features.shape[1])
 
 
 def _layer_norm(
-    s: Buffers, x: Tensor, bias: Tensor | None, norm: Affine, stats: tuple[Tensor, Tensor]
+    s: Buffers, x: Tensor, bias: Tensor | None, norm: Affine, stats: Statistics, panel: slice
 ) -> Tensor:
-    """x += bias; LN(x), in one pass."""
-    normed = s.get("h", *x.shape)
-    cpu.layer_norm_fwd(x, bias, norm.weight, norm.bias, norm.eps, normed, *stats)
+    """x += bias; LN(x), in one pass over the panel."""
+    rows = x[panel]
+    normed = s.get("h", *rows.shape)
+    mean, rstd = (one[panel] for one in stats)
+    cpu.layer_norm_fwd(rows, bias, norm.weight, norm.bias, norm.eps, normed, mean, rstd)
     return normed
 
 
-def _project_qkv(tower: CpuTower, a: LayerActivations, normed: Tensor, in_proj: Affine, batch: int) -> None:
-    d = normed.shape[1]
-    skipped = in_proj.weight.shape[0] - a.qkv.shape[1]  # d in the last layer: queries of EOT rows alone
-    torch.addmm(in_proj.bias[skipped:], normed, in_proj.weight[skipped:].T, out=a.qkv)
-    if skipped and isinstance(a.k, Tensor):
-        assert isinstance(a.q, Tensor)
-        asking = tower.scratch.get("o", batch, len(tower.leaf_rows), d)
-        cpu.gather_rows(normed.view(batch, -1, d), tower.leaf_rows, asking)
-        torch.addmm(in_proj.bias[:d], asking.view(-1, d), in_proj.weight[:d].T, out=a.q.view(-1, d))
+def _project_qkv(
+    s: Buffers, a: LayerActivations, block: TextBlock, bias: Tensor | None, panel: slice
+) -> None:
+    """q, k, v = W_qkv LN_1(x + bias) + b_qkv; in the last layer k and v alone."""
+    normed = _layer_norm(s, a.x, bias, block.ln_1, a.stats_1, panel)
+    skipped = block.in_proj.weight.shape[0] - a.qkv.shape[1]
+    weight, bias = block.in_proj.weight[skipped:], block.in_proj.bias[skipped:]
+    torch.addmm(bias, normed, weight.T, out=a.qkv[panel])
+
+
+def _project_leaf_queries(s: Buffers, a: LayerActivations, block: TextBlock) -> None:
+    """q = W_q LN_1(x) + b_q of the EOT rows, which x_mid holds until attention is added to it."""
+    assert isinstance(a.q, Tensor)
+    d = a.x_mid.shape[1]
+    normed = _layer_norm(s, a.x_mid, None, block.ln_1, a.stats_q, slice(0, len(a.x_mid)))
+    torch.addmm(block.in_proj.bias[:d], normed, block.in_proj.weight[:d].T, out=a.q.view(-1, d))
 
 
 def _rows_that_ask(tower: CpuTower, a: LayerActivations, layer: int, batch: int) -> Tensor:
@@ -251,61 +284,97 @@ def _backward(tower: CpuTower, grad_features: Tensor, acts: Activations) -> Tens
     cpu.layer_norm_bwd(grad_normed, acts.x_out, w.ln_final.weight, *acts.stats_out, grad_x, accumulate=False)
     for layer in range(last, -1, -1):
         block, a = w.blocks[layer], acts.layers[layer]
-        # grad x_mid = grad x + LN_2'(W_f^T (act'(u) * W_p^T grad x))
-        grad_u = s.get("g", *a.u.shape)
-        torch.mm(grad_x, block.proj.weight, out=grad_u)
-        cpu.activation_bwd(a.u, block.fc.bias, w.activation, grad_u)
-        grad_normed = s.get("h", *a.x_mid.shape)
-        torch.mm(grad_u, block.fc.weight, out=grad_normed)
-        cpu.layer_norm_bwd(grad_normed, a.x_mid, block.ln_2.weight, *a.stats_2, grad_x)
-        # grad q, k, v = attention'(W_o^T grad x_mid); in layer 0 for the context rows alone
         grad_o = s.get("o", *a.x_mid.shape)
-        torch.mm(grad_x, block.out_proj.weight, out=grad_o)
-        grad_qkv = s.get("g", *a.qkv.shape)  # grad_u is not needed any more
-        grad_q = _attention_backward(
-            tower, a, layer, grad_o.view(batch, -1, d), grad_qkv.view(batch, -1, grad_qkv.shape[1])
-        )
-        # grad x = grad x_mid + LN_1'(W_qkv^T grad qkv)
-        skipped = 3 * d - a.qkv.shape[1]
-        grad_normed = s.get("h", *a.x.shape)
-        torch.mm(grad_qkv, block.in_proj.weight[skipped:], out=grad_normed)
-        if grad_q is not None:
-            grad_asking = s.get("o", batch, len(tower.leaf_rows), d)  # grad_o is not needed any more
-            torch.mm(grad_q, block.in_proj.weight[:d], out=grad_asking.view(-1, d))
-            cpu.scatter_rows(grad_asking, tower.leaf_rows, grad_normed.view(batch, -1, d), accumulate=True)
+        for panel in _panels(len(grad_x)):
+            _mlp_backward(s, a, block, w.activation, grad_x, grad_o, panel)
+        grad_qkv = s.get("grad_qkv", *a.qkv.shape)
+        grad_q = _attention_backward(tower, a, layer, grad_o, grad_qkv)
         if layer == 0:
-            grad_ctx = torch.empty(batch, m, d)
-            cpu.layer_norm_bwd(
-                grad_normed, a.x, block.ln_1.weight, *a.stats_1, grad_ctx.view(-1, d), accumulate=False
-            )
+            grad_ctx = torch.empty(batch * m, d)
+            for panel in _panels(len(grad_ctx)):
+                _qkv_backward(s, a, block, grad_qkv, grad_ctx, panel, accumulate=False)
+            grad_ctx = grad_ctx.view(batch, m, d)
             return grad_ctx if layer == last else grad_ctx.add_(grad_x.view(batch, -1, d)[:, :m])
-        if layer == last:
-            grad_leaf, grad_x = grad_x, s.get("grad_x", *a.x.shape)
-            cpu.layer_norm_bwd(grad_normed, a.x, block.ln_1.weight, *a.stats_1, grad_x, accumulate=False)
-            cpu.scatter_rows(
-                grad_leaf.view(batch, -1, d), tower.leaf_rows, grad_x.view(batch, -1, d), accumulate=True
-            )
-        else:
-            cpu.layer_norm_bwd(grad_normed, a.x, block.ln_1.weight, *a.stats_1, grad_x)
+        if layer < last:
+            for panel in _panels(len(grad_x)):
+                _qkv_backward(s, a, block, grad_qkv, grad_x, panel, accumulate=True)
+            continue
+        grad_leaf, grad_x = grad_x, s.get("grad_x", *a.x.shape)
+        for panel in _panels(len(grad_x)):
+            _qkv_backward(s, a, block, grad_qkv, grad_x, panel, accumulate=False)
+        _leaf_queries_backward(tower, a, block, grad_q, grad_leaf)
+        rows = grad_x.view(batch, -1, d)
+        cpu.scatter_rows(grad_leaf.view(batch, -1, d), tower.leaf_rows, rows, accumulate=True)
     raise AssertionError("a text tower has at least one layer")
+
+
+def _mlp_backward(
+    s: Buffers,
+    a: LayerActivations,
+    block: TextBlock,
+    activation: str,
+    grad_x: Tensor,
+    grad_o: Tensor,
+    panel: slice,
+) -> None:
+    """grad x += LN_2'(W_f^T (act'(u) * W_p^T grad x)): now that of x_mid. Then grad o = W_o^T grad x_mid."""
+    u, grad_rows = a.u[panel], grad_x[panel]
+    grad_u = s.get("g", *u.shape)
+    torch.mm(grad_rows, block.proj.weight, out=grad_u)
+    cpu.activation_bwd(u, block.fc.bias, activation, grad_u)
+    grad_normed = s.get("h", *grad_rows.shape)
+    torch.mm(grad_u, block.fc.weight, out=grad_normed)
+    mean, rstd = (one[panel] for one in a.stats_2)
+    cpu.layer_norm_bwd(grad_normed, a.x_mid[panel], block.ln_2.weight, mean, rstd, grad_rows)
+    torch.mm(grad_rows, block.out_proj.weight, out=grad_o[panel])
+
+
+def _qkv_backward(
+    s: Buffers,
+    a: LayerActivations,
+    block: TextBlock,
+    grad_qkv: Tensor,
+    grad_x: Tensor,
+    panel: slice,
+    *,
+    accumulate: bool,
+) -> None:
+    """grad x (+)= LN_1'(W_qkv^T grad qkv); in the last layer of k and v alone."""
+    skipped = block.in_proj.weight.shape[0] - grad_qkv.shape[1]
+    grad_normed = s.get("h", *a.x[panel].shape)
+    torch.mm(grad_qkv[panel], block.in_proj.weight[skipped:], out=grad_normed)
+    mean, rstd = (one[panel] for one in a.stats_1)
+    cpu.layer_norm_bwd(grad_normed, a.x[panel], block.ln_1.weight, mean, rstd, grad_x[panel], accumulate)
+
+
+def _leaf_queries_backward(
+    tower: CpuTower, a: LayerActivations, block: TextBlock, grad_q: Tensor | None, grad_leaf: Tensor
+) -> None:
+    """grad x += LN_1'(W_q^T grad q) of the EOT rows, the only ones with queries in the last layer."""
+    assert grad_q is not None
+    s, d = tower.scratch, grad_leaf.shape[1]
+    grad_normed, x = s.get("h", *grad_leaf.shape), s.get("o", *grad_leaf.shape)
+    torch.mm(grad_q, block.in_proj.weight[:d], out=grad_normed)
+    batch = len(a.x) // tower.constants.tree.rows
+    cpu.gather_rows(a.x.view(batch, -1, d), tower.leaf_rows, x.view(batch, -1, d))
+    cpu.layer_norm_bwd(grad_normed, x, block.ln_1.weight, *a.stats_q, grad_leaf)
 
 
 def _attention_backward(
     tower: CpuTower, a: LayerActivations, layer: int, grad_o: Tensor, grad_qkv: Tensor
 ) -> Tensor | None:
-    """Writes grad_qkv (B, rows, 3d or 2d). The last layer's queries are not among its rows: returns (B * Q, d)."""
-    c, s, d = tower.constants, tower.scratch, grad_o.shape[-1]
-    heads = c.weights.heads
-    first, last = layer == 0, layer == len(c.weights.blocks) - 1
-    *grad_q_of_rows, grad_k, grad_v = grad_qkv.split(d, dim=-1)
+    """Writes grad qkv (rows, 3d or 2d). The last layer's queries are not among its rows: returns (B * Q, d)."""
+    c, s, d = tower.constants, tower.scratch, grad_o.shape[1]
+    heads, first, last = c.weights.heads, layer == 0, layer == len(c.weights.blocks) - 1
+    batch = len(a.x) // (c.tree.n_ctx if first else c.tree.rows)
+    *grad_q_of_rows, grad_k, grad_v = grad_qkv.view(batch, -1, grad_qkv.shape[1]).split(d, dim=-1)
     grad_q = None
     if not last:
         (grad_q,) = grad_q_of_rows
     elif not first:
-        grad_q = s.get("grad_q", *grad_o.shape)
+        grad_q = s.get("grad_q", batch, len(grad_o) // batch, d)
     attention = tower.eot_rows if last else tower.all_rows
-    workspace = s.get("attention", attention.workspace_floats(len(grad_o), heads, d // heads))
-    attention.backward(
-        grad_o, a.q, a.k, a.v, *c.sos_kv[layer], heads, grad_q, grad_k, grad_v, workspace, context_only=first
-    )
+    workspace = s.get("attention", attention.workspace_floats(batch, heads, d // heads))
+    inputs = (grad_o.view(batch, -1, d), a.q, a.k, a.v, *c.sos_kv[layer])
+    attention.backward(*inputs, heads, grad_q, grad_k, grad_v, workspace, context_only=first)
     return grad_q.view(-1, d) if last and grad_q is not None else None

@@ -103,6 +103,16 @@ def test_fuzzed_trees(paths, n_ctx, batch, quick_gelu, seed):
     compare(engine, twin, context(batch, n_ctx, LONG["width"], seed))
 
 
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_panels_change_nothing(layers, monkeypatch):
+    engine, twin = encoders(layers=layers)
+    assert engine.tree.rows > 20
+    monkeypatch.setattr("cocoop_fast.cpu_tower.PANEL_ROWS", 7)
+    compare(engine, twin, context(3, 4))
+    with torch.no_grad():
+        assert_close(engine(context(3, 4)), twin(context(3, 4).double()), 1e-5)
+
+
 def test_without_gradients():
     engine, twin = encoders()
     ctx = context(5, 4)
