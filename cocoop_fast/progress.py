@@ -105,7 +105,9 @@ class Bars(Observer):
         self._epoch_loss = self._epoch_accuracy = 0.0
         self._epoch_steps = 0
         if self._task is not None:
-            self._progress.update(self._task, description=f"{self._method} epoch {epoch}/{epochs}")
+            # Drawn at once: an epoch may be over before the next regular refresh.
+            description = f"{self._method} epoch {epoch}/{epochs}"
+            self._progress.update(self._task, description=description, refresh=True)
 
     def on_step(self, info: StepInfo) -> None:
         # Means over the epoch so far: the loss of a single image says little.
@@ -119,10 +121,11 @@ class Bars(Observer):
         )
 
     def on_epoch_end(self, info: EpochInfo) -> None:
-        self._show(
-            None,
-            f"loss {info.loss:.3f}  acc {info.accuracy:.0f} %  {_rate(info.images_per_second)}",
-        )
+        if info.epoch == info.epochs:  # no time is left
+            self._show(
+                None,
+                f"loss {info.loss:.3f}  acc {info.accuracy:.0f} %  {_rate(info.images_per_second)}",
+            )
 
     def on_evaluation_start(self, method: str, subset: str, images: int) -> None:
         self._task = self._progress.add_task(f"{method}, {subset} classes", total=images, status="")
