@@ -85,14 +85,14 @@ class BuildExtension(build_ext):
 
         def compile_one(source: str) -> list[str]:
             suffix = instruction_set(source)
-            if suffix is not None and suffix not in flags_of_set:
+            if suffix and suffix not in flags_of_set:
                 return []
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 macros=[(f"COCOOP_FAST_HAVE{suffix.upper()}", "1") for suffix in flags_of_set],
                 include_dirs=["csrc", pybind11.get_include()],
-                extra_postargs=FLAGS + openmp + flags_of_set.get(suffix, []),
+                extra_postargs=FLAGS + openmp + (flags_of_set[suffix] if suffix else []),
             )
 
         try:
