@@ -204,6 +204,7 @@ def test_json_and_plot(capsys, tmp_path):
     assert rows["dense"]["rows"] == 3 * 3 * 77
     assert rows["tree+torch"]["step"]["rounds"] == 2
     assert rows["tree+torch"]["step"]["best"] <= rows["tree+torch"]["step"]["median"]
+    assert found["used_by_other_programs"] is None or found["used_by_other_programs"] >= 0
     assert found["machine"]["torch"] == torch.__version__
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -88,7 +88,7 @@ def compare_products(rows: int, rounds: int) -> list[dict[str, Any]]:
             variants = product_variants(x, w)
             for run in variants.values():
                 run()
-            timings = interleave(variants, rounds=rounds, max_seconds=20)
+            timings = interleave(variants, rounds=rounds, max_seconds=1)
             flops = 2.0 * x.numel() * len(w)
             found += [
                 {
@@ -178,7 +178,7 @@ def compare_schedules(rows: int, rounds: int, threads: int) -> list[dict[str, An
     variants |= {name: pool.run for name, pool in pools.items()}
     for run in variants.values():
         run()
-    timings = interleave(variants, rounds=rounds, max_seconds=60)
+    timings = interleave(variants, rounds=rounds, max_seconds=15)
     for pool in pools.values():
         pool.close()
     torch.set_num_threads(threads)
@@ -202,7 +202,7 @@ def _panels(rows: int, size: int) -> list[tuple[int, int]]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
     options = parser.parse_args(arguments)

@@ -35,6 +35,7 @@ class Comparison:
     problem: Problem
     results: dict[str, Result] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)  # why a contestant was left out, by name
+    others: float | None = None  # share of the processors that other programs used during the measurement
 
     def ratio_to_floor(self, name: str, action: str = "step") -> float | None:
         """How many times the floor's time."""
@@ -62,6 +63,7 @@ class Comparison:
             "tree_rows": self.problem.tree.rows,
             "contestants": [self._row(name) for name in self.results],
             "left_out": self.notes,
+            "used_by_other_programs": self.others,
         }
 
     def _row(self, name: str) -> dict[str, Any]:
@@ -127,12 +129,14 @@ def compare(
     }
     actions |= {f"{name} forward": r.forward for name, r in runners.items() if _has_forward(name)}
     tell(f"measuring, {rounds} rounds")
+    others = machine.OtherPrograms()
     timings = interleave(
         actions,
         rounds=rounds,
         max_seconds=max_seconds / 2,
         spent={name: spent[name.rpartition(" ")[0]] / 2 for name in actions},
     )
+    comparison.others = others.share()
     for name in runners:
         factor = BY_NAME[name].seconds_per_batch(problem)
         forward = timings.get(f"{name} forward")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -35,6 +36,32 @@ def one_line(machine: dict[str, str | int | None]) -> str:
         f"{machine['processor']}, {machine['cores']} cores, {machine['isa']}, {machine['threads']} threads, "
         f"torch {machine['torch']}"
     )
+
+
+class OtherPrograms:
+    """How much of the processors other programs used since this was made, where the system tells."""
+
+    def __init__(self) -> None:
+        self._wall, self._own, self._busy = time.monotonic(), time.process_time(), _busy_seconds()
+
+    def share(self) -> float | None:
+        """0: the machine was ours. 1: all cores were busy with something else."""
+        busy = _busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        own = time.process_time() - self._own
+        available = (time.monotonic() - self._wall) * (os.cpu_count() or 1)
+        return max(0.0, (busy - self._busy - own) / max(available, 1e-9))
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores together have worked since the system started, or were taken by other systems."""
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    user, nice, system, _idle, _waiting, irq, softirq, steal = fields
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _processor() -> str:

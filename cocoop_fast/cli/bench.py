@@ -25,6 +25,7 @@ The engine against its matrix multiplications: [cyan]cocoop-fast bench --k 1000 
 """
 
 SHOWN = "What is shown"
+TOO_BUSY = 0.05  # share of the processors that other programs may use before times mean little
 
 
 def command(
@@ -180,6 +181,8 @@ def _print(comparison: Comparison) -> None:
     print(
         "Step: forward and backward, the best of all rounds, and the median. Speed-up: over the dense oracle."
     )
+    if comparison.others is not None and comparison.others > TOO_BUSY:
+        print(f"Other programs used {comparison.others:.0%} of the processors: measure again without them.")
     for name, reason in comparison.notes.items():
         print(f"Left out: {name} ({reason}).")
     print(one_line(describe_machine()))
