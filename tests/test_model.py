@@ -54,8 +54,11 @@ def compare(fast, dense, features, label, tolerance):
         assert_close(gradient, wanted, tolerance, f"gradient of {name}")
 
 
+# E as in ViT-B/16, so that the Meta-Net has its 32 hidden units. With the 4 of a narrow model often a single one is
+# active, and its gradient, one dot product, may cancel to nothing: then no two float32 computations agree.
+E = 512
 MODELS = {
-    (quick_gelu, dtype): tiny_clip(quick_gelu=quick_gelu, dtype=dtype, layers=2)
+    (quick_gelu, dtype): tiny_clip(quick_gelu=quick_gelu, dtype=dtype, layers=2, embed_dim=E)
     for quick_gelu in (True, False)
     for dtype in (torch.float32, torch.float64)
 }
@@ -63,11 +66,11 @@ words = st.sampled_from(["cat", "tabby cat", "tabby", "dog", "digit zero", "digi
 class_lists = st.lists(st.lists(words, min_size=1, max_size=3).map(" ".join), min_size=2, max_size=60)
 
 
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(class_lists, st.integers(1, 16), st.integers(1, 3), st.booleans(), st.integers(0, 99))
 def test_logits_loss_and_gradients(names, n_ctx, batch, quick_gelu, seed):
     """Both precisions against the oracle in float64, all with the same float32 values."""
-    assume(len(set(names)) > 1)  # with one class, loss and gradients are 0: nothing to be relative to
+    assume(len(set(names)) > 1)  # without a choice, loss and gradients are 0: see the next test
     single, dense = pair(MODELS[quick_gelu, torch.float32], names, n_ctx=n_ctx, seed=seed)
     double, dense = pair(MODELS[quick_gelu, torch.float64], names, n_ctx=n_ctx, seed=seed)
     for model in (double, dense):
@@ -75,10 +78,19 @@ def test_logits_loss_and_gradients(names, n_ctx, batch, quick_gelu, seed):
             {k: v.detach() for k, v in learned(single).items()}, strict=False
         )
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(batch, 64, generator=generator)
+    features = torch.randn(batch, E, generator=generator)
     label = torch.randint(len(names), (batch,), generator=generator)
     compare(single, dense, features, label, 2e-5)
     compare(double, dense, features.double(), label, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_class_leaves_nothing_to_learn(dtype):
+    model = CustomCLIP(cfg(), ["cat"], MODELS[True, dtype])
+    loss, logits = model.loss_and_logits(torch.randn(2, E, dtype=dtype), torch.tensor([0, 0]))
+    assert logits.shape == (2, 1) and loss == 0
+    for gradient in torch.autograd.grad(loss, list(learned(model).values())):
+        assert not gradient.any()
 
 
 def test_at_the_logit_scale_of_clip_float32_errs_no_more_than_the_dense_computation():
