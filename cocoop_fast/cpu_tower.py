@@ -28,7 +28,7 @@ from cocoop_fast.tower_rows import TowerConstants
 
 # Rows that go together from one attention to the next. Fewer, and the GEMMs lose efficiency; more, and the widest
 # intermediate (4d floats a row) leaves the cache. docs/performance.md has the measurement.
-PANEL_ROWS = 512
+PANEL_ROWS = 1024
 
 
 class CpuTower:
