@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class ModelRunner:
         labels: (B,).
     """
 
-    def __init__(self, model: nn.Module, features: Tensor, labels: Tensor) -> None:
+    def __init__(self, model: Any, features: Tensor, labels: Tensor) -> None:
         self.model, self.features, self.labels = model, features, labels
 
     def step(self) -> Tensor:

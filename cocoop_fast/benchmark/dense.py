@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cocoop_fast.benchmark.problem import Problem
+from cocoop_fast.clip import ClipModel
 from cocoop_fast.model import PromptedCLIP
 from cocoop_fast.ops.assemble_prompts import assemble_prompts_ref
+from cocoop_fast.prompt_learner import PromptLearner
 from cocoop_fast.reference import DensePromptedCLIP, encode_prompts
 
 
@@ -53,10 +56,13 @@ class TruncatedCLIP(PromptedCLIP):
         compiled: whether the text encoder goes through ``torch.compile``.
     """
 
+    prompt_learner: PromptLearner
+    ends: Tensor
+
     def __init__(self, problem: Problem, *, compiled: bool = False) -> None:
         super().__init__(problem.clip_model, len(problem.spec.classes))
         self.prompt_learner = problem.learner()
-        self.clip_model = problem.clip_model
+        self.clip_model: ClipModel = problem.clip_model
         self.length = problem.longest
         self.register_buffer("ends", problem.lengths - 1, persistent=False)
         # One shape only: dynamic shapes would cost speed that this baseline should not lose.
@@ -84,7 +90,7 @@ def why_no_compiler() -> str | None:
     return None
 
 
-def cross_entropy_step(model: torch.nn.Module, features: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy_step(model: Any, features: Tensor, labels: Tensor) -> Tensor:
     """Logits (B, K) of a step, with the gradients of its loss left in the prompt learner."""
     for parameter in model.prompt_learner.parameters():
         parameter.grad = None

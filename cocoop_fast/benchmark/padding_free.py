@@ -12,6 +12,7 @@ from cocoop_fast.benchmark.problem import Problem
 from cocoop_fast.model import PromptedCLIP
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 from cocoop_fast.ops.linear import linear_ref
+from cocoop_fast.prompt_learner import PromptLearner
 from cocoop_fast.tower_rows import finish_block, project
 
 
@@ -24,6 +25,8 @@ class PaddingFreeCLIP(PromptedCLIP):
     Args:
         problem: what to compute.
     """
+
+    prompt_learner: PromptLearner
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.clip_model, len(problem.spec.classes))
