@@ -7,6 +7,7 @@ Defaults are the CoCoOp paper's recipe (``vit_b16_c4_ep10_batch1_ctxv1``). A fie
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -121,6 +122,15 @@ def from_mapping(values: dict[str, Any], where: str = "the configuration") -> Ru
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The inverse of :func:`from_mapping`: nested values that YAML and JSON can hold."""
     return _ADAPTER.dump_python(config, mode="json")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values as pairs of a dotted path and a leaf."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cocoop_fast.config import flatten
 from cocoop_fast.errors import UserError
 
 # OpenAI's CLIPs in open_clip. They were trained with QuickGELU, which in open_clip is part of the model's name.
@@ -105,7 +106,7 @@ def translate(
     Raises:
         UserError: an unknown key, or a value that would change the result and cannot be had; it names the key.
     """
-    flat = dict(_flatten(values))
+    flat = dict(flatten(values))
     for key in flat:
         if _rule(key) is None:
             near = difflib.get_close_matches(key, [*RULES, *_method_keys()], n=1)
@@ -363,14 +364,6 @@ def _check_image_size(flat: Mapping[str, Any], where: str) -> None:
             f"{where}: INPUT.SIZE is {_show(flat['INPUT.SIZE'])}, but {backbone} takes images of "
             f"{expected} x {expected} pixels."
         )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _literal(value: Any) -> Any:

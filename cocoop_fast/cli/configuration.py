@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from cocoop_fast import reference_config
-from cocoop_fast.config import RunConfig, from_mapping, load_yaml
+from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml
 from cocoop_fast.errors import UserError
 
 # Where and how a run computes: fields that leave its result alone, up to rounding.
@@ -76,7 +76,7 @@ def build(
 
     def add(where: str, values: Mapping[str, Any]) -> None:
         theirs = {key: value for key, value in values.items() if reference_config.is_reference_key(str(key))}
-        ours = dict(_flatten({key: value for key, value in values.items() if key not in theirs}))
+        ours = dict(flatten({key: value for key, value in values.items() if key not in theirs}))
         if theirs:
             translation = reference_config.translate(theirs, where, chosen)
             warnings.extend(translation.warnings)
@@ -147,14 +147,6 @@ def _check_known(key: str) -> None:
     near = by_leaf or difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists them all."
     raise UserError(f"`{key}` is not a known field; {hint}")
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _nest(fields: Mapping[str, Any], where: str) -> dict[str, Any]:

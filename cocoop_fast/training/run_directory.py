@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import yaml
 
-from cocoop_fast.config import RunConfig, from_mapping, load_yaml, to_mapping
+from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml, to_mapping
 from cocoop_fast.errors import UserError
 from cocoop_fast.training import checkpoint
 from cocoop_fast.training.checkpoint import Checkpoint
@@ -116,7 +116,7 @@ def check_same_run(there: dict[str, Any], here: dict[str, Any], where: Path) -> 
     Raises:
         UserError: naming the fields that differ.
     """
-    old, new = _flat(there), _flat(here)
+    old, new = dict(flatten(there)), dict(flatten(here))
     differing = [
         f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
         for name in {**old, **new}
@@ -171,13 +171,3 @@ def _lock(file: IO[str], path: Path) -> None:
         ) from error
     except OSError:  # some network file systems have no locks
         return
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
