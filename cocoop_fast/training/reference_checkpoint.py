@@ -24,7 +24,7 @@ from torch import Tensor
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.classifier import PromptClassifier
-from cocoop_fast.training.files import write_atomically
+from cocoop_fast.files import write_atomically
 from cocoop_fast.training.schedule import learning_rate
 
 _TOKEN_BUFFERS = ("token_prefix", "token_suffix")  # constants of CLIP and the class names

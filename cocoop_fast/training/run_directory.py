@@ -24,7 +24,7 @@ from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml, to_m
 from cocoop_fast.errors import UserError
 from cocoop_fast.training import checkpoint
 from cocoop_fast.training.checkpoint import Checkpoint
-from cocoop_fast.training.files import write_atomically, write_json
+from cocoop_fast.files import write_atomically, write_json
 
 # Where a run is, and how its work is spread and reported, may change between two sessions of it.
 _FREE = (

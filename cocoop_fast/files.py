@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], object], *, many_writers: bool = False
+) -> None:
     """Call ``write`` on a temporary file beside ``path`` and rename it once it is on disk.
 
     The old file, if any, stays until then. The temporary name is fixed, so that an interrupted attempt is
     overwritten by the next one; a run directory has one writer at a time.
+
+    Args:
+        many_writers: processes may write this file at the same time, as beside images that several runs share;
+            each then has a temporary file of its own.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if many_writers else f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         write(file)
         file.flush()
@@ -24,10 +30,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     sync_directory(path.parent)
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any, *, many_writers: bool = False) -> None:
     """Atomically write indented JSON."""
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()), many_writers=many_writers)
 
 
 def sync_directory(folder: Path) -> None:
