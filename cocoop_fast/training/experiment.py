@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
-from cocoop_fast.config import Method, PromptConfig, RunConfig, Subset, to_mapping
+from cocoop_fast.config import DataConfig, Method, PromptConfig, RunConfig, Subset, to_mapping
 from cocoop_fast.data import Dataset, load_dataset
 from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.data.check import check_images
@@ -22,6 +22,7 @@ from cocoop_fast.data.transforms import Normalize, TrainTransform
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import Features, encode_test_images, evaluate
+from cocoop_fast.evaluation.feature_cache import TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics, harmonic_mean
 from cocoop_fast.load_clip import LoadedClip, load_clip
 from cocoop_fast.methods import build_model
@@ -32,6 +33,7 @@ from cocoop_fast.training.observer import EvaluationInfo, Observer, Observers, R
 from cocoop_fast.training.recipe import resolve, with_method
 from cocoop_fast.training.run_directory import RunDirectory, check_same_run, open_run, read_run
 from cocoop_fast.training.run_log import RunLog
+from cocoop_fast.training.shared import Shared
 from cocoop_fast.training.trainer import Position, Trainer
 
 
@@ -72,6 +74,7 @@ def run(
     compare: tuple[Method, ...] = (),
     observer: Observer | None = None,
     overwrite: bool = False,
+    shared: Shared | None = None,
 ) -> Results:
     """Train ``config``'s method, evaluate it, and do the same for the methods in ``compare``.
 
@@ -85,19 +88,20 @@ def run(
         compare: further methods; the configured one is left out if named again.
         observer: is told about progress.
         overwrite: discard what the output directory holds.
+        shared: with other experiments of this process; ``None``: everything is loaded and encoded anew.
 
     Raises:
         UserError: anything wrong with the configuration, the data, or the output directory.
     """
     observer = observer or Observer()
-    dataset = load_dataset(config.data)
+    dataset = load_dataset(config.data) if shared is None else shared.dataset(config.data)
     resolved = resolve(config, dataset)
     output_dir = cast(Path, resolved.output_dir)
     others = [method for method in dict.fromkeys(compare) if method != config.prompt.method]
     plans = [resolved] + [
         resolve(with_method(config, method, output_dir / method), dataset) for method in others
     ]
-    material = _Material(resolved, dataset, observer)
+    material = _Material(resolved, dataset, observer, shared)
     if overwrite or any(RunDirectory(cast(Path, plan.output_dir)).results() is None for plan in plans):
         material.check([plan.prompt for plan in plans])
     with ExitStack() as stack:
@@ -119,8 +123,11 @@ def evaluate_run(
     subset: Subset | None = None,
     reference_checkpoint: Path | None = None,
     observer: Observer | None = None,
+    data: DataConfig | None = None,
+    template: str | None = None,
+    shared: Shared | None = None,
 ) -> dict[str, Metrics]:
-    """Evaluate what a run has learned, on its data set.
+    """Evaluate what a run has learned, on its data set or another one.
 
     Args:
         run_dir: what :func:`run` wrote; its newest checkpoint is used.
@@ -129,6 +136,9 @@ def evaluate_run(
         reference_checkpoint: learned parameters from the reference implementation (``model.pth.tar-N`` or its folder)
             instead of the run's own.
         observer: is told about progress.
+        data: another data set.
+        template: with ``data``, the prompt of zero-shot CLIP there; ``None``: that data set's own.
+        shared: as for :func:`run`.
 
     Returns:
         Metrics by subset.
@@ -137,9 +147,11 @@ def evaluate_run(
         UserError: no run there, or damaged files or images.
     """
     config, newest = read_run(run_dir)
+    if data is not None:
+        config = replace(config, data=data, prompt=replace(config.prompt, template=template))
     if reference_checkpoint is not None:
         return evaluate_reference(config, reference_checkpoint, subset=subset, observer=observer)
-    return _evaluate(config, newest.parameters, str(run_dir), subset, observer)
+    return _evaluate(config, newest.parameters, str(run_dir), subset, observer, shared)
 
 
 def evaluate_reference(
@@ -162,15 +174,19 @@ def evaluate_reference(
 class _Material:
     """What the methods of one experiment share, made when first needed: images, CLIP, test features."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, observer: Observer) -> None:
+    def __init__(
+        self, config: RunConfig, dataset: Dataset, observer: Observer, shared: Shared | None = None
+    ) -> None:
         self._config = config
         self._dataset = dataset
         self._observer = observer
+        self._shared = shared
         self._features: dict[str, Features] = {}
 
     @cached_property
     def clip(self) -> LoadedClip:
-        return load_clip(self._config.model)
+        config = self._config.model
+        return load_clip(config) if self._shared is None else self._shared.clip(config)
 
     @cached_property
     def sampled(self) -> Dataset:
@@ -180,15 +196,27 @@ class _Material:
         used = select_classes(sampled, subset)
         shown = {sample.source for sample in used.train}
         tested = {name for one in self.subsets for name in select_classes(sampled, one).classnames}
-        return check_images(
+        cached = self._cached()
+        if self._shared is None:
+            test = tuple(sample for sample in sampled.test if sample.classname in tested)
+        else:  # features of all classes are made at once, and images with features have been read before
+            test = sampled.test if cached is None else ()
+        checked = check_images(
             sampled.with_splits(
-                train=tuple(sample for sample in sampled.train if sample.source in shown),
-                val=(),
-                test=tuple(sample for sample in sampled.test if sample.classname in tested),
+                train=tuple(sample for sample in sampled.train if sample.source in shown), val=(), test=test
             ),
             skip_bad=self._config.data.skip_bad_images,
             on_message=self._observer.on_message,
         )
+        return checked if cached is None else checked.with_splits(test=cached.samples)
+
+    def _cached(self) -> TestFeatures | None:
+        """Features from earlier runs; not if they lack images that may not be left out here."""
+        if self._shared is None:
+            return None
+        found = self._shared.features.find(self.clip, self._dataset)
+        complete = found is not None and len(found.samples) == len(self._dataset.test)
+        return found if complete or self._config.data.skip_bad_images else None
 
     def check(self, prompts: list[PromptConfig]) -> None:
         """Find whatever is wrong with model, images, prompts and class names before anything is written."""
@@ -215,14 +243,25 @@ class _Material:
     ) -> Features:
         """Test features of one set of classes; every method has the same image encoder."""
         if subset not in self._features:
-            self._features[subset] = encode_test_images(
+            encode = partial(
+                encode_test_images,
                 model,
                 self.clip,
-                self.classes(subset),
                 batch_size=self._config.eval_batch_size,
                 workers=self._config.data.workers,
                 progress=progress,
             )
+            classes = self.classes(subset)
+            if self._shared is None:
+                self._features[subset] = encode(classes)
+            else:
+                everything = self._shared.features.find_or_make(
+                    self.clip,
+                    self._dataset,
+                    self.sampled.test,
+                    lambda samples: encode(self._dataset.with_splits(test=samples)).image,
+                )
+                self._features[subset] = everything.select(classes.test, self.clip.device)
         return self._features[subset]
 
 
@@ -339,13 +378,17 @@ def _evaluate(
     where: str,
     subset: Subset | None,
     observer: Observer | None,
+    shared: Shared | None = None,
 ) -> dict[str, Metrics]:
     observer = observer or Observer()
-    dataset = load_dataset(config.data).with_splits(train=(), val=())
+    if shared is None:
+        dataset = load_dataset(config.data).with_splits(train=(), val=())
+    else:
+        dataset = shared.test_set(config.data)
     config = resolve(config, dataset)
     if subset is not None:
         config = replace(config, data=replace(config.data, subset=subset))
-    material = _Material(config, dataset, observer)
+    material = _Material(config, dataset, observer, shared)
     subsets = material.subsets if subset is None else (subset,)
     return _measure(config, material, parameters, where, subsets, observer)
 
