@@ -1,0 +1,149 @@
+"""The MLP's activation with the bias before it, and its gradient: QuickGELU u s(1.702 u) or the exact GELU u Phi(u).
+
+One program owns a stretch of 1024 columns of one row. Memory traffic a row of w = 4d numbers of s bytes: forward 2 w s
+(u in, result out), backward 3 w s (u and dg in, dg out); the bias stays in the caches. Eight numbers a thread are one
+16-byte load in half precision, and the arithmetic (an exponential or an error function a number) hides behind it.
+Predicted: 80 to 90 % of the memory's bandwidth from some thousand rows on, where QuickGELU is used; with the error
+function 70 to 85 % in half precision.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import check_array, row_layout, row_offset
+from .variants import STORAGE, Variant
+
+KINDS = ("quick_gelu", "gelu")
+BLOCK, WARPS = 1024, 4
+
+
+@triton.jit
+def _load_with_bias(u, bias, columns, inside, HAS_BIAS: tl.constexpr):
+    value = tl.load(u + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit(do_not_specialize=["per_image"])
+def _activation_fwd_kernel(
+    u,
+    bias,
+    out,
+    per_image,
+    width,
+    stride_ub,
+    stride_ur,
+    stride_ob,
+    stride_or,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    u += row_offset(row, per_image, stride_ub, stride_ur)
+    out += row_offset(row, per_image, stride_ob, stride_or)
+    value = _load_with_bias(u, bias, columns, inside, HAS_BIAS)
+    if KIND == "quick_gelu":
+        result = value * tl.sigmoid(1.702 * value)
+    else:
+        result = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
+    tl.store(out + columns, result, mask=inside)
+
+
+def activation_fwd(u: Tensor, bias: Tensor | None, kind: str, out: Tensor) -> None:
+    """out = act(u + bias).
+
+    Args:
+        u: rows (n, w) or (B, n/B, w).
+        bias: (w,) or None.
+        kind: "quick_gelu" or "gelu".
+        out: rows, written; may be `u`.
+    """
+    _launch(_activation_fwd_kernel, u, bias, kind, out)
+
+
+@triton.jit(do_not_specialize=["per_image"])
+def _activation_bwd_kernel(
+    u,
+    bias,
+    dg,
+    per_image,
+    width,
+    stride_ub,
+    stride_ur,
+    stride_dgb,
+    stride_dgr,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    u += row_offset(row, per_image, stride_ub, stride_ur)
+    dg += row_offset(row, per_image, stride_dgb, stride_dgr)
+    value = _load_with_bias(u, bias, columns, inside, HAS_BIAS)
+    if KIND == "quick_gelu":  # s + 1.702 u s (1 - s), s = sigmoid(1.702 u)
+        s = tl.sigmoid(1.702 * value)
+        slope = s + 1.702 * value * s * (1.0 - s)
+    else:  # Phi(u) + u phi(u), phi the normal density
+        density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
+        slope = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476)) + value * density
+    gradient = tl.load(dg + columns, mask=inside, other=0.0).to(tl.float32) * slope
+    tl.store(dg + columns, gradient, mask=inside)
+
+
+def activation_bwd(u: Tensor, bias: Tensor | None, kind: str, dg: Tensor) -> None:
+    """dg *= act'(u + bias): from the gradient of the output to that of `u`, in place.
+
+    Args:
+        u: rows (n, w) or (B, n/B, w).
+        bias: (w,) or None.
+        kind: "quick_gelu" or "gelu".
+        dg: rows, changed.
+    """
+    _launch(_activation_bwd_kernel, u, bias, kind, dg)
+
+
+def _launch(kernel, u: Tensor, bias: Tensor | None, kind: str, result: Tensor) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"`kind` must be {' or '.join(KINDS)}, got {kind!r}")
+    rows = row_layout(u=u, result=result)
+    if bias is not None:
+        check_array("bias", bias, (rows.width,), u)
+    if not rows.count:
+        return
+    with torch.cuda.device_of(u):
+        kernel[(rows.count, triton.cdiv(rows.width, BLOCK))](
+            u, u if bias is None else bias, result, rows.per_image, rows.width, *rows.strides,
+            KIND=kind, HAS_BIAS=bias is not None, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
+
+
+def _variants() -> tuple[Variant, ...]:
+    found = []
+    for kernel, result in ((_activation_fwd_kernel, "o"), (_activation_bwd_kernel, "dg")):
+        for dtype in STORAGE:
+            signature = {
+                "u": f"*{dtype}",
+                "bias": f"*{dtype}",
+                ("out" if result == "o" else result): f"*{dtype}",
+            }
+            strides = ("stride_ub", "stride_ur", f"stride_{result}b", f"stride_{result}r")
+            signature |= dict.fromkeys(("per_image", "width", *strides), "i32")
+            for kind in KINDS:
+                for has_bias in (False, True):
+                    constexprs = {"KIND": kind, "HAS_BIAS": has_bias, "BLOCK": BLOCK}
+                    name = kind + ", bias" * has_bias
+                    found.append(Variant(kernel, name, dtype, signature, constexprs, WARPS))
+    return tuple(found)
+
+
+VARIANTS = _variants()
