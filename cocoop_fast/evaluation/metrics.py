@@ -29,6 +29,10 @@ class Metrics:
         """Plain values, for JSON."""
         return asdict(self)
 
+    def summary(self) -> dict[str, Any]:
+        """The same without the confusion matrix, which has a million numbers for ImageNet."""
+        return {name: value for name, value in self.to_mapping().items() if name != "confusion"}
+
 
 def measure(labels: np.ndarray, predictions: np.ndarray, n_classes: int) -> Metrics:
     """Compare predictions with labels.

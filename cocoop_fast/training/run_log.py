@@ -85,9 +85,7 @@ class RunLog(Observer):
             folder = folder / f"test_{info.subset}"
             folder.mkdir(exist_ok=True)
         _append(folder / "log.txt", evaluation_text(info.metrics))
-        metrics = info.metrics.to_mapping()
-        del metrics["confusion"]
-        self._record("evaluation", subset=info.subset, seconds=info.seconds, **metrics)
+        self._record("evaluation", subset=info.subset, seconds=info.seconds, **info.metrics.summary())
 
     def _text(self, line: str) -> None:
         _append(self._folder / "log.txt", line)
