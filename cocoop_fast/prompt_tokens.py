@@ -57,21 +57,44 @@ def tokenize_names(classnames: Sequence[str], *, before: str, after: str, contex
     Raises:
         UserError: no classes, an empty name, or a prompt that does not fit the context length.
     """
+    encode, sos, eot = tokenizer().encode, tokenizer().sot_token_id, tokenizer().eot_token_id
+    names = spell_names(classnames)
+    rows = [[sos, *encode(f"{before}{name}{after}"), eot] for name in names]
+    tokens = pad_prompts(rows, names, context_length)
+    _warn_of_duplicates(classnames, tokens)
+    return tokens
+
+
+def spell_names(classnames: Sequence[str]) -> list[str]:
+    """The names as they stand in a prompt: an underscore counts as a space.
+
+    Raises:
+        UserError: no classes, or an empty name.
+    """
     if isinstance(classnames, str) or not len(classnames):
         raise UserError(f"The class list must be a non-empty list of names, got {classnames!r}.")
-    encode, sos, eot = tokenizer().encode, tokenizer().sot_token_id, tokenizer().eot_token_id
-    tokens = torch.zeros(len(classnames), context_length, dtype=torch.int64)
-    for k, name in enumerate(map(_spell, classnames)):
-        if not encode(name):
+    names = [_spell(name) for name in classnames]
+    for k, name in enumerate(names):
+        if not tokenizer().encode(name):
             raise UserError(f"Class {k} has an empty name; give every class at least one word.")
-        ids = [sos, *encode(f"{before}{name}{after}"), eot]
-        if len(ids) > context_length:
+    return names
+
+
+def pad_prompts(rows: Sequence[Sequence[int]], names: Sequence[str], context_length: int) -> Tensor:
+    """Prompts of K named classes, from SOS to EOT, as one (K, L) int64 tensor padded with 0.
+
+    Raises:
+        UserError: a prompt does not fit the context length.
+    """
+    tokens = torch.zeros(len(rows), context_length, dtype=torch.int64)
+    for k, (row, name) in enumerate(zip(rows, names, strict=True)):
+        if len(row) > context_length:
             raise UserError(
-                f"The prompt of class {k}, '{_shorten(name)}', has {len(ids)} tokens ({len(encode(name))} of them "
-                f"its name), but the model reads {context_length}; shorten the name or the context."
+                f"The prompt of class {k}, '{_shorten(name)}', has {len(row)} tokens "
+                f"({len(tokenizer().encode(name))} of them its name), but the model reads {context_length}; "
+                "shorten the name or the context."
             )
-        tokens[k, : len(ids)] = torch.tensor(ids)
-    _warn_of_duplicates(classnames, tokens)
+        tokens[k, : len(row)] = torch.tensor(row)
     return tokens
 
 

@@ -16,37 +16,100 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def encode_prompts(clip_model: Any, prompts: Tensor, tokens: Tensor) -> Tensor:
+def encode_prompts(
+    clip_model: Any,
+    prompts: Tensor,
+    tokens: Tensor,
+    deep: Sequence[Tensor] = (),
+    places: Tensor | None = None,
+) -> Tensor:
     """(n, L, d) prompt embeddings to (n, E) text features, by the model's own transformer.
 
     Args:
         clip_model: an open_clip CLIP, or OpenAI's (whose blocks hold the mask and want (L, n, d)).
         prompts: (n, L, d) token embeddings.
         tokens: (n, L) ids; the largest of a row is its EOT.
+        deep: (n, M, d) each: the rows that replace those at `places` at the input of layers 1, 2, ...
+        places: (n, M) positions of the context in each prompt; needed with `deep`.
     """
     dtype = prompts.dtype
     x = prompts + clip_model.positional_embedding.to(dtype)
-    if getattr(clip_model, "attn_mask", None) is not None:
-        x = clip_model.transformer(x, attn_mask=clip_model.attn_mask)
-    else:
-        x = clip_model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
+    mask = getattr(clip_model, "attn_mask", None)
+    arguments = {} if mask is None else {"attn_mask": mask}
+    batch_first = getattr(clip_model.transformer, "batch_first", False)
+    for layer, block in enumerate(clip_model.transformer.resblocks):
+        if 1 <= layer <= len(deep):
+            assert places is not None
+            x = x.scatter(1, places[:, :, None].expand_as(deep[layer - 1]), deep[layer - 1])
+        if batch_first:
+            x = block(x, **arguments)
+        else:
+            x = block(x.permute(1, 0, 2), **arguments).permute(1, 0, 2)
     x = clip_model.ln_final(x).to(dtype)
     return x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ clip_model.text_projection
 
 
-class DenseLearner(nn.Module):
-    """What is learned: `ctx`, and for CoCoOp the Meta-Net, under the reference's state-dict keys."""
+def place_contexts(embedding: Tensor, ctx: Tensor, name_lens: Sequence[int], position: str) -> Tensor:
+    """Prompts with the class name after ("end"), amid ("middle") or before ("front") the context.
 
-    def __init__(self, ctx: Tensor, embed_dim: int | None) -> None:
+    Args:
+        embedding: (K, L, d) of "<M placeholders> <name>." with SOS, EOT and padding.
+        ctx: (K, M, d).
+        name_lens: tokens of each name.
+        position: where the name goes.
+
+    Returns:
+        (K, L, d).
+    """
+    m, prompts = ctx.shape[1], []
+    ahead = {"end": m, "middle": m // 2, "front": 0}[position]
+    for e, own, length in zip(embedding, ctx, name_lens, strict=True):
+        sos, name, rest = e[:1], e[1 + m : 1 + m + length], e[1 + m + length :]
+        prompts.append(torch.cat([sos, own[:ahead], name, own[ahead:], rest]))
+    return torch.stack(prompts)
+
+
+def context_places(n_ctx: int, name_lens: Sequence[int], position: str) -> Tensor:
+    """(K, M) positions of the context vectors in the prompts of :func:`place_contexts`."""
+    marks = torch.arange(1.0, n_ctx + 1).expand(len(name_lens), -1)[..., None]
+    length = 1 + n_ctx + max(name_lens)
+    marked = place_contexts(torch.zeros(len(name_lens), length, 1), marks, name_lens, position)[..., 0]
+    return marked.nonzero()[:, 1].view(-1, n_ctx)
+
+
+def meta_net(embed_dim: int, width: int) -> nn.Sequential:
+    """h_theta: Linear, ReLU, Linear (paper, section 3.2)."""
+    hidden = embed_dim // 16
+    layers = OrderedDict(
+        linear1=nn.Linear(embed_dim, hidden), relu=nn.ReLU(), linear2=nn.Linear(hidden, width)
+    )
+    return nn.Sequential(layers)
+
+
+class DenseLearner(nn.Module):
+    """What is learned: `ctx`, and for CoCoOp the Meta-Net, under the reference's state-dict keys.
+
+    Args:
+        ctx: (M, d), or (K, M, d) if each class has its own.
+        embed_dim: E, the width of the Meta-Net's input; None: there is none.
+        nets: 1, or M Meta-Nets, each of which shifts one context vector.
+    """
+
+    def __init__(self, ctx: Tensor, embed_dim: int | None, nets: int = 1) -> None:
         super().__init__()
         self.ctx = nn.Parameter(ctx.clone())
-        self.meta_net: nn.Module | None = None
-        if embed_dim is not None:
-            hidden, width = embed_dim // 16, ctx.shape[1]
-            layers = OrderedDict(
-                linear1=nn.Linear(embed_dim, hidden), relu=nn.ReLU(), linear2=nn.Linear(hidden, width)
-            )
-            self.meta_net = nn.Sequential(layers).to(ctx)
+        if embed_dim is not None and nets == 1:
+            self.meta_net = meta_net(embed_dim, ctx.shape[-1]).to(ctx)
+        elif embed_dim is not None:
+            self.meta_nets = nn.ModuleList(meta_net(embed_dim, ctx.shape[-1]) for _ in range(nets)).to(ctx)
+
+    def context(self, x: Tensor) -> Tensor:
+        """The context of one image feature (E,)."""
+        if hasattr(self, "meta_net"):
+            return self.ctx + self.meta_net(x)
+        if hasattr(self, "meta_nets"):
+            return torch.stack([v + h(x) for v, h in zip(self.ctx, self.meta_nets, strict=True)])
+        return self.ctx
 
 
 class DensePromptedCLIP(nn.Module):
@@ -57,6 +120,9 @@ class DensePromptedCLIP(nn.Module):
         classnames: K names.
         ctx_init: words of the initial context, one token each; or "" for `n_ctx` random vectors.
         conditional: whether the Meta-Net shifts the context by the image.
+        meta_nets: one Meta-Net for each context vector instead of one for all.
+        class_specific: a context for each class (random).
+        class_position: "end", "middle" or "front".
     """
 
     def __init__(
@@ -67,22 +133,29 @@ class DensePromptedCLIP(nn.Module):
         ctx_init: str = "a photo of a",
         n_ctx: int = 4,
         conditional: bool = True,
+        meta_nets: bool = False,
+        class_specific: bool = False,
+        class_position: str = "end",
     ) -> None:
         super().__init__()
         self.clip_model: Any = clip_model
         n_ctx = len(ctx_init.split()) if ctx_init else n_ctx
         words = ctx_init or " ".join(["X"] * n_ctx)
-        self.tokens = open_clip.tokenize([f"{words} {name.replace('_', ' ')}." for name in classnames])
+        names = [name.replace("_", " ") for name in classnames]
+        self.tokens = open_clip.tokenize([f"{words} {name}." for name in names])
+        self.name_lens = [int(row.argmax()) - 1 for row in open_clip.tokenize(names)]
+        self.class_position = class_position
         dtype = clip_model.ln_final.weight.dtype
         with torch.no_grad():
             self.embedding = clip_model.token_embedding(self.tokens).to(dtype)  # (K, L, d)
+        shape = (len(names), n_ctx) if class_specific else (n_ctx,)
         ctx = (
             self.embedding[0, 1 : 1 + n_ctx]
             if ctx_init
-            else 0.02 * torch.randn(n_ctx, self.embedding.shape[2])
+            else 0.02 * torch.randn(*shape, self.embedding.shape[2])
         )
         embed_dim = clip_model.text_projection.shape[1] if conditional else None
-        self.prompt_learner = DenseLearner(ctx.to(dtype), embed_dim)
+        self.prompt_learner = DenseLearner(ctx.to(dtype), embed_dim, n_ctx if meta_nets else 1)
         self.image_encoder: nn.Module = clip_model.visual
         self.logit_scale: nn.Parameter = clip_model.logit_scale
         self.dtype: torch.dtype = dtype
@@ -106,12 +179,10 @@ class DensePromptedCLIP(nn.Module):
     def logits(self, image_features: Tensor) -> Tensor:
         """logit_k(x) = exp(s) cos(f(x), g(t_k(x))), t_k(x) = {v_1(x), .., v_M(x), c_k}, v_m(x) = v_m + h(x)."""
         image_features = image_features / image_features.norm(dim=-1, keepdim=True)
-        ctx = self.prompt_learner.ctx
-        n_ctx, rows = len(ctx), []
+        rows = []
         for x in image_features:
-            meta_net = self.prompt_learner.meta_net
-            shifted = ctx if meta_net is None else ctx + meta_net(x)
-            prompts = torch.stack([torch.cat([e[:1], shifted, e[1 + n_ctx :]]) for e in self.embedding])
+            ctx = self.prompt_learner.context(x).expand(len(self.tokens), -1, -1)
+            prompts = place_contexts(self.embedding, ctx, self.name_lens, self.class_position)
             text = encode_prompts(self.clip_model, prompts, self.tokens)
             text = text / text.norm(dim=-1, keepdim=True)
             rows.append(self.logit_scale.exp() * x @ text.T)

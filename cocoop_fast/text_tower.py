@@ -1,10 +1,13 @@
 """CLIP's text transformer, evaluated once per distinct row of the K prompts.
 
-Rows of an image: M context rows, then the N nodes of the class tree (R = M + N). SOS is a constant of the model
-and no row at all. What is exact about this, and why, is in docs/design.md.
+Rows of an image: M context rows, then the N nodes of the class tree (R = M + N). SOS, and whatever else no context
+precedes, is a constant of the model and no row at all. What is exact about this, and why, is in docs/design.md.
 """
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,7 @@ from cocoop_fast.class_tree import ClassTree
 from cocoop_fast.clip import ClipModel, FrozenCLIP, text_module
 from cocoop_fast.cpu_tower import CpuTower
 from cocoop_fast.errors import UserError
-from cocoop_fast.ops.dispatch import select_backend
+from cocoop_fast.ops.dispatch import Backend, select_backend
 from cocoop_fast.torch_tower import TorchTower
 from cocoop_fast.tower_rows import compute_constants, finish_block, project, qkv_rows
 
@@ -32,7 +35,9 @@ class TreeTextEncoder(nn.Module):
     Args:
         clip_model: an open_clip or OpenAI CLIP whose text tower is causal and EOT-pooled.
         tree: the class tree of the K prompts.
-        backend: "auto" or the name of a backend of :mod:`cocoop_fast.ops.dispatch`.
+        backend: "auto" or the name of a backend of :mod:`cocoop_fast.ops.dispatch`. Trees of other than the
+            standard shape, and deep prompts, are always computed by "torch"; a warning says so where another
+            backend was named.
 
     Raises:
         UserError: an unsupported text tower or backend, or a tree that does not fit the tower's context length.
@@ -45,34 +50,43 @@ class TreeTextEncoder(nn.Module):
         self._check_tree()
         self._explicit_backend = backend
         self._tower: Tower | None = None
-        weights = self.frozen.text_weights()
-        self.backend = select_backend(weights.device, weights.dtype, backend)
+        self._deep_tower: TorchTower | None = None  # where the other one cannot take deep prompts
+        self.backend = self._select_backend()
+        if not tree.is_standard and backend not in ("auto", self.backend.name):
+            warnings.warn(
+                f"The backend '{backend}' computes prompts with one shared context before the class name; "
+                "this layout is computed by 'torch'.",
+                stacklevel=2,
+            )
 
-    def forward(self, ctx: Tensor) -> Tensor:
+    def forward(self, ctx: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
         """Encode the K prompts under each context.
 
         Args:
-            ctx: (B, M, d) context vectors, differentiable; computed in the dtype of the model.
+            ctx: (M, d) or (B, M, d) context vectors; (K, M, d) or (B, K, M, d) where each class has its own.
+                Differentiable; computed in the dtype of the model.
+            deep: up to layers - 1 tensors, each of the shape of `ctx`: what takes the place of the context rows
+                at the input of layers 1, 2, ... (MaPLe, section 3.2). Position embeddings are not added to them.
 
         Returns:
-            (B, K, E) text features, not normalised.
+            (B, K, E) text features, not normalised; (K, E) from contexts without B.
 
         Raises:
-            UserError: `ctx` has another shape or is not floating point.
+            UserError: `ctx` or `deep` has another shape or is not floating point.
         """
-        expected = (self.tree.n_ctx, self.frozen.width)
-        if ctx.ndim != 3 or tuple(ctx.shape[1:]) != expected or not ctx.is_floating_point():
-            raise UserError(
-                f"`ctx` must be a floating-point (B, M, d) tensor with (M, d) = {expected}, "
-                f"got {ctx.dtype} of shape {tuple(ctx.shape)}."
-            )
-        tower = self._current_tower()
-        if torch.is_grad_enabled() and ctx.requires_grad:
-            leaves = tower.encode(ctx)
+        batched = self._is_batched(ctx)
+        self._check_deep(ctx, deep)
+        rows = [one.flatten(-3, -2) if self.tree.class_specific else one for one in (ctx, *deep)]
+        rows = rows if batched else [one[None] for one in rows]
+        tower = self._current_tower(deep=bool(deep))
+        if torch.is_grad_enabled() and any(one.requires_grad for one in rows):
+            leaves = _encode(tower, rows)
         else:
             group = max(1, ROWS_PER_INFERENCE_PASS // self.tree.rows)
-            leaves = torch.cat([tower.encode(part) for part in ctx.split(group)])
-        return leaves[:, tower.constants.leaf_of_class]
+            parts = zip(*(one.split(group) for one in rows), strict=True)
+            leaves = torch.cat([_encode(tower, part) for part in parts])
+        features = leaves[:, tower.constants.leaf_of_class]
+        return features if batched else features[0]
 
     def extra_repr(self) -> str:
         return f"{self.tree}, backend={self.backend.name}"
@@ -84,21 +98,63 @@ class TreeTextEncoder(nn.Module):
                 f"The longest prompt has {longest} tokens, but the text tower reads {self.frozen.context_length}; "
                 "use a shorter context or class name."
             )
-        highest = max(int(self.tree.token.max()), self.tree.sos)
-        if highest >= self.frozen.vocab_size:
+        highest = int(torch.cat([self.tree.token, self.tree.constants.token]).max())
+        if max(highest, self.tree.sos) >= self.frozen.vocab_size:
             raise UserError(
-                f"The prompts use token id {highest}, but the text tower knows {self.frozen.vocab_size} tokens; "
-                "tokenize them with the model's own tokenizer."
+                f"The prompts use token id {max(highest, self.tree.sos)}, but the text tower knows "
+                f"{self.frozen.vocab_size} tokens; tokenize them with the model's own tokenizer."
             )
 
-    def _current_tower(self) -> Tower:
-        """The tower with its constants, made anew only when a weight was changed or moved."""
+    def _is_batched(self, ctx: Tensor) -> bool:
+        """Whether `ctx` has a dimension B in front."""
+        own = (self.tree.n_classes,) if self.tree.class_specific else ()
+        expected = (*own, self.tree.n_slots, self.frozen.width)
+        extra = ctx.ndim - len(expected)
+        if extra not in (0, 1) or tuple(ctx.shape[extra:]) != expected or not ctx.is_floating_point():
+            names = "K, M, d" if own else "M, d"
+            raise UserError(
+                f"`ctx` must be a floating-point ({names}) or (B, {names}) tensor with ({names}) = {expected}, "
+                f"got {ctx.dtype} of shape {tuple(ctx.shape)}."
+            )
+        return extra == 1
+
+    def _check_deep(self, ctx: Tensor, deep: Sequence[Tensor]) -> None:
+        if len(deep) >= self.frozen.layers:
+            raise UserError(
+                f"`deep` has {len(deep)} prompts, but a text tower of {self.frozen.layers} layers takes at most "
+                f"{self.frozen.layers - 1}: its first layer reads `ctx`."
+            )
+        for layer, prompt in enumerate(deep, start=1):
+            if prompt.shape != ctx.shape or not prompt.is_floating_point():
+                raise UserError(
+                    f"The deep prompt of layer {layer} must be floating-point and of the shape of `ctx`, "
+                    f"{tuple(ctx.shape)}, got {prompt.dtype} of shape {tuple(prompt.shape)}."
+                )
+
+    def _select_backend(self) -> Backend:
+        weights = self.frozen.text_weights()
+        chosen = select_backend(weights.device, weights.dtype, self._explicit_backend)
+        return chosen if self.tree.is_standard else select_backend(weights.device, weights.dtype, "torch")
+
+    def _current_tower(self, *, deep: bool) -> Tower:
+        """The tower that serves, with its constants, made anew only when a weight was changed or moved."""
         weights = self.frozen.text_weights()
         if self._tower is None or self._tower.constants.weights is not weights:
-            self.backend = select_backend(weights.device, weights.dtype, self._explicit_backend)
+            self.backend = self._select_backend()
             with torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
                 self._tower = TOWERS[self.backend.name](compute_constants(weights, self.tree))
-        return self._tower
+            self._deep_tower = None
+        if not deep or isinstance(self._tower, TorchTower):
+            return self._tower
+        if self._deep_tower is None:
+            self._deep_tower = TorchTower(self._tower.constants)
+        return self._deep_tower
+
+
+def _encode(tower: Tower, rows: Sequence[Tensor]) -> Tensor:
+    """A context, and its deep prompts if there are any, to the features of the leaves."""
+    ctx, *deep = rows
+    return tower.encode(ctx, deep) if isinstance(tower, TorchTower) else tower.encode(ctx)
 
 
 class TextEncoder(nn.Module):

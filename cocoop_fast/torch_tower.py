@@ -1,43 +1,87 @@
 """The text transformer over tree rows in plain torch operations: the readable twin of every faster tower.
 
-Runs on any device and in any float type; autograd derives its backward.
+Runs on any device and in any float type, serves trees of every layout, and deep prompts; autograd derives its
+backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
+from cocoop_fast.class_tree import RowPaths
+from cocoop_fast.ops.path_attention import path_attention_ref
 from cocoop_fast.ops.tree_attention import tree_attention_ref
 from cocoop_fast.tower_rows import TowerConstants, finish_block, project, qkv_rows
 
 
 class TorchTower:
-    """(B, M, d) contexts to the features of the K' distinct prompts.
+    """Contexts to the features of the K' distinct prompts.
+
+    S context vectors of a context: M, or K M if each class has its own.
 
     Args:
-        constants: what the model and the class list fix.
+        constants: what the model and the class tree fix.
     """
 
     def __init__(self, constants: TowerConstants) -> None:
         self.constants = constants
 
-    def encode(self, ctx: Tensor) -> Tensor:
-        """(B, M, d) contexts to (B, K', E) text features of the tree's leaves."""
+    def encode(self, ctx: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
+        """(B, S, d) contexts to (B, K', E) text features of the tree's leaves.
+
+        Args:
+            ctx: the context vectors, in the order of their slots.
+            deep: (B, S, d) each: what takes the place of the context rows at the input of layers 1, 2, ...
+        """
         c = self.constants
-        w, m, batch = c.weights, c.tree.n_ctx, len(ctx)
-        context_rows = ctx.to(w.dtype) + c.positions
-        x = torch.cat([context_rows, c.node_rows.expand(batch, -1, -1)], dim=1)  # (B, R, d)
+        w, batch = c.weights, len(ctx)
+        context_rows = self._learnable_rows(ctx) + c.positions
+        x = self._weave(context_rows, c.node_rows.expand(batch, -1, -1))  # (B, R, d)
         last = len(w.blocks) - 1
         for layer, block in enumerate(w.blocks):
-            rows = None if layer < last else m + c.leaves  # after the last layer only the EOT rows are read
-            if layer == 0:  # the nodes' query, key and value do not depend on the image
+            # After the last layer only the EOT rows are read.
+            rows = None if layer < last else c.tree.n_ctx + c.leaves
+            if layer == 0:  # the tokens' query, key and value do not depend on the context
                 parts = zip(qkv_rows(context_rows, block, w.heads), c.node_qkv, strict=True)
-                q, k, v = (torch.cat([own, same.expand(batch, -1, -1, -1)], dim=1) for own, same in parts)
+                q, k, v = (self._weave(own, same.expand(batch, -1, -1, -1)) for own, same in parts)
                 q = q if rows is None else q[:, rows]
             else:
+                if layer <= len(deep):
+                    x = x.index_copy(1, c.learnable, self._learnable_rows(deep[layer - 1]))
                 q, k, v = qkv_rows(x, block, w.heads, query_rows=rows)
             x = x if rows is None else x[:, rows]
-            o = tree_attention_ref(q, k, v, *c.sos_kv[layer], c.tree, None if rows is None else c.leaves)
+            o = self._attend(q, k, v, layer, leaves=rows is not None)
             x = finish_block(x, o, block, w.activation)
         return project(x, w)
+
+    def _learnable_rows(self, ctx: Tensor) -> Tensor:
+        """(B, S, d) context vectors to the rows that hold them."""
+        c = self.constants
+        return (ctx if c.tree.is_standard else ctx[:, c.slots]).to(c.weights.dtype)
+
+    def _weave(self, learnable: Tensor, tokens: Tensor) -> Tensor:
+        """The learnable rows and the token rows, (B, S, ...) and (B, T, ...), in the order of the tree."""
+        rows = torch.cat([learnable, tokens], dim=1)
+        return rows if self.constants.tree.is_standard else rows[:, self._order]
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """(R,) place of each row of the tree among the learnable rows followed by the tokens."""
+        learnable = self.constants.learnable
+        is_token = torch.ones(self.constants.tree.rows, dtype=torch.bool, device=learnable.device)
+        is_token[learnable] = False
+        return torch.cat([learnable, is_token.nonzero()[:, 0]]).argsort()
+
+    @cached_property
+    def _paths(self) -> RowPaths:
+        return self.constants.tree.row_paths.to(self.constants.weights.device)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, *, leaves: bool) -> Tensor:
+        c = self.constants
+        if c.tree.is_standard:
+            return tree_attention_ref(q, k, v, *c.sos_kv[layer], c.tree, c.leaves if leaves else None)
+        return path_attention_ref(q, k, v, *c.fixed_kv[layer], self._paths, leaves)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from cocoop_fast.class_tree import ClassTree
@@ -11,6 +13,7 @@ from cocoop_fast.clip import Affine, TextBlock, TextWeights
 from cocoop_fast.ops.activation import activation_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 from cocoop_fast.ops.linear import linear_ref
+from cocoop_fast.ops.path_attention import path_attention_ref
 
 
 def qkv_rows(
@@ -44,37 +47,74 @@ def project(x: Tensor, weights: TextWeights) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TowerConstants:
-    """What a model and a class list fix once and for all."""
+    """What a model and a class tree fix once and for all.
+
+    The rows of the tree are S learnable ones and T tokens; in a standard tree S = M and T = N, in this order.
+    """
 
     weights: TextWeights
     tree: ClassTree
-    positions: Tensor  # (M, d) position embeddings of the context
-    node_rows: Tensor  # (N, d) layer-0 input of the nodes: token + position embedding
-    node_qkv: tuple[Tensor, Tensor, Tensor]  # (N, H, D) each: layer 0's query, key, value of the nodes
-    sos_kv: tuple[tuple[Tensor, Tensor], ...]  # (H, D) key and value of SOS in each layer
+    learnable: Tensor  # (S,) rows that are context vectors
+    slots: Tensor  # (S,) which ones
+    positions: Tensor  # (S, d) their position embeddings
+    node_rows: Tensor  # (T, d) layer-0 input of the tokens: token + position embedding
+    node_qkv: tuple[Tensor, Tensor, Tensor]  # (T, H, D) each: layer 0's query, key, value of the tokens
+    fixed_kv: tuple[
+        tuple[Tensor, Tensor], ...
+    ]  # (1 + C, H, D): key and value of SOS and the constants, by layer
     leaves: Tensor  # (K',) distinct EOT nodes
     leaf_of_class: Tensor  # (K,)
 
+    @cached_property
+    def sos_kv(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(H, D) key and value of SOS in each layer."""
+        return tuple((k[0], v[0]) for k, v in self.fixed_kv)
+
 
 def compute_constants(weights: TextWeights, tree: ClassTree) -> TowerConstants:
-    """Evaluate the rows that no context reaches: SOS in every layer, the nodes up to layer 0's q, k and v."""
-    dtype, device = weights.dtype, weights.device
-    embed = weights.token_embedding
-    position = weights.positional_embedding.to(dtype)
-    node_rows = embed[tree.token.to(device)].to(dtype) + position[(1 + tree.n_ctx + tree.depth).to(device)]
-    sos = (embed[tree.sos].to(dtype) + position[0])[None]
-    sos_kv = []
-    for block in weights.blocks:
-        _, k, v = qkv_rows(sos, block, weights.heads)
-        sos_kv.append((k[0], v[0]))
-        sos = finish_block(sos, v, block, weights.activation)  # SOS sees itself alone: attention returns v
+    """Evaluate the rows that no context reaches, and the other tokens up to layer 0's q, k and v."""
+    device = weights.device
+    position = weights.positional_embedding.to(weights.dtype)
+    slot = torch.cat([torch.arange(tree.n_ctx), tree.slot]).to(device)
+    place = torch.cat([1 + torch.arange(tree.n_ctx), 1 + tree.n_ctx + tree.depth]).to(device)
+    learnable = (slot >= 0).nonzero()[:, 0]
+    tokens = tree.slot < 0
+    node_rows = _embed(weights, tree.token[tokens], place[slot < 0])
     return TowerConstants(
         weights=weights,
         tree=tree,
-        positions=position[1 : 1 + tree.n_ctx],
+        learnable=learnable,
+        slots=slot[learnable],
+        positions=position[place[learnable]],
         node_rows=node_rows,
         node_qkv=qkv_rows(node_rows, weights.blocks[0], weights.heads),
-        sos_kv=tuple(sos_kv),
+        fixed_kv=_fixed_rows(weights, tree),
         leaves=tree.leaves.to(device),
         leaf_of_class=tree.leaf_of_class.to(device),
+    )
+
+
+def _fixed_rows(weights: TextWeights, tree: ClassTree) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Keys and values, in each layer, of SOS and of the tokens that no context precedes."""
+    constants = tree.constants
+    sos = _embed(weights, torch.tensor([tree.sos]), torch.zeros(1, dtype=torch.int64))
+    x = _embed(weights, constants.token, 1 + constants.depth)
+    paths = constants.row_paths.to(weights.device)
+    fixed_kv = []
+    for block in weights.blocks:
+        _, sos_k, sos_v = qkv_rows(sos, block, weights.heads)
+        q, k, v = qkv_rows(x, block, weights.heads)
+        fixed_kv.append((torch.cat([sos_k, k]), torch.cat([sos_v, v])))
+        sos = finish_block(sos, sos_v, block, weights.activation)  # it sees itself alone: attention returns v
+        if len(constants):
+            o = path_attention_ref(q[None], k[None], v[None], sos_k, sos_v, paths)
+            x = finish_block(x, o[0], block, weights.activation)
+    return tuple(fixed_kv)
+
+
+def _embed(weights: TextWeights, token: Tensor, place: Tensor) -> Tensor:
+    """(n,) token ids at (n,) positions to layer-0 rows (n, d)."""
+    token, place = token.to(weights.device), place.to(weights.device)
+    return weights.token_embedding[token].to(weights.dtype) + weights.positional_embedding[place].to(
+        weights.dtype
     )

@@ -130,12 +130,12 @@ def test_dense_text_encoder_reads_up_to_the_last_eot():
 
 
 @pytest.mark.parametrize(
-    "ctx", [torch.zeros(2, 4, 47), torch.zeros(2, 3, 48), torch.zeros(4, 48), torch.zeros(2, 4, 48).long()]
+    "ctx", [torch.zeros(2, 4, 47), torch.zeros(2, 3, 48), torch.zeros(48), torch.zeros(2, 4, 48).long()]
 )
 def test_wrong_contexts_are_refused(ctx):
     model = tiny_clip()
     tokens, _ = setup(model, NAMES[:3])
-    with pytest.raises(UserError, match=r"`ctx` must be a floating-point \(B, M, d\) tensor"):
+    with pytest.raises(UserError, match=r"`ctx` must be a floating-point \(M, d\) or \(B, M, d\) tensor"):
         TreeTextEncoder(model, ClassTree(tokens, 4))(ctx)
 
 
