@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from cocoop_fast.cli import bench, datasets, evaluate, failures, output, predict, train
+from cocoop_fast.cli import bench, datasets, evaluate, failures, output, predict, run_protocol, sweep, train
 
 app = typer.Typer(
     name="cocoop-fast",
@@ -29,6 +29,8 @@ app = typer.Typer(
 app.command("train", epilog=train.EPILOG)(train.command)
 app.command("eval", epilog=evaluate.EPILOG)(evaluate.command)
 app.command("predict", epilog=predict.EPILOG)(predict.command)
+app.command("run", epilog=run_protocol.EPILOG)(run_protocol.command)
+app.command("sweep", epilog=sweep.EPILOG)(sweep.command)
 app.command("bench", epilog=bench.EPILOG)(bench.command)
 app.command("datasets", epilog=datasets.EPILOG)(datasets.command)
 
@@ -70,7 +72,9 @@ def run(arguments: Sequence[str]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning  # type: ignore[assignment]  # it has no use for the place
             status = app(
-                args=train.complete_compare(arguments), prog_name="cocoop-fast", standalone_mode=False
+                args=run_protocol.join_lists(train.complete_compare(arguments)),
+                prog_name="cocoop-fast",
+                standalone_mode=False,
             )
         sys.stdout.flush()
         if status == failures.INTERRUPTED:  # the parser's way of reporting control-C

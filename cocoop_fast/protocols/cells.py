@@ -1,0 +1,177 @@
+"""The cells of an experiment: one method, trained on one data set with one seed, and what it is tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from cocoop_fast.config import DataConfig, Method, RunConfig, load_yaml, to_mapping
+from cocoop_fast.data import REGISTRY, Dataset
+from cocoop_fast.errors import UserError
+from cocoop_fast.protocols.protocol import Protocol
+from cocoop_fast.training.recipe import resolve
+from cocoop_fast.training.run_directory import check_same_run
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a user asks for.
+
+    Args:
+        protocol: the paper's setting.
+        config: what all cells have in common; method, data set, classes, seed and directory are set by cell.
+        data: where each data set is, by the name it has in tables and directories.
+        datasets: names of those to test on, and to train on unless there is a source.
+        methods, seeds: every one with every data set.
+        root: of everything that is written.
+        source: name of the data set that is trained on; ``None`` for base-to-new.
+        all_classes: base-to-new models are also tested on base and new classes together.
+    """
+
+    protocol: Protocol
+    config: RunConfig
+    data: Mapping[str, DataConfig]
+    datasets: tuple[str, ...]
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...]
+    root: Path
+    source: str | None = None
+    all_classes: bool = False
+
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        return self.datasets if self.source is None else (self.source,)
+
+
+@dataclass(frozen=True)
+class Test:
+    """A test beyond those of the training run: on ``data``, whose ``subset`` says on which classes."""
+
+    __test__ = False  # not a test case, whatever pytest thinks of the name
+
+    name: str  # its results are in test_<name>/ of the run directory
+    data: DataConfig
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run and its tests."""
+
+    dataset: str  # trained on
+    method: Method
+    seed: int
+    config: RunConfig
+    tests: tuple[Test, ...]
+
+    @property
+    def run_dir(self) -> Path:
+        return cast(Path, self.config.output_dir)
+
+    def __str__(self) -> str:
+        return f"{self.dataset}, {self.method}, seed {self.seed}"
+
+
+def make_cells(experiment: Experiment) -> tuple[Cell, ...]:
+    """All cells, those of one data set together, so that its images are listed and encoded once.
+
+    Run directories are ``<root>/<data set>/<method>/seed<N>``: seeds side by side, as the reference's result
+    parser expects them.
+    """
+    config = experiment.config
+    tests: tuple[Test, ...] = ()
+    if experiment.source is not None:
+        tests = tuple(
+            Test(name, replace(experiment.data[name], subset="all"))
+            for name in experiment.datasets
+            if name != experiment.source
+        )
+    cells = []
+    for dataset in experiment.trained_on:
+        data = replace(experiment.data[dataset], subset="base" if experiment.source is None else "all")
+        if experiment.all_classes:
+            tests = (Test("all", replace(data, subset="all")),)
+        for method in experiment.methods:
+            for seed in experiment.seeds:
+                own = replace(
+                    config,
+                    prompt=replace(config.prompt, method=method),
+                    data=data,
+                    seed=seed,
+                    output_dir=experiment.root / dataset / method / f"seed{seed}",
+                )
+                cells.append(Cell(dataset, method, seed, own, tests))
+    return tuple(cells)
+
+
+def on_device(experiment: Experiment, device: str) -> Experiment:
+    """The same, computed elsewhere."""
+    config = experiment.config
+    return replace(experiment, config=replace(config, model=replace(config.model, device=device)))
+
+
+def check_present(experiment: Experiment) -> None:
+    """Find out before hours of training that the images of a data set are not there.
+
+    Raises:
+        UserError: naming every data set that is unknown or incomplete.
+    """
+    unknown = [data.name for data in experiment.data.values() if data.name not in REGISTRY]
+    if unknown:
+        raise UserError(
+            f"There is no data set called {' or '.join(unknown)}; choose from {', '.join(REGISTRY)}, or name a "
+            "folder of your own as NAME=PATH."
+        )
+    lacking = {
+        name: missing
+        for name, data in experiment.data.items()
+        if (missing := REGISTRY[data.name].missing(data))
+    }
+    if lacking:
+        shown = "; ".join(f"{name} lacks {', '.join(missing[:2])}" for name, missing in lacking.items())
+        raise UserError(
+            f"Not all data sets are there: {shown}. `cocoop-fast datasets` says what belongs where; "
+            "--datasets names those to use, and --root where they are.",
+            exit_status=1,
+        )
+
+
+def changed_cells(cells: Sequence[Cell], load: Callable[[DataConfig], Dataset]) -> dict[Cell, str]:
+    """Cells whose run directory holds a run of another configuration, with what differs.
+
+    Args:
+        cells: only those with a run directory cost anything.
+        load: lists the images of a data set, whose defaults are part of a run's configuration.
+    """
+    changed = {}
+    for cell in cells:
+        file = cell.run_dir / "config.yaml"
+        if not file.exists():
+            continue
+        try:
+            there = load_yaml(file)
+            check_same_run(there, to_mapping(resolve(cell.config, load(cell.config.data))), cell.run_dir)
+        except UserError as error:
+            changed[cell] = str(error)
+    return changed
+
+
+def refuse_changed(changed: dict[Cell, str]) -> None:
+    """Refuse to mix results of two configurations in one table.
+
+    Raises:
+        UserError: there are such cells.
+    """
+    if not changed:
+        return
+    names = [str(cell) for cell in changed]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    what = f"{len(changed)} cell was" if len(changed) == 1 else f"{len(changed)} cells were"
+    first = next(iter(changed.values())).split("; ")[0]
+    raise UserError(
+        f"{what} trained with another configuration: {'; '.join(names[:_SHOWN])}{more} ({first}). Use another "
+        "--output-dir, train these cells anew with --redo-changed, or all of them with --overwrite."
+    )

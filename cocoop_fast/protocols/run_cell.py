@@ -1,0 +1,144 @@
+"""Train one cell and test it, or read what is finished of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cocoop_fast.config import to_mapping
+from cocoop_fast.errors import UserError
+from cocoop_fast.files import write_json
+from cocoop_fast.protocols.cells import Cell, Test
+from cocoop_fast.training import experiment
+from cocoop_fast.training.observer import EvaluationInfo, Observer, Observers
+from cocoop_fast.training.run_log import RunLog
+from cocoop_fast.training.shared import Shared
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Args:
+        cell: which.
+        status: "pending" until it has been run.
+        accuracy: percent, by what was tested on: "base", "new" and "all" classes of the data set trained on,
+            or names of data sets.
+        train_seconds: in all processes that trained it.
+        error: why it failed, in a sentence.
+        usage: whether it failed for what a user asked, not for an accident.
+    """
+
+    cell: Cell
+    status: Literal["finished", "failed", "pending"] = "pending"
+    accuracy: dict[str, float] | None = None
+    train_seconds: float = 0.0
+    error: str = ""
+    usage: bool = True
+
+
+def run_cells(
+    cells: Sequence[Cell], shared: Shared, observer: Observer, *, overwrite: frozenset[Cell] = frozenset()
+) -> Iterator[Outcome]:
+    """Run cells one after the other in this process; one that fails does not stop the others.
+
+    Args:
+        cells: those that are finished are read, half-trained ones go on.
+        shared: CLIP and features, used by all of them.
+        observer: is told about progress.
+        overwrite: cells to train anew.
+    """
+    for number, cell in enumerate(cells, 1):
+        observer.on_message(f"[{number}/{len(cells)}] {cell}")
+        yield try_cell(cell, shared, observer, overwrite=cell in overwrite)
+
+
+def try_cell(cell: Cell, shared: Shared, observer: Observer, *, overwrite: bool = False) -> Outcome:
+    """Run one cell; a failure becomes part of its outcome."""
+    try:
+        return run_cell(cell, shared, observer, overwrite=overwrite)
+    except UserError as error:
+        return Outcome(cell, "failed", error=str(error))
+    except Exception as error:  # whatever it was, the other cells may do better
+        return Outcome(cell, "failed", error=f"{type(error).__name__}: {error}", usage=False)
+
+
+def run_cell(cell: Cell, shared: Shared, observer: Observer, *, overwrite: bool = False) -> Outcome:
+    """Train one cell and run its tests.
+
+    Raises:
+        UserError: anything wrong with the configuration, the data, or the run directory.
+    """
+    results = experiment.run(cell.config, observer=observer, overwrite=overwrite, shared=shared)
+    row = results.rows[0]
+    if cell.config.data.subset == "base":
+        accuracy = {"base": row.base, "new": row.new}
+    else:
+        accuracy = {cell.dataset: row.all}
+    for test in cell.tests:
+        accuracy[test.name] = _run_test(cell, test, shared, observer)
+    measured = {name: value for name, value in accuracy.items() if value is not None}
+    return Outcome(cell, "finished", measured, row.train_seconds)
+
+
+def _run_test(cell: Cell, test: Test, shared: Shared, observer: Observer) -> float:
+    """The accuracy of a finished run on ``test``, from ``test_<name>/results.json`` if it was tested there."""
+    folder = cell.run_dir / f"test_{test.name}"
+    asked = _describe(cell, test)
+    known = _read(folder / "results.json")
+    if known is not None and known.get("test") == asked:
+        return float(known["accuracy"])
+    log = RunLog(cell.run_dir, cell.config.print_freq, cell.config.data.subset)
+    metrics = experiment.evaluate_run(
+        cell.run_dir,
+        subset=test.data.subset,
+        data=test.data,
+        template=cell.config.prompt.template,
+        observer=_Named(test.name, Observers(log, observer)),
+        shared=shared,
+    )[test.data.subset]
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "results.json", {"test": asked, **metrics.summary()})
+    return metrics.accuracy
+
+
+def _describe(cell: Cell, test: Test) -> dict[str, Any]:
+    """All that decides the result of a test, except the run itself; a place of files does not."""
+    data = to_mapping(replace(cell.config, data=test.data))["data"]
+    kept = {name: value for name, value in data.items() if name not in ("root", "workers", "shots")}
+    return {"data": kept, "template": cell.config.prompt.template}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """``None`` if the file is not there, or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("accuracy"), (int, float)) else None
+
+
+class _Named(Observer):
+    """Tells of evaluations by the name of the test, which is not one of the run's own classes.
+
+    Nothing but evaluations and messages happens in a test.
+    """
+
+    def __init__(self, name: str, observer: Observer) -> None:
+        self._name = name
+        self._observer = observer
+
+    def on_message(self, text: str) -> None:
+        self._observer.on_message(text)
+
+    def on_evaluation_start(self, method: str, subset: str, images: int) -> None:
+        self._observer.on_evaluation_start(method, self._name, images)
+
+    def on_evaluation_progress(self, images_done: int, images: int) -> None:
+        self._observer.on_evaluation_progress(images_done, images)
+
+    def on_evaluation_end(self, info: EvaluationInfo) -> None:
+        self._observer.on_evaluation_end(EvaluationInfo(info.method, self._name, info.metrics, info.seconds))
