@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_atomically(
-    path: Path, write: Callable[[IO[bytes]], object], *, many_writers: bool = False
-) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, many_writers: bool = False) -> None:
     """Call ``write`` on a temporary file beside ``path`` and rename it once it is on disk.
 
     The old file, if any, stays until then. The temporary name is fixed, so that an interrupted attempt is

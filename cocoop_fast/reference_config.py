@@ -35,24 +35,6 @@ BACKBONES = {
 }
 IMAGE_SIZES = {"RN50x4": 288, "RN50x16": 384, "RN50x64": 448, "ViT-L/14@336px": 336}  # all others: 224
 
-# The reference's data sets, by the name in its own configs/datasets/*.yaml files.
-DATASETS = {
-    "Caltech101": "caltech101",
-    "DescribableTextures": "dtd",
-    "EuroSAT": "eurosat",
-    "FGVCAircraft": "fgvc_aircraft",
-    "Food101": "food101",
-    "ImageNet": "imagenet",
-    "ImageNetA": "imagenet_a",
-    "ImageNetR": "imagenet_r",
-    "ImageNetSketch": "imagenet_sketch",
-    "ImageNetV2": "imagenetv2",
-    "OxfordFlowers": "oxford_flowers",
-    "OxfordPets": "oxford_pets",
-    "StanfordCars": "stanford_cars",
-    "SUN397": "sun397",
-    "UCF101": "ucf101",
-}
 TRAINERS = {"CoCoOp": "cocoop", "CoOp": "coop", "ZeroshotCLIP": "zeroshot"}
 # fp16 there means "as CLIP's weights are on a GPU"; `auto` is that on a GPU, and float32 where halves are slow.
 PRECISIONS = {"fp16": "auto", "fp32": "fp32", "amp": "amp", "bf16": "bf16"}
@@ -191,17 +173,15 @@ def _backbone(value: Any) -> Fields:
 
 
 def _dataset(value: Any) -> Fields:
-    from cocoop_fast.data.registry import (
-        REGISTRY,
-    )  # here, so that reading a trainer's file needs no data code
+    from cocoop_fast.data.registry import canonical_name  # here, so that a trainer's file needs no data code
 
-    name = DATASETS.get(str(value), str(value))
-    if name not in REGISTRY:
+    try:
+        return {"data.name": canonical_name(str(value))}
+    except UserError as error:
         raise ValueError(
             "that data set is not read by name; arrange its images as one folder a class and "
             "use `data.name folder` with `data.root`"
-        )
-    return {"data.name": name}
+        ) from error
 
 
 def _transforms(value: Any) -> Fields:

@@ -99,8 +99,7 @@ def build(
         if fields.get("model.name", merged.get("model.name")) != merged.get("model.name"):
             merged.pop("model.pretrained", None)  # those were the weights of another architecture
         merged.update(fields)
-    if "data.root" in merged:
-        merged.setdefault("data.name", "folder")  # the embedded images have no root
+    _name_data(merged)
     warnings.extend(_context_length(merged))
     config = from_mapping(_nest(merged, "the configuration"))
     if config.optim.epochs == 0 and config.prompt.method != "zeroshot":
@@ -168,6 +167,16 @@ def _openai_spelling(fields: dict[str, Any]) -> None:
     if found is not None:
         fields["model.name"] = found[0]
         fields.setdefault("model.pretrained", found[1])
+
+
+def _name_data(merged: dict[str, Any]) -> None:
+    """Images without a name are the user's own; the reference's names become ours."""
+    from cocoop_fast.data.registry import canonical_name, name_for  # here, so that --help reads no data code
+
+    if merged.get("data.root") is not None:  # the embedded images have no root
+        merged.setdefault("data.name", name_for(Path(merged["data.root"])))
+    if "data.name" in merged:
+        merged["data.name"] = canonical_name(str(merged["data.name"]))
 
 
 def _context_length(merged: dict[str, Any]) -> list[str]:

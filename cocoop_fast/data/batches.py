@@ -51,16 +51,19 @@ class TrainBatches:
     workers: int = 0
     pin_memory: bool = False
 
-    def __post_init__(self) -> None:
-        if not self.samples:
-            raise UserError(f"There are no images to train on in {self.dataset.where}.", exit_status=1)
-
     def __len__(self) -> int:
         """Batches in an epoch."""
         return max(1, len(self.samples) // self.batch_size)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """The batches of a 1-based epoch from ``first_batch`` on; those before it are not decoded."""
+        """The batches of a 1-based epoch from ``first_batch`` on; those before it are not decoded.
+
+        Raises:
+            UserError: there are no samples (which is no mistake where nothing is trained), or an image can no
+                longer be read.
+        """
+        if not self.samples:
+            raise UserError(f"There are no images to train on in {self.dataset.where}.", exit_status=1)
         order = torch.randperm(len(self.samples), generator=order_generator(self.seed, epoch)).tolist()
         size = self.batch_size
         picks = [order[i * size : (i + 1) * size] for i in range(first_batch, len(self))]

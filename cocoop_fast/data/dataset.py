@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 from PIL.Image import Image
+
+from cocoop_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,14 @@ class Sample:
     classname: str
 
 
+class Splits(NamedTuple):
+    """Samples as they are read, before class names are made fit for a prompt."""
+
+    train: tuple[Sample, ...]
+    val: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Images of named classes. ``label`` of a sample is its class's position in ``classnames``.
@@ -32,6 +44,7 @@ class Dataset:
         read: decodes one sample to an RGB image, or raises ``ImageError``. It can be pickled,
             because data loading workers call it.
         where: a few words or a path that tell a user where the images come from.
+        few_shot_dir: where few-shot samples of these images are looked for; ``None``: nowhere.
         crop_scale, flip: the training transform's defaults for these images.
         template: the default zero-shot prompt.
     """
@@ -46,6 +59,17 @@ class Dataset:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
     template: str = "a photo of a {}."
+    few_shot_dir: Path | None = None
+
+    @property
+    def test_only(self) -> bool:
+        """Whether there is nothing to train on, as in the variants of ImageNet."""
+        return not self.train
+
+    @property
+    def val_is_test(self) -> bool:
+        """Whether the test images validate as well, as in ImageNet."""
+        return bool(self.test) and self.val == self.test
 
     def with_splits(
         self,
@@ -63,3 +87,48 @@ class Dataset:
             val=self.val if val is None else val,
             test=self.test if test is None else test,
         )
+
+
+def prompt_name(name: str) -> str:
+    """A class name as it enters a prompt: ``_`` is a space, as in the reference, and spaces are single."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def named_classes(splits: Splits, where: str) -> tuple[tuple[str, ...], Splits]:
+    """The class list of samples, and the samples with names as they enter a prompt.
+
+    Two classes may share a name: ImageNet's do.
+
+    Args:
+        where: the file or directory, for messages.
+
+    Raises:
+        UserError: labels that are not 0, 1, ..., K-1, two names for one label, or a name without letters.
+    """
+    names: dict[int, str] = {}
+    for sample in (*splits.train, *splits.val, *splits.test):
+        known = names.setdefault(sample.label, sample.classname)
+        if known != sample.classname:
+            raise UserError(
+                f"{where}: label {sample.label} is both {known!r} and {sample.classname!r} ({sample.source}).",
+                exit_status=1,
+            )
+    if sorted(names) != list(range(len(names))):
+        gap = next(label for label in range(len(names) + 1) if label not in names)
+        raise UserError(
+            f"{where}: no image has the label {gap}, but labels go up to {max(names, default=-1)}; they must be "
+            "0, 1, 2, ... without a gap.",
+            exit_status=1,
+        )
+    shown = {label: prompt_name(name) for label, name in names.items()}
+    for label, name in shown.items():
+        if not name:
+            raise UserError(
+                f"{where}: the class name {names[label]!r} has no letters once `_` is read as a space.",
+                exit_status=1,
+            )
+
+    def rename(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+        return tuple(Sample(sample.source, sample.label, shown[sample.label]) for sample in samples)
+
+    return tuple(shown[label] for label in range(len(shown))), Splits(*map(rename, splits))

@@ -18,7 +18,8 @@ def sample_shots(dataset: Dataset, shots: int, seed: int) -> Dataset:
 
     As in the reference: classes in order of first appearance; ``random.sample`` on the training images of
     every class, then on the validation images; a class with fewer images keeps all of them. It is done on
-    all classes before base and new ones are separated, so that both are drawn from one sequence.
+    all classes before base and new ones are separated, so that both are drawn from one sequence. Validation
+    images that are the test images (ImageNet) are all kept.
 
     Args:
         shots: images a class; 0 keeps every image.
@@ -33,7 +34,7 @@ def sample_shots(dataset: Dataset, shots: int, seed: int) -> Dataset:
         return dataset
     rng = random.Random(seed)
     train = _draw(dataset.train, shots, rng)
-    val = _draw(dataset.val, min(shots, _MAX_VAL_SHOTS), rng)
+    val = dataset.val if dataset.val_is_test else _draw(dataset.val, min(shots, _MAX_VAL_SHOTS), rng)
     return dataset.with_splits(train=train, val=val)
 
 

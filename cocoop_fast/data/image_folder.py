@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL.Image import Image
-
 from cocoop_fast.config import DataConfig
-from cocoop_fast.data.dataset import Dataset, Sample
-from cocoop_fast.data.images import open_rgb
+from cocoop_fast.data.dataset import Dataset, Sample, prompt_name
+from cocoop_fast.data.images import FileReader
+from cocoop_fast.data.listing import visible_folders
 from cocoop_fast.data.split import split_by_class
 from cocoop_fast.errors import UserError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"})
 _ADVICE = "expected <root>/<class>/<image> or <root>/train/<class>/<image> with a test/ folder beside train/"
-
-
-@dataclass(frozen=True)
-class FileReader:
-    """Decodes images below ``root``."""
-
-    root: Path
-
-    def __call__(self, sample: Sample) -> Image:
-        return open_rgb(self.root / str(sample.source))
 
 
 def missing(config: DataConfig) -> tuple[str, ...]:
@@ -79,7 +67,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     A folder called "train" may be a class of vehicles: it is a split only if it holds folders itself.
     """
     found = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-    holds_classes = {name: bool(_visible_folders(path)) for name, path in found.items()}
+    holds_classes = {name: bool(visible_folders(path)) for name, path in found.items()}
     if not any(holds_classes.values()):
         return {}
     if not holds_classes.get("train"):
@@ -91,16 +79,9 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return {name: path for name, path in found.items() if holds_classes[name]}
 
 
-def _visible_folders(folder: Path) -> list[Path]:
-    return sorted(
-        (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")),
-        key=lambda path: path.name,
-    )
-
-
 def _classes(folder: Path) -> dict[str, str]:
     """Folder name -> class name, sorted by folder name."""
-    folders = _visible_folders(folder)
+    folders = visible_folders(folder)
     if not folders:
         raise UserError(f"{folder} has no class folders; {_ADVICE}.")
     if len(folders) == 1:
@@ -108,7 +89,7 @@ def _classes(folder: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
     for path in folders:
-        name = " ".join(path.name.replace("_", " ").split())
+        name = prompt_name(path.name)
         if not name:
             raise UserError(
                 f"The class folder {path} has no name left once `_` is read as a space; rename it."
@@ -125,7 +106,7 @@ def _classes(folder: Path) -> dict[str, str]:
 def _samples(root: Path, folder: Path, classnames: dict[str, str]) -> tuple[Sample, ...]:
     labels = {name: label for label, name in enumerate(classnames)}
     samples: list[Sample] = []
-    for path in _visible_folders(folder):
+    for path in visible_folders(folder):
         if path.name not in labels:
             raise UserError(f"Class {path.name!r} is in {folder} but not among the classes to train on.")
         images = _images(path)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
+
+from cocoop_fast.data.dataset import Sample
 
 # Beyond this Pillow suspects a decompression bomb and warns. We refuse before decoding: 268 MB as RGB is
 # more than any photograph needs to become 224 pixels wide.
@@ -15,6 +18,27 @@ MAX_PIXELS = 89_478_485
 
 class ImageError(ValueError):
     """An image that cannot be used; the text is the reason in a few words."""
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Decodes the image files of samples.
+
+    Args:
+        root: what ``Sample.source`` is relative to. It may itself be a link.
+        confined: refuse files that links lead out of ``root``, because the list of samples came from somebody
+            else. Lists made by reading directories need no such care.
+    """
+
+    root: Path
+    confined: bool = False
+
+    def __call__(self, sample: Sample) -> Image.Image:
+        """Raises ``ImageError``."""
+        path = self.root / str(sample.source)
+        if self.confined and not path.resolve().is_relative_to(self.root.resolve()):
+            raise ImageError(f"a link that leads out of {self.root}")
+        return open_rgb(path)
 
 
 def open_rgb(path: Path) -> Image.Image:

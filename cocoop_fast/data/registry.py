@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from cocoop_fast.config import DataConfig
-from cocoop_fast.data import digits, image_folder
+from cocoop_fast.data import digits, image_folder, image_list
 from cocoop_fast.data.dataset import Dataset
+from cocoop_fast.data.sets import SETS, record
 from cocoop_fast.errors import UserError
 
 
@@ -47,8 +50,46 @@ REGISTRY: dict[str, DatasetEntry] = {
             load=image_folder.load,
             missing=image_folder.missing,
         ),
+        DatasetEntry(
+            name="list",
+            title="your own images: a CSV or JSON file that lists them",
+            layout="<root>, a file beside the images",
+            load=image_list.load,
+            missing=image_list.missing,
+        ),
+        *(
+            DatasetEntry(
+                name=published.name,
+                title=published.title,
+                layout=published.layout,
+                load=partial(record.load, published),
+                missing=partial(record.missing, published),
+            )
+            for published in SETS.values()
+        ),
     )
 }
+
+# The reference's class names, such as OxfordPets, mean the same sets. Case does not matter.
+_NAMES = {name.lower(): name for name in REGISTRY} | {
+    published.reference_name.lower(): published.name for published in SETS.values()
+}
+
+
+def canonical_name(name: str) -> str:
+    """The registry's own name for a data set, from that or from the reference's ``DATASET.NAME``.
+
+    Raises:
+        UserError: there is no such data set.
+    """
+    if name.lower() not in _NAMES:
+        raise UserError(f"There is no data set called {name!r}; choose one of {', '.join(REGISTRY)}.")
+    return _NAMES[name.lower()]
+
+
+def name_for(root: Path) -> str:
+    """Which of a user's own data sets lies at ``root``: a list if it ends like one, else a folder."""
+    return "list" if root.suffix.lower() in image_list.ENDINGS else "folder"
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -57,7 +98,4 @@ def load_dataset(config: DataConfig) -> Dataset:
     Raises:
         UserError: the name is unknown, or the files are not as the data set needs them.
     """
-    entry = REGISTRY.get(config.name)
-    if entry is None:
-        raise UserError(f"There is no data set called {config.name!r}; choose one of {', '.join(REGISTRY)}.")
-    return entry.load(config)
+    return REGISTRY[canonical_name(config.name)].load(config)

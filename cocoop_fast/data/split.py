@@ -1,40 +1,36 @@
-"""A train/validation/test split for data that come without one."""
+"""Random splits for data that come without one: the reference's two algorithms, draw for draw."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 
-from cocoop_fast.data.dataset import Sample
+from cocoop_fast.data.dataset import Sample, Splits
 from cocoop_fast.errors import UserError
 
-_TRAIN, _VAL = 0.5, 0.2  # the rest is for testing; the reference's shares
-_SEED = 0  # the split belongs to the data, not to the run: one split for every seed
+_TRAIN, _VAL = 0.5, 0.2  # the rest is for testing
+_VAL_OF_TRAINVAL = 0.2
 
 
-def split_by_class(
-    samples: Sequence[Sample],
-) -> tuple[tuple[Sample, ...], tuple[Sample, ...], tuple[Sample, ...]]:
-    """Shuffle each class and cut it 50/20/30, as the reference does for sets without an official split.
+def split_by_class(samples: Sequence[Sample], seed: int = 0) -> Splits:
+    """Shuffle each class and cut it 50/20/30 (the reference's ``read_and_split_data``).
+
+    The reference refuses a class too small for three parts; here it has at least one image to train on and
+    one to test on.
 
     Args:
-        samples: in an order that is the same on every machine (the split depends on it).
-
-    Returns:
-        (train, val, test); each class has at least one image to train on and one to test on.
+        samples: in an order that is the same on every machine (the split depends on it). Classes are shuffled in
+            order of first appearance.
+        seed: belongs to the data, not to the run: one split for every seed of a run.
 
     Raises:
         UserError: a class has a single image.
     """
-    by_class: dict[int, list[Sample]] = {}
-    for sample in samples:
-        by_class.setdefault(sample.label, []).append(sample)
-    rng = random.Random(_SEED)
+    rng = random.Random(seed)
     train: list[Sample] = []
     val: list[Sample] = []
     test: list[Sample] = []
-    for label in sorted(by_class):
-        items = by_class[label]
+    for items in _by_class(samples):
         if len(items) < 2:
             raise UserError(
                 f"Class {items[0].classname!r} has one image ({items[0].source}), which cannot be split into "
@@ -47,4 +43,34 @@ def split_by_class(
         train += items[:n_train]
         val += items[n_train : n_train + n_val]
         test += items[n_train + n_val :]
-    return tuple(train), tuple(val), tuple(test)
+    return Splits(tuple(train), tuple(val), tuple(test))
+
+
+def split_trainval(
+    trainval: Sequence[Sample], seed: int = 0
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Shuffle each class and take the first fifth for validation (the reference's ``split_trainval``).
+
+    Args:
+        trainval: in the order of the official list; classes are shuffled in order of first appearance.
+        seed: as for :func:`split_by_class`.
+
+    Returns:
+        (train, val), each class after class in shuffled order.
+    """
+    rng = random.Random(seed)
+    train: list[Sample] = []
+    val: list[Sample] = []
+    for items in _by_class(trainval):
+        n_val = round(len(items) * _VAL_OF_TRAINVAL)
+        rng.shuffle(items)
+        val += items[:n_val]
+        train += items[n_val:]
+    return tuple(train), tuple(val)
+
+
+def _by_class(samples: Sequence[Sample]) -> list[list[Sample]]:
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.label, []).append(sample)
+    return list(groups.values())

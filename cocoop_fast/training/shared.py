@@ -54,4 +54,4 @@ class Shared:
 
 def _identity(config: DataConfig) -> DataConfig:
     """Equal for configurations that list the same images."""
-    return replace(config, shots=0, subset="all", workers=0)
+    return replace(config, shots=0, few_shot=None, subset="all", workers=0)

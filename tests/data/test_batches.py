@@ -86,7 +86,7 @@ def test_an_image_that_vanishes_is_named(data, tmp_path, workers):
 
 def test_no_images(data):
     with pytest.raises(UserError, match=r"no images to train on"):
-        TrainBatches(data, (), TrainTransform(16, (1, 1), 0, NORMALIZE), 1, 1)
+        TrainBatches(data, (), TrainTransform(16, (1, 1), 0, NORMALIZE), 1, 1).epoch(1)
 
 
 def test_description(data):

@@ -1,0 +1,68 @@
+"""Directories and text files, read in an order that is the same on every machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cocoop_fast.errors import UserError
+
+
+def visible_folders(folder: Path) -> list[Path]:
+    """Sub-directories by name, hidden ones apart."""
+    return [folder / name for name in _names(folder, directories=True)]
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Files by name, hidden ones apart, whatever their ending."""
+    return [folder / name for name in _names(folder, directories=False)]
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file without surrounding space; empty ones are left out.
+
+    Raises:
+        UserError: it cannot be read, is not text, or is empty.
+    """
+    lines = [line.strip() for line in _text(path).splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise UserError(f"{path} is empty.", exit_status=1)
+    return lines
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON (line {error.lineno}).", exit_status=1) from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not valid JSON (nested too deeply).", exit_status=1) from error
+
+
+def _names(folder: Path, *, directories: bool) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if not entry.name.startswith(".") and entry.is_dir() == directories
+            )
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}.", exit_status=1) from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # Excel begins a CSV file with a byte order mark
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", exit_status=1) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text.", exit_status=1) from error

@@ -1,0 +1,178 @@
+"""What a published data set is to this program: one record, and how any such record is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cocoop_fast.config import DataConfig
+from cocoop_fast.data.dataset import Dataset, Splits, named_classes
+from cocoop_fast.data.images import FileReader
+from cocoop_fast.data.split_file import read_split, write_split
+from cocoop_fast.errors import UserError
+
+# A missing split is drawn once and written down. The reference draws it with the seed of whichever run came first;
+# here it is always the one that a first run with seed 1 draws.
+SPLIT_SEED = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file or directory of a data set.
+
+    Args:
+        path: below the set's own folder.
+        source: where to get it: an address, and a few words if that is not enough.
+    """
+
+    path: str
+    source: str
+
+
+@dataclass(frozen=True)
+class TorchvisionDownload:
+    """How a class of torchvision brings the images.
+
+    Args:
+        classname: in ``torchvision.datasets``.
+        moves: where it leaves each part below its root -> where the part belongs below the set's folder.
+        archives: MD5 sums by address of archives that the class itself would not check.
+    """
+
+    classname: str
+    moves: tuple[tuple[str, str], ...]
+    archives: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """One data set of the paper's tables, in the directory layout that the reference documents.
+
+    Args:
+        name: as in the reference's ``configs/datasets/<name>.yaml``.
+        reference_name: its ``DATASET.NAME``.
+        title: a line for a listing.
+        folder: the set's own directory below ``data.root``.
+        images: what the paths of its samples are relative to, below ``folder`` ("" is ``folder``).
+        classes: how many there are.
+        counts: training, validation and test images of the published split.
+        parts: what is always needed.
+        read: from ``folder`` to samples without a split file; class names as the reference writes them.
+        split: the published split file, for those sets that have one. If it is missing it is made by ``read``.
+        raw: what ``read`` needs besides ``parts``.
+        template: the prompt of zero-shot CLIP (the reference's ``CUSTOM_TEMPLATES``).
+        download: ``None`` if torchvision cannot bring the images.
+    """
+
+    name: str
+    reference_name: str
+    title: str
+    folder: str
+    images: str
+    classes: int
+    counts: tuple[int, int, int]
+    parts: tuple[Part, ...]
+    read: Callable[[Path], Splits]
+    split: Part | None = None
+    raw: tuple[Part, ...] = ()
+    template: str = "a photo of a {}."
+    download: TorchvisionDownload | None = None
+
+    @property
+    def layout(self) -> str:
+        """What is looked for below ``data.root``."""
+        paths = [part.path for part in (*self.parts, *((self.split,) if self.split else ()))]
+        return f"<root>/{self.folder}/{{{', '.join(paths)}}}"
+
+
+def missing_parts(record: PublishedSet, folder: Path) -> tuple[Part, ...]:
+    """What keeps the set from being loaded. The split file counts only if it cannot be made either."""
+    missing = [part for part in record.parts if not (folder / part.path).exists()]
+    if record.split is not None and not (folder / record.split.path).exists():
+        raw = [part for part in record.raw if not (folder / part.path).exists()]
+        missing += [record.split, *raw] if raw else []
+    return tuple(missing)
+
+
+def missing(record: PublishedSet, config: DataConfig) -> tuple[str, ...]:
+    """Paths of the missing parts, for a listing."""
+    if config.root is None:
+        return (f"data.root: the directory that holds {record.folder}/",)
+    folder = config.root / record.folder
+    return tuple(str(folder / part.path) for part in missing_parts(record, folder))
+
+
+def load(record: PublishedSet, config: DataConfig) -> Dataset:
+    """All samples of a published set; no image is opened.
+
+    A missing split file is made by the reference's algorithm and written beside the images, as the reference
+    does.
+
+    Raises:
+        UserError: no root, parts are missing, or a file is not as it should be.
+    """
+    folder = folder_of(record, config)
+    lacking = missing_parts(record, folder)
+    if lacking:
+        raise UserError(_what_is_missing(record, folder, lacking), exit_status=1)
+    raw, listed = _splits(record, folder)
+    classnames, splits = named_classes(raw, str(folder))
+    return Dataset(
+        name=record.name,
+        classnames=classnames,
+        train=splits.train,
+        val=splits.val,
+        test=splits.test,
+        read=FileReader(folder / record.images, confined=listed),
+        where=str(folder),
+        template=record.template,
+        few_shot_dir=folder / "split_fewshot",
+    )
+
+
+def folder_of(record: PublishedSet, config: DataConfig) -> Path:
+    """The set's own directory.
+
+    Raises:
+        UserError: no root, or no such directory below it.
+    """
+    if config.root is None:
+        raise UserError(
+            f"Data set {record.name!r} needs data.root (--root DIR): the directory that holds {record.folder}/."
+        )
+    folder = config.root / record.folder
+    if folder.is_dir():
+        return folder
+    if config.root.name == record.folder and config.root.is_dir():
+        raise UserError(
+            f"There is no {folder}; data.root is the directory above {record.folder}/, so use --root "
+            f"{config.root.parent}."
+        )
+    raise UserError(
+        f"There is no {folder}; `cocoop-fast datasets check {record.name}` says what belongs there."
+    )
+
+
+def _splits(record: PublishedSet, folder: Path) -> tuple[Splits, bool]:
+    """The samples, and whether a file that somebody else may have written lists their paths."""
+    if record.split is None:
+        return record.read(folder), False
+    path = folder / record.split.path
+    if path.exists():
+        return read_split(path), True
+    splits = record.read(folder)
+    try:
+        write_split(path, splits)
+    except OSError as error:  # say, images on a read-only disk; the same split is made again next time
+        warnings.warn(f"The split could not be written to {path}: {error.strerror}.", stacklevel=2)
+    return splits, False
+
+
+def _what_is_missing(record: PublishedSet, folder: Path, lacking: tuple[Part, ...]) -> str:
+    names = ", ".join(part.path for part in lacking)
+    return (
+        f"{folder} lacks {names}; `cocoop-fast datasets check {record.name} --root {folder.parent}` says where to "
+        "get what is missing."
+    )
