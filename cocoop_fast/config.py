@@ -41,6 +41,7 @@ class ModelConfig:
     precision: Precision = "auto"  # auto: fp32 on a CPU, fp16 on a GPU
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
     device: str = "auto"
+    cuda_graph: bool = True  # on a GPU: record a training step once and replay it
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -57,9 +58,10 @@ class PromptConfig:
 class DataConfig:
     """Which images, and which of them are seen."""
 
-    name: str = "digits"  # "digits" (embedded) or "folder" (ImageFolder layout under root)
+    name: str = "digits"  # a name in cocoop_fast.data.registry
     root: Path | None = None
     shots: Count = 16  # images a class to train on; 0: all of them
+    few_shot: Path | None = None  # file, or directory of files, that says which; None: see data.few_shot_files
     subset: Subset = "base"  # classes that are trained on
     workers: Count = 0
     skip_bad_images: bool = False
@@ -80,6 +82,7 @@ class OptimConfig:
     lr: Positive = 0.002
     momentum: Probability = 0.9
     weight_decay: NotNegative = 5e-4
+    master_weights: bool = True  # what is learned is kept in fp32, whatever the precision
     batch_size: AtLeastOne | None = None  # CoCoOp 1, CoOp 32
     epochs: Count | None = None  # CoCoOp 10, CoOp 200; 0 for zero-shot alone
     warmup_epochs: Count = 1
