@@ -161,7 +161,7 @@ def _assemble_dense_kernel(
         from_suffix = suffix + (label * (length - 1 - m) + token - 1 - m) * width
         source = tl.where(token <= m, from_context, from_suffix)
         source = tl.where(token == 0, prefix + label * width, source)
-        inside = (columns < width) & (row < rows)
+        inside = columns < tl.where(row < rows, width, 0)
         tl.store(
             out + row.to(tl.int64) * width + columns, tl.load(source + columns, mask=inside), mask=inside
         )

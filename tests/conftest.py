@@ -1,7 +1,14 @@
-"""One thread for the tests' tiny matrices: more would only wait for each other, above all on a busy machine."""
+"""One thread for the tests' tiny matrices: more would only wait for each other, above all on a busy machine.
+Without a GPU, Triton's kernels run in its interpreter.
+"""
 
 import os
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # for the processes that tests start, too; read when torch loads
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton loads

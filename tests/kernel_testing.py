@@ -1,5 +1,7 @@
 """What tests of the kernels share: an error bound, and results with a guarded surrounding."""
 
+import math
+
 import torch
 
 POISON = -7.0e33
@@ -29,24 +31,35 @@ def assert_close(actual, expected, terms, what="result", scale=None):
 
 
 class Guarded:
-    """A tensor of this shape inside a larger one full of poison. Its rows are contiguous, its strides odd."""
+    """A tensor of this shape inside a larger one full of poison.
 
-    def __init__(self, *shape):
-        self.buffer = torch.full([size + 2 for size in shape[:-1]] + [shape[-1] + 5], POISON)
+    Its rows are contiguous and its strides odd; with `contiguous` all of it is, and the poison before and behind it.
+    """
+
+    def __init__(self, *shape, dtype=torch.float32, device="cpu", contiguous=False):
+        whole = shape
+        shape = (math.prod(whole),) if contiguous else whole
+        size = [extent + 2 for extent in shape[:-1]] + [shape[-1] + 5]
+        self.poison = torch.tensor(POISON, device=device).to(dtype)  # minus infinity in float16
+        self.buffer = self.poison.repeat(size)
         self.inside = (*[slice(1, size + 1) for size in shape[:-1]], slice(1, shape[-1] + 1))
-        self.tensor = self.buffer[self.inside]
+        self.tensor = self.buffer[self.inside].view(whole)
 
     def check(self):
         """Nothing outside was written, and everything inside was."""
-        assert not bool((self.tensor == POISON).any()), "a part of the result was not written"
-        outside = self.buffer.clone()
-        outside[self.inside] = POISON
-        assert bool((outside == POISON).all()), "memory outside the result was written"
+        assert not bool((self.tensor == self.poison).any()), "a part of the result was not written"
+        self.check_outside()
         return self.tensor
 
+    def check_outside(self):
+        """Nothing outside was written."""
+        outside = self.buffer.clone()
+        outside[self.inside] = self.poison
+        assert bool((outside == self.poison).all()), "memory outside the result was written"
 
-def guarded_like(values):
+
+def guarded_like(values, contiguous=False):
     """A guarded copy."""
-    guarded = Guarded(*values.shape)
+    guarded = Guarded(*values.shape, dtype=values.dtype, device=values.device, contiguous=contiguous)
     guarded.tensor.copy_(values)
     return guarded

@@ -1,0 +1,42 @@
+"""Gathering and scattering rows in Triton against indexing in torch."""
+
+import pytest
+import torch
+from comparison import assert_close
+
+move_rows = pytest.importorskip("cocoop_fast.kernels.move_rows")
+
+
+# One block of columns, part of one, more than one.
+@pytest.mark.parametrize("batch, rows, d", [(1, 9, 512), (3, 5, 33), (2, 4, 1), (2, 3, 640)])
+def test_move_rows(buffers, dtype, batch, rows, d):
+    x = buffers.randn(batch, rows, d, dtype=dtype)
+    index = buffers.copy(torch.randperm(rows, generator=buffers.generator)[: rows - 2])
+    out = buffers.result(batch, len(index), d, dtype=dtype)
+    move_rows.gather_rows(x, index, out)
+    assert torch.equal(out, x[:, index])
+    moved = buffers.randn(batch, len(index), d, dtype=dtype)
+    for accumulate in (False, True):
+        expected, target = x.clone(), buffers.copy(x)
+        # Half-precision sums are rounded once, from fp32.
+        total = (expected[:, index].float() + moved.float()).to(dtype)
+        expected[:, index] = total if accumulate else moved
+        move_rows.scatter_rows(moved, index, target, accumulate)
+        assert torch.equal(target, expected)
+
+
+def test_no_rows(device):
+    x, index = torch.zeros(2, 4, 16, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    move_rows.gather_rows(x, index, x[:, :0])
+    move_rows.scatter_rows(x[:, :0], index, x)
+
+
+def test_bad_arguments(device):
+    x, out = torch.zeros(1, 4, 8, device=device), torch.zeros(1, 2, 8, device=device)
+    index = torch.tensor([0, 1, 2], device=device)
+    with pytest.raises(ValueError, match=r"`out` \(B, n, d\) with n = 3, got \(1, 4, 8\) and \(1, 2, 8\)"):
+        move_rows.gather_rows(x, index, out)
+    with pytest.raises(ValueError, match=r"`out` must have shape \(B, R, d\) and `x` \(B, n, d\) with n = 3"):
+        move_rows.scatter_rows(out, index, x)
+    with pytest.raises(ValueError, match=r"`index` must be torch.int64, got torch.int32"):
+        move_rows.gather_rows(x, index.int(), out)
