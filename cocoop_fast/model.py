@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cocoop_fast.class_tree import ClassTree
 from cocoop_fast.clip import ClipModel, FrozenCLIP
+from cocoop_fast.context_learner import Learner
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.head import cosine_cross_entropy, cosine_logits_ref
 from cocoop_fast.prompt_learner import PromptLearner
@@ -39,6 +40,14 @@ class PromptedCLIP(nn.Module):
         """(B, E) unit-length image features to text features: (B, K, E), or (1, K, E) if no image matters."""
         raise NotImplementedError
 
+    def set_classnames(self, classnames: Sequence[str]) -> None:
+        """Classify into other classes from now on. What was learned stays.
+
+        Raises:
+            UserError: an unusable class list, or what was learned belongs to the classes trained on.
+        """
+        raise NotImplementedError
+
     def forward(self, image: Tensor, label: Tensor | None = None) -> Tensor:
         """Classify images.
 
@@ -64,7 +73,11 @@ class PromptedCLIP(nn.Module):
         return self.loss_and_logits(image_features, label)[0]
 
     def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The scalar cross-entropy loss, and the logits (B, K) behind it, detached."""
+        """The scalar cross-entropy loss, and the logits (B, K) behind it, detached.
+
+        Values are checked where they lie on the CPU. On a GPU the host would have to wait for them: there features
+        that are not finite give a loss that is not, and labels out of range are the caller's to prevent.
+        """
         self._check_features(image_features)
         self._check_labels(label, len(image_features))
         image_features = self._normalise(image_features)
@@ -87,7 +100,8 @@ class PromptedCLIP(nn.Module):
                 f"`image_features` must be (B, E) with E = {self.embed_dim}, got {tuple(features.shape)}; "
                 "encode the images with this model's image encoder."
             )
-        if not torch.isfinite(features).all():
+        read = features.device.type == "cpu" or not torch.is_grad_enabled()  # evaluation may wait for a GPU
+        if read and not torch.isfinite(features).all():
             bad = int((~torch.isfinite(features)).any(dim=1).nonzero()[0])
             raise UserError(f"`image_features` has NaN or infinite values in row {bad}; check that image.")
 
@@ -96,14 +110,47 @@ class PromptedCLIP(nn.Module):
             raise UserError(
                 f"`label` must be ({batch},) integers, got {label.dtype} of {tuple(label.shape)}."
             )
-        if batch and not (0 <= int(label.min()) and int(label.max()) < self.n_classes):
+        if label.device.type != "cpu" or not batch:
+            return
+        if not (0 <= int(label.min()) and int(label.max()) < self.n_classes):
             raise UserError(
                 f"`label` must lie in 0..{self.n_classes - 1}, got {int(label.min())}..{int(label.max())}; "
                 "the labels must index the class list."
             )
 
 
-class CustomCLIP(PromptedCLIP):
+class LearnedPromptCLIP(PromptedCLIP):
+    """A frozen CLIP whose prompts hold a learned context: any method whose learner has the :class:`Learner` interface.
+
+    Args:
+        clip_model: an open_clip or OpenAI CLIP with a causal, EOT-pooled text tower.
+        learner: what is learned.
+        backend: "auto", or a backend of :mod:`cocoop_fast.ops.dispatch`.
+
+    Raises:
+        UserError: an unsupported model or backend, or prompts that do not fit the text tower.
+    """
+
+    prompt_learner: Learner
+
+    def __init__(self, clip_model: ClipModel, learner: Learner, *, backend: str = "auto") -> None:
+        super().__init__(clip_model, len(learner.layout.symbols), backend=backend)
+        self.prompt_learner = learner
+        self.tree_encoder = TreeTextEncoder(
+            clip_model, ClassTree.from_layout(learner.layout), backend=backend
+        )
+
+    def text_features(self, image_features: Tensor) -> Tensor:
+        features = self.tree_encoder(self.prompt_learner.contexts(image_features))
+        return features if features.ndim == 3 else features[None]
+
+    def set_classnames(self, classnames: Sequence[str]) -> None:
+        self.prompt_learner.set_classnames(classnames)
+        self.tree_encoder.set_tree(ClassTree.from_layout(self.prompt_learner.layout))
+        self.n_classes = len(self.prompt_learner.layout.symbols)
+
+
+class CustomCLIP(LearnedPromptCLIP):
     """CoCoOp. Drop-in for the reference's ``trainers.cocoop.CustomCLIP``.
 
     Args:
@@ -121,12 +168,10 @@ class CustomCLIP(PromptedCLIP):
     def __init__(
         self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel, *, backend: str = "auto"
     ) -> None:
-        super().__init__(clip_model, len(classnames), backend=backend)
-        self.prompt_learner = PromptLearner(cfg, classnames, clip_model)
-        self.tokenized_prompts = self.prompt_learner.tokenized_prompts
+        super().__init__(clip_model, PromptLearner(cfg, classnames, clip_model), backend=backend)
         self.text_encoder = TextEncoder(clip_model)
-        tree = ClassTree(self.tokenized_prompts, self.prompt_learner.n_ctx)
-        self.tree_encoder = TreeTextEncoder(clip_model, tree, backend=backend)
 
-    def text_features(self, image_features: Tensor) -> Tensor:
-        return self.tree_encoder(self.prompt_learner.contexts(image_features))
+    @property
+    def tokenized_prompts(self) -> Tensor:
+        """(K, L) token ids, as the reference has them."""
+        return self.prompt_learner.tokenized_prompts

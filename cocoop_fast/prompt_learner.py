@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocoop_fast.clip import ClipModel, FrozenCLIP
+from cocoop_fast.clip import ClipModel
+from cocoop_fast.context_learner import ContextLearner, master_dtype
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
-from cocoop_fast.prompt_tokens import tokenize_prompts
-
-_PRECISION_OF_META_NET = {"fp16": torch.float16, "bf16": torch.bfloat16}
+from cocoop_fast.prompt_layout import ClassPosition
 
 
 class MetaNet(nn.Sequential):
@@ -38,15 +37,16 @@ class MetaNet(nn.Sequential):
         super().__init__(layers)
 
 
-class PromptLearner(nn.Module):
+class PromptLearner(ContextLearner):
     """Drop-in for the reference's ``trainers.cocoop.PromptLearner``.
 
     Args:
-        cfg: any object with ``TRAINER.COCOOP.N_CTX``, ``.CTX_INIT``, ``.PREC`` and ``INPUT.SIZE``.
+        cfg: any object with ``TRAINER.COCOOP.N_CTX``, ``.CTX_INIT`` and ``INPUT.SIZE``.
         classnames: K names; an underscore counts as a space.
         clip_model: an open_clip or OpenAI CLIP.
 
-    Attributes: ``ctx`` (M, d) and ``meta_net``, the parameters; the buffers ``token_prefix`` (K, 1, d) and
+    Attributes: ``ctx`` (M, d) and ``meta_net``, the parameters, in float32 for a float16 or bfloat16 model too (the
+    reference has them in float16, and its state dicts load); the buffers ``token_prefix`` (K, 1, d) and
     ``token_suffix`` (K, L - 1 - M, d); ``n_cls``, ``n_ctx``, ``tokenized_prompts`` (K, L), ``name_lens``.
 
     Raises:
@@ -54,56 +54,64 @@ class PromptLearner(nn.Module):
             image size is not the model's.
     """
 
+    section = "COCOOP"
     token_prefix: Tensor
     token_suffix: Tensor
 
     def __init__(self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel) -> None:
-        super().__init__()
-        frozen = FrozenCLIP(clip_model)
-        options = cfg.TRAINER.COCOOP
-        _check_image_size(cfg, frozen)
-        weights = frozen.text_weights()
-        prompts = tokenize_prompts(
-            classnames, ctx_init=options.CTX_INIT, n_ctx=options.N_CTX, context_length=frozen.context_length
-        )
-        self.n_cls, self.n_ctx = len(prompts.name_lens), prompts.n_ctx
-        self.tokenized_prompts = prompts.tokens
-        self.name_lens = prompts.name_lens
+        super().__init__(cfg, classnames, clip_model)
+        weights = self._frozen.text_weights()
+        self.meta_net = MetaNet(self._frozen.embed_dim, self._frozen.width)
+        self.meta_net.to(weights.device, master_dtype(weights.dtype))
+        self._embed_tokens()
 
+    def set_classnames(self, classnames: Sequence[str]) -> None:
+        super().set_classnames(classnames)
+        self._embed_tokens()
+
+    def contexts(self, image_features: Tensor) -> Tensor:
+        """v_m(x) = v_m + h_theta(x): (B, E) unit-length image features to (B, M, d) contexts, of `ctx`'s dtype.
+
+        With class-specific contexts (B, K, M, d): one shift for all of them.
+        """
+        bias = self.meta_net(image_features.to(self.ctx.dtype))
+        if self.ctx.ndim == 3:
+            return self.ctx[None] + bias[:, None, None]
+        return assemble_context_ref(self.ctx, bias)
+
+    def forward(self, im_features: Tensor) -> Tensor:
+        """The reference's output: (B, E) image features to dense prompts (B, K, L, d), of the model's dtype."""
+        if self.ctx.ndim == 3 or self._class_position != "end":
+            raise UserError(
+                "Dense prompts are made for a shared context before the class name only, as in the reference; "
+                "use `contexts` and `layout`."
+            )
+        context = self.contexts(im_features).to(self.token_prefix.dtype)
+        return assemble_prompts_ref(context, self.token_prefix, self.token_suffix)
+
+    def _embed_tokens(self) -> None:
+        weights = self._frozen.text_weights()
         with torch.no_grad():
-            embedding = weights.token_embedding[prompts.tokens.to(weights.device)].to(
-                weights.dtype
-            )  # (K, L, d)
-        if options.CTX_INIT:
-            ctx = embedding[0, 1 : 1 + self.n_ctx].clone()
-        else:  # drawn on the CPU in float32, so that a seed means the same context on every device
-            ctx = nn.init.normal_(torch.empty(self.n_ctx, frozen.width), std=0.02).to(embedding)
-        self.ctx = nn.Parameter(ctx)
-        self.meta_net = MetaNet(frozen.embed_dim, frozen.width)
-        self.meta_net.to(device=weights.device, dtype=_PRECISION_OF_META_NET.get(options.PREC))
-        if weights.dtype == torch.float64:
-            self.meta_net.double()
+            tokens = self.tokenized_prompts.to(weights.device)
+            embedding = weights.token_embedding[tokens].to(weights.dtype)  # (K, L, d)
         self.register_buffer("token_prefix", embedding[:, :1].clone())
         self.register_buffer("token_suffix", embedding[:, 1 + self.n_ctx :].clone())
 
-    def contexts(self, im_features: Tensor) -> Tensor:
-        """v_m(x) = v_m + h_theta(x): (B, E) unit-length image features to (B, M, d) contexts."""
-        return assemble_context_ref(self.ctx, self.meta_net(im_features))
 
-    def forward(self, im_features: Tensor) -> Tensor:
-        """The reference's output: (B, E) image features to dense prompts (B, K, L, d)."""
-        return assemble_prompts_ref(self.contexts(im_features), self.token_prefix, self.token_suffix)
-
-
-def reference_cfg(*, ctx_init: str, n_ctx: int, precision: str, image_size: int) -> SimpleNamespace:
+def reference_cfg(
+    *,
+    ctx_init: str,
+    n_ctx: int,
+    precision: str,
+    image_size: int,
+    csc: bool = False,
+    class_position: ClassPosition = "end",
+) -> SimpleNamespace:
     """A cfg of the reference's form, for those who have none."""
-    options = SimpleNamespace(N_CTX=n_ctx, CTX_INIT=ctx_init, PREC=precision)
-    return SimpleNamespace(
-        TRAINER=SimpleNamespace(COCOOP=options), INPUT=SimpleNamespace(SIZE=(image_size, image_size))
+    options = SimpleNamespace(
+        N_CTX=n_ctx, CTX_INIT=ctx_init, PREC=precision, CSC=csc, CLASS_TOKEN_POSITION=class_position
     )
-
-
-def _check_image_size(cfg: Any, frozen: FrozenCLIP) -> None:
-    size = cfg.INPUT.SIZE[0]
-    if size != frozen.image_size:
-        raise UserError(f"cfg.INPUT.SIZE is {size} pixels, but the image tower expects {frozen.image_size}.")
+    return SimpleNamespace(
+        TRAINER=SimpleNamespace(COCOOP=options, COOP=options),
+        INPUT=SimpleNamespace(SIZE=(image_size, image_size)),
+    )

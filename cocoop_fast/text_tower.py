@@ -46,18 +46,26 @@ class TreeTextEncoder(nn.Module):
     def __init__(self, clip_model: ClipModel, tree: ClassTree, *, backend: str = "auto") -> None:
         super().__init__()
         self.frozen = FrozenCLIP(clip_model)
-        self.tree = tree
-        self._check_tree()
         self._explicit_backend = backend
-        self._tower: Tower | None = None
-        self._deep_tower: TorchTower | None = None  # where the other one cannot take deep prompts
-        self.backend = self._select_backend()
+        self.set_tree(tree)
         if not tree.is_standard and backend not in ("auto", self.backend.name):
             warnings.warn(
                 f"The backend '{backend}' computes prompts with one shared context before the class name; "
                 "this layout is computed by 'torch'.",
                 stacklevel=2,
             )
+
+    def set_tree(self, tree: ClassTree) -> None:
+        """Encode the prompts of another tree from now on.
+
+        Raises:
+            UserError: it does not fit the tower's context length or vocabulary.
+        """
+        self._check_tree(tree)
+        self.tree = tree
+        self._tower: Tower | None = None
+        self._deep_tower: TorchTower | None = None  # where the other one cannot take deep prompts
+        self.backend = self._select_backend()
 
     def forward(self, ctx: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
         """Encode the K prompts under each context.
@@ -91,17 +99,17 @@ class TreeTextEncoder(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.tree}, backend={self.backend.name}"
 
-    def _check_tree(self) -> None:
-        longest = 1 + self.tree.n_ctx + self.tree.max_depth
+    def _check_tree(self, tree: ClassTree) -> None:
+        longest = 1 + tree.n_ctx + tree.max_depth
         if longest > self.frozen.context_length:
             raise UserError(
                 f"The longest prompt has {longest} tokens, but the text tower reads {self.frozen.context_length}; "
                 "use a shorter context or class name."
             )
-        highest = int(torch.cat([self.tree.token, self.tree.constants.token]).max())
-        if max(highest, self.tree.sos) >= self.frozen.vocab_size:
+        highest = int(torch.cat([tree.token, tree.constants.token]).max())
+        if max(highest, tree.sos) >= self.frozen.vocab_size:
             raise UserError(
-                f"The prompts use token id {max(highest, self.tree.sos)}, but the text tower knows "
+                f"The prompts use token id {max(highest, tree.sos)}, but the text tower knows "
                 f"{self.frozen.vocab_size} tokens; tokenize them with the model's own tokenizer."
             )
 

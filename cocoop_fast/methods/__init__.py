@@ -5,15 +5,22 @@ May import the model and everything below it. Imported by training, evaluation a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cocoop_fast.config import PromptConfig
 from cocoop_fast.load_clip import LoadedClip
 from cocoop_fast.methods.coop import CoOp
+from cocoop_fast.methods.meta_nets import MetaNetsCLIP
 from cocoop_fast.methods.zeroshot import ZeroShot
-from cocoop_fast.model import CustomCLIP, PromptedCLIP
+from cocoop_fast.model import CustomCLIP, LearnedPromptCLIP, PromptedCLIP
 from cocoop_fast.prompt_learner import reference_cfg
 from cocoop_fast.prompt_tokens import warn_of_unknown_words
+
+LEARNED: dict[str, Callable[..., LearnedPromptCLIP]] = {
+    "cocoop": CustomCLIP,
+    "coop": CoOp,
+    "meta-nets": MetaNetsCLIP,
+}
 
 
 def build_model(
@@ -31,14 +38,12 @@ def build_model(
 
 
 def _build(prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, backend: str) -> PromptedCLIP:
+    if prompt.method == "zeroshot":
+        return ZeroShot(prompt.template or "a photo of a {}.", classnames, clip.model)
     cfg = reference_cfg(
         ctx_init=prompt.ctx_init, n_ctx=prompt.n_ctx, precision=clip.precision, image_size=clip.image_size
     )
-    if prompt.method == "cocoop":
-        return CustomCLIP(cfg, classnames, clip.model, backend=backend)
-    if prompt.method == "coop":
-        return CoOp(cfg, classnames, clip.model, backend=backend)
-    return ZeroShot(prompt.template or "a photo of a {}.", classnames, clip.model)
+    return LEARNED[prompt.method](cfg, classnames, clip.model, backend=backend)
 
 
-__all__ = ["CoOp", "ZeroShot", "build_model"]
+__all__ = ["CoOp", "MetaNetsCLIP", "ZeroShot", "build_model"]

@@ -1,0 +1,131 @@
+"""What a method learns: a module that maps image features to contexts, in prompts of one layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from cocoop_fast.clip import ClipModel, FrozenCLIP
+from cocoop_fast.errors import UserError
+from cocoop_fast.prompt_layout import ClassPosition, PromptLayout, layout_at
+from cocoop_fast.prompt_tokens import tokenize_prompts
+
+
+class Learner(nn.Module):
+    """The interface between a method and the engine, :class:`cocoop_fast.model.LearnedPromptCLIP`.
+
+    Its parameters are all that is learned. B images, K classes, M context vectors of width d, E embedding.
+    """
+
+    layout: PromptLayout  # the prompts of the K classes
+
+    def contexts(self, image_features: Tensor) -> Tensor:
+        """(B, E) unit-length image features to context vectors.
+
+        Returns:
+            (M, d) for all images and classes, (B, M, d) for each image; with a class-specific layout (K, M, d)
+            or (B, K, M, d).
+        """
+        raise NotImplementedError
+
+    def set_classnames(self, classnames: Sequence[str]) -> None:
+        """Make :attr:`layout` that of other classes. What was learned stays.
+
+        Raises:
+            UserError: an unusable class list, or one that does not fit what was learned.
+        """
+        raise NotImplementedError
+
+
+class ContextLearner(Learner):
+    """M context vectors in the prompts of K classes: all that CoOp learns. The base of those that learn more.
+
+    Args:
+        cfg: any object with ``INPUT.SIZE`` and, in ``TRAINER.<section>``, ``N_CTX`` and ``CTX_INIT``. If there,
+            ``CSC`` (a context for each class) and ``CLASS_TOKEN_POSITION`` ("end", "middle", "front") are read.
+        classnames: K names; an underscore counts as a space.
+        clip_model: an open_clip or OpenAI CLIP.
+
+    Attributes: the parameter ``ctx``, (M, d) or (K, M, d) if each class has its own, in float32 for a float16 or
+    bfloat16 model too; ``n_cls``, ``n_ctx``, ``tokenized_prompts`` (K, L), ``name_lens`` and ``layout``.
+
+    Raises:
+        UserError: an empty class list or name, a prompt longer than the context length, class-specific contexts
+            that are to begin from words, or a cfg whose image size is not the model's.
+    """
+
+    section = "COOP"
+
+    def __init__(self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel) -> None:
+        super().__init__()
+        self._frozen = FrozenCLIP(clip_model)
+        _check_image_size(cfg, self._frozen)
+        options = getattr(cfg.TRAINER, self.section)
+        self._ctx_init: str = options.CTX_INIT
+        self._class_specific = bool(getattr(options, "CSC", False))
+        self._class_position: ClassPosition = getattr(options, "CLASS_TOKEN_POSITION", "end")
+        self._check_options()
+        self.n_ctx: int = options.N_CTX
+        self._read(classnames)
+        self.ctx = nn.Parameter(self._first_context())
+
+    def contexts(self, image_features: Tensor) -> Tensor:
+        return self.ctx
+
+    def set_classnames(self, classnames: Sequence[str]) -> None:
+        if self._class_specific and len(classnames) != self.n_cls:
+            raise UserError(
+                f"Each of the {self.n_cls} classes has a context of its own, so it cannot be told what those of "
+                f"{len(classnames)} classes would be; train with a context that all classes share (no csc)."
+            )
+        self._read(classnames)
+
+    def _read(self, classnames: Sequence[str]) -> None:
+        prompts = tokenize_prompts(
+            classnames,
+            ctx_init=self._ctx_init,
+            n_ctx=self.n_ctx,
+            context_length=self._frozen.context_length,
+        )
+        self.n_cls, self.n_ctx = len(prompts.name_lens), prompts.n_ctx
+        self.tokenized_prompts, self.name_lens = prompts.tokens, prompts.name_lens
+        self.layout = layout_at(prompts, self._class_position, class_specific=self._class_specific)
+
+    def _first_context(self) -> Tensor:
+        weights = self._frozen.text_weights()
+        if self._ctx_init:
+            words = self.tokenized_prompts[0, 1 : 1 + self.n_ctx].to(weights.device)
+            # Through the model's own type, as in the reference: its values are then those of the model's words.
+            ctx = weights.token_embedding[words].to(weights.dtype)
+        else:  # drawn on the CPU in float32, so that a seed means the same context on every device
+            classes = (self.n_cls,) if self._class_specific else ()
+            ctx = nn.init.normal_(torch.empty(*classes, self.n_ctx, self._frozen.width), std=0.02)
+        return ctx.to(weights.device, master_dtype(weights.dtype), copy=True)
+
+    def _check_options(self) -> None:
+        if self._class_position not in get_args(ClassPosition):
+            raise UserError(
+                f"The class position is {self._class_position!r}; choose end, middle or front of the context."
+            )
+        if self._class_specific and self._ctx_init:
+            raise UserError(
+                f"Class-specific contexts begin from random vectors, not from '{self._ctx_init}'; give an empty "
+                "ctx_init, or let all classes share the context (no csc)."
+            )
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a learner's parameters are kept in for a model that computes in `dtype`: float32 at least.
+
+    A training step is far smaller than what float16 or bfloat16 can add to a weight of usual size.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _check_image_size(cfg: Any, frozen: FrozenCLIP) -> None:
+    size = cfg.INPUT.SIZE[0]
+    if size != frozen.image_size:
+        raise UserError(f"cfg.INPUT.SIZE is {size} pixels, but the image tower expects {frozen.image_size}.")
