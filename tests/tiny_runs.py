@@ -14,7 +14,7 @@ from cocoop_fast.config import DataConfig, ModelConfig, RunConfig, from_mapping
 from cocoop_fast.data import Dataset, load_dataset
 from cocoop_fast.evaluation import predict
 from cocoop_fast.load_clip import LoadedClip
-from cocoop_fast.training import experiment
+from cocoop_fast.training import experiment, shared
 from cocoop_fast.training.observer import Observer
 
 
@@ -43,6 +43,8 @@ def use_tiny_clip(monkeypatch: Any) -> None:
     monkeypatch.setattr(experiment, "load_clip", loaded_tiny_clip)
     monkeypatch.setattr(predict, "load_clip", loaded_tiny_clip)
     monkeypatch.setattr(experiment, "load_dataset", load_few_test_images)
+    monkeypatch.setattr(shared, "load_clip", loaded_tiny_clip)
+    monkeypatch.setattr(shared, "load_dataset", load_few_test_images)
 
 
 def tiny_config(output_dir: Path, **fields: Any) -> RunConfig:

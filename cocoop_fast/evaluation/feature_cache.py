@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -107,14 +107,17 @@ class FeatureCache:
                 metadata = file.metadata() or {}
                 image, rows = file.get_tensor("image"), file.get_tensor("rows")
         except (SafetensorError, OSError) as error:
-            self._on_message(f"The feature file {path} is damaged ({error}); it is made again.")
+            self._discard(path, str(error))
             return None
         if metadata.get("content") != _content_digest(image, rows):
-            self._on_message(
-                f"The feature file {path} is damaged (its content was altered); it is made again."
-            )
+            self._discard(path, "its content was altered")
             return None
         return TestFeatures(tuple(dataset.test[row] for row in rows.tolist()), image)
+
+    def _discard(self, path: Path, reason: str) -> None:
+        self._on_message(f"The feature file {path} is damaged ({reason}); it is made again.")
+        with suppress(OSError):
+            path.unlink()
 
     def _write(self, path: Path, dataset: Dataset, features: TestFeatures) -> None:
         position = {sample.source: i for i, sample in enumerate(dataset.test)}
