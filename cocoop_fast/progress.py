@@ -53,6 +53,7 @@ class Lines(Observer):
             self._print(
                 f"{self._method}: epoch {info.epoch}/{info.epochs}, loss {info.loss:.4f}, "
                 f"accuracy {info.accuracy:.1f} %, {_rate(info.images_per_second)}"
+                + (f", {_skipped(info.skipped_steps)}" if info.skipped_steps else "")
             )
 
     def on_evaluation_end(self, info: EvaluationInfo) -> None:
@@ -117,7 +118,8 @@ class Bars(Observer):
         self._show(
             info.step,
             f"loss {self._epoch_loss / self._epoch_steps:.3f}  acc {self._epoch_accuracy / self._epoch_steps:.0f} %  "
-            f"{_rate(info.images_per_second)}  ETA {_duration(info.eta_seconds)}",
+            f"{_rate(info.images_per_second)}  ETA {_duration(info.eta_seconds)}"
+            + (f"  {_skipped(info.skipped_steps)}" if info.skipped_steps else ""),
         )
 
     def on_epoch_end(self, info: EpochInfo) -> None:
@@ -151,6 +153,11 @@ def _describe(info: RunInfo) -> str:
 
 def _rate(images_per_second: float) -> str:
     return f"{images_per_second:.{0 if images_per_second >= 10 else 2}f} images/s"
+
+
+def _skipped(steps: int) -> str:
+    """Steps without effect, because float16 gradients overflowed: a few at a run's start are usual."""
+    return f"{steps} skipped"
 
 
 def _duration(seconds: float) -> str:

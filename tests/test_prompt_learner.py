@@ -75,9 +75,15 @@ def test_random_context():
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
 def test_half_precision(precision, dtype):
+    """Float32 master copies over a low-precision model; the reference's all-float16 state dict loads into them."""
     learner = PromptLearner(cfg(precision=precision), NAMES, tiny_clip(dtype=dtype))
-    assert {p.dtype for p in learner.parameters()} == {dtype}
-    assert learner(torch.randn(1, 64, dtype=dtype)).dtype == dtype
+    assert {p.dtype for p in learner.parameters()} == {torch.float32}
+    features = torch.randn(1, 64, dtype=dtype)
+    assert learner(features).dtype == dtype
+    assert learner.contexts(features).dtype == torch.float32
+    low = {name: torch.randn_like(value).to(dtype) for name, value in learner.state_dict().items()}
+    learner.load_state_dict(low)
+    assert all(p.dtype == torch.float32 and p.equal(low[n].float()) for n, p in learner.named_parameters())
 
 
 def test_the_model_is_left_alone():

@@ -313,7 +313,14 @@ def _train(
         workers=config.data.workers,
         pin_memory=clip.device.type == "cuda",
     )
-    trainer = Trainer(model, batches, config.optim, precision=clip.precision, observer=observer)
+    trainer = Trainer(
+        model,
+        batches,
+        config.optim,
+        precision=clip.precision,
+        cuda_graph=config.model.cuda_graph,
+        observer=observer,
+    )
     resumed = checkpoint.load_newest(directory.checkpoints, observer.on_message)
     if resumed is not None:
         check_same_run(resumed.config, mapping, directory.checkpoints)
@@ -365,8 +372,7 @@ def _train(
 def _restore(trainer: Trainer, state: Checkpoint, where: str) -> None:
     checkpoint.load_parameters(trainer.model, state.parameters, where)
     trainer.optimizer.load_state_dict(state.optimizer)
-    if state.scaler and trainer.scaler.is_enabled():
-        trainer.scaler.load_state_dict(state.scaler)
+    trainer.scaler.load_state_dict(state.scaler)
     trainer.position = Position(state.epoch, state.batch)
     trainer.seconds = state.seconds
     rng.restore(state.rng)

@@ -42,6 +42,7 @@ class StepInfo:
     data_seconds: float  # of which waiting for data
     images_per_second: float  # mean over the steps this process has done
     eta_seconds: float
+    skipped_steps: int = 0  # of the run, before this one, because float16 gradients overflowed
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class EpochInfo:
     lr: float
     seconds: float
     images_per_second: float
+    skipped_steps: int = 0  # of the run so far, because float16 gradients overflowed
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from cocoop_fast.files import write_atomically, write_json
 # Where a run is, and how its work is spread and reported, may change between two sessions of it.
 _FREE = (
     "output_dir", "print_freq", "checkpoint_steps", "eval_batch_size", "data.root", "data.workers",
-    "model.device", "model.backend",
+    "model.device", "model.backend", "model.cuda_graph",
 )  # fmt: skip
 _OWN = ("config.yaml", "log.txt", "metrics.jsonl", "checkpoints", "prompt_learner", "results.json")
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.data.batches import Batch, TrainBatches
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.classifier import PromptClassifier
-from cocoop_fast.evaluation.evaluate import autocast
+from cocoop_fast.training.features import EncodedBatch, ImageFeatures
 from cocoop_fast.training.observer import EpochInfo, Observer, StepInfo
+from cocoop_fast.training.optimizer import build_optimizer
+from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
+from cocoop_fast.training.readback import Readback
 from cocoop_fast.training.schedule import learning_rate
+from cocoop_fast.training.step import LossAndGradients, Step
+from cocoop_fast.training.step_graph import RecordedSteps
 
-# Images are encoded this many at a time, ahead of the steps that use them: the image encoder is frozen, so
-# its features do not depend on the steps in between, and batches of one would leave it mostly idle.
-_ENCODED_AT_ONCE = 16
+# On a GPU the host launches steps without waiting for them. So many may be under way before it reads the loss of the
+# oldest: enough to bridge the reading of an image, few enough that what is shown is not old.
+_STEPS_UNDER_WAY = 4
+# The encoder of a group runs while the steps of the group before it do.
+_GROUPS_AHEAD = 2
 
 
 class Position(NamedTuple):
@@ -36,16 +41,16 @@ class Trainer:
     The model has ``prompt_learner`` (its parameters are all that is learned), ``image_encoder``, ``dtype``
     and ``loss_and_logits(image_features (B, E), label (B,)) -> (scalar loss, logits (B, K))``.
 
-    Precision: "fp32" computes in the model's dtype as it is; so do "fp16" and "bf16", with the model already
-    converted, parameters and momentum included and without loss scaling, as in the reference; "amp" runs under
-    autocast (float16 with loss scaling on a GPU, bfloat16 on a CPU).
+    On a GPU no step makes the host wait: features are encoded ahead, the step is replayed from a CUDA graph, and its
+    loss is read some steps later. On a CPU each step is over before the next begins.
 
     Args:
-        model: on its device.
+        model: on its device, already in its precision.
         batches: what to train on.
         optim: resolved; ``epochs`` is set.
-        precision: fp32, fp16, bf16 or amp.
-        observer: is told about each step.
+        precision: fp32, fp16, bf16 or amp. fp16 (and amp on a GPU) scale the loss.
+        cuda_graph: whether a GPU replays recorded steps.
+        observer: is told about each step, in their order.
     """
 
     def __init__(
@@ -55,31 +60,35 @@ class Trainer:
         optim: OptimConfig,
         *,
         precision: str = "fp32",
+        cuda_graph: bool = True,
         observer: Observer | None = None,
     ) -> None:
         self.model = model
         self.batches = batches
         self.optim = optim
         self.observer = observer or Observer()
-        parameters = [p.requires_grad_(True) for p in model.prompt_learner.parameters()]
+        if not optim.master_weights:
+            model.prompt_learner.to(model.dtype)
+        self._parameters = [p.requires_grad_(True) for p in model.prompt_learner.parameters()]
         self.device = next(model.parameters()).device
-        self.optimizer = torch.optim.SGD(
-            [
-                {"params": parameters}
-            ],  # a group may be empty, a bare list may not: zero-shot CLIP learns nothing
-            lr=optim.lr,
-            momentum=optim.momentum,
-            weight_decay=optim.weight_decay,
+        on_gpu = self.device.type == "cuda"
+        self.optimizer = build_optimizer(self._parameters, optim, fused=on_gpu)
+        self.scaler = LossScaler(
+            self.device, enabled=needs_loss_scaling(precision, optim.master_weights, self.device)
         )
-        self.precision = precision
-        scaled = precision == "amp" and self.device.type == "cuda"  # bfloat16 needs no loss scaling
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self._features = ImageFeatures(
+            model, batches, precision, self.device, groups_ahead=_GROUPS_AHEAD if on_gpu else 0
+        )
+        self._step: Step = LossAndGradients(model, self._parameters, precision, self.scaler)
+        if on_gpu and cuda_graph:
+            self._step = RecordedSteps(self._step, self.observer.on_message)
+        self._reports: Readback[_LaunchedStep] = Readback(_STEPS_UNDER_WAY if on_gpu else 0)
         self.position = Position()
         self.seconds = 0.0  # spent training, earlier processes included
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Optimizer steps done, skipped ones included."""
         return (self.position.epoch - 1) * len(self.batches) + self.position.batch
 
     @property
@@ -90,11 +99,13 @@ class Trainer:
         """Train from where the run stands to its end.
 
         Args:
-            save: called between steps, after each epoch and each ``save_every`` steps of the run.
+            save: called between steps, after each epoch and each ``save_every`` steps of the run. Every loss before
+                has been read and is finite by then.
             save_every: 0: after epochs only.
 
         Raises:
-            UserError: the loss is infinite or not a number; the message names the step and its images.
+            UserError: the loss is infinite or not a number, or float16 gradients always overflow. The message
+                names the step and its images; on a GPU a few steps more may have been done by then.
         """
         self.model.prompt_learner.train()
         clock = _Clock(self.seconds, self.step)
@@ -110,89 +121,121 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.observer.on_epoch_start(epoch, self.epochs, first_batch, n_batches)
-        losses, hits, images = 0.0, 0, 0
+        totals = _Totals()
         epoch_started = mark = time.perf_counter()
-        for batch, features in self._features(epoch, first_batch):
-            data_seconds = time.perf_counter() - mark
-            label = batch.label.to(self.device, non_blocking=True)
-            loss, logits = self._step(features, label, batch)
-            correct = int((logits.argmax(dim=1) == label).sum())
-            losses, hits, images = losses + loss, hits + correct, images + len(label)
-            batch_done = self.position.batch + 1
-            self.position = Position(epoch, batch_done) if batch_done < n_batches else Position(epoch + 1)
+        for encoded in self._features.epoch(epoch, first_batch):
+            launched = _LaunchedStep(encoded.batch, self.step + 1, epoch, self.position.batch + 1, lr)
+            launched.data_seconds = time.perf_counter() - mark
+            read = self._launch(encoded, launched)
+            last = launched.batch == n_batches
+            self.position = Position(epoch + 1) if last else Position(epoch, launched.batch)
             self.seconds = clock.total()
-            steps_per_second = clock.rate(self.step)
-            self.observer.on_step(
-                StepInfo(
-                    step=self.step,
-                    total_steps=self.epochs * n_batches,
-                    epoch=epoch,
-                    epochs=self.epochs,
-                    batch=batch_done,
-                    batches=n_batches,
-                    loss=loss,
-                    accuracy=100.0 * correct / len(label),
-                    lr=lr,
-                    seconds=time.perf_counter() - mark,
-                    data_seconds=data_seconds,
-                    images_per_second=steps_per_second * len(label),
-                    eta_seconds=(self.epochs * n_batches - self.step) / steps_per_second,
-                )
-            )
+            launched.seconds = time.perf_counter() - mark
             mark = time.perf_counter()
-            if save is not None and save_every and self.step % save_every == 0 and batch_done < n_batches:
-                save()
+            for step in read:
+                self._tell(step, totals, clock)
+            if last or (save is not None and save_every and self.step % save_every == 0):
+                self._settle(totals, clock)
+                if save is not None and not last:
+                    save()
         seconds = time.perf_counter() - epoch_started
         self.observer.on_epoch_end(
             EpochInfo(
                 epoch=epoch,
                 epochs=self.epochs,
-                loss=losses / (n_batches - first_batch),
-                accuracy=100.0 * hits / images,
+                loss=totals.loss / totals.steps,
+                accuracy=100.0 * totals.correct / totals.images,
                 lr=lr,
                 seconds=seconds,
-                images_per_second=images / seconds,
+                images_per_second=totals.images / seconds,
+                skipped_steps=self.scaler.skipped,
             )
         )
 
-    def _step(self, features: Tensor, label: Tensor, batch: Batch) -> tuple[float, Tensor]:
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.precision, self.device):
-            loss, logits = self.model.loss_and_logits(features, label)
-        value = loss.item()
-        if not math.isfinite(value):
+    def _launch(self, encoded: EncodedBatch, launched: _LaunchedStep) -> list[_LaunchedStep]:
+        """Do one step; return those whose results could be read by now, this one if nothing is under way.
+
+        They are looked at before the parameters change: without steps under way, a broken loss leaves no trace.
+        """
+        result = self._step(encoded.features, encoded.label)
+        self._reports.push(result.report, launched)
+        read = [self._checked(step, *values) for step, values in self._reports.due()]
+        for parameter, gradient in zip(self._parameters, result.gradients, strict=True):
+            parameter.grad = gradient
+        self.scaler.step(self.optimizer)
+        return read
+
+    def _settle(self, totals: _Totals, clock: _Clock) -> None:
+        """Wait for all steps under way, and look at their results too."""
+        for step, values in self._reports.rest():
+            self._tell(self._checked(step, *values), totals, clock)
+        self.scaler.settle()
+
+    def _checked(self, step: _LaunchedStep, loss: float, correct: float, scale: float) -> _LaunchedStep:
+        if not math.isfinite(loss):
             raise UserError(
-                f"The loss became {value} at step {self.step + 1} (epoch {self.position.epoch}), on "
-                f"{self.batches.describe(batch)}; try a lower learning rate, or precision fp32.",
+                f"The loss became {loss} at step {step.number} (epoch {step.epoch}), on "
+                f"{self.batches.describe(step.images)}; try a lower learning rate, or precision fp32.",
                 exit_status=1,
             )
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return value, logits
+        self.scaler.observe(scale)
+        step.loss, step.correct, step.skipped_steps = loss, int(correct), self.scaler.skipped
+        return step
 
-    def _features(self, epoch: int, first_batch: int) -> Iterator[tuple[Batch, Tensor]]:
-        """The epoch's batches with their image features (B, E), encoded several batches at once.
+    def _tell(self, step: _LaunchedStep, totals: _Totals, clock: _Clock) -> None:
+        images, total_steps = len(step.images.label), self.epochs * len(self.batches)
+        totals.add(step.loss, step.correct, images)
+        steps_per_second = clock.rate(self.step)
+        self.observer.on_step(
+            StepInfo(
+                step=step.number,
+                total_steps=total_steps,
+                epoch=step.epoch,
+                epochs=self.epochs,
+                batch=step.batch,
+                batches=len(self.batches),
+                loss=step.loss,
+                accuracy=100.0 * step.correct / images,
+                lr=step.lr,
+                seconds=step.seconds,
+                data_seconds=step.data_seconds,
+                images_per_second=steps_per_second * images,
+                eta_seconds=(total_steps - self.step) / steps_per_second,
+                skipped_steps=step.skipped_steps,
+            )
+        )
 
-        Groups are counted from the epoch's start: a resumed run encodes the same groups as an uninterrupted
-        one, and so gets the same bits.
-        """
-        size = max(1, _ENCODED_AT_ONCE // self.batches.batch_size)
-        first_of_group = first_batch - first_batch % size
-        group: list[Batch] = []
-        for number, batch in enumerate(self.batches.epoch(epoch, first_of_group), first_of_group):
-            group.append(batch)
-            if len(group) == size or number + 1 == len(self.batches):
-                skip = max(0, first_batch - (number + 1 - len(group)))
-                yield from list(zip(group, self._encode(group), strict=True))[skip:]
-                group = []
 
-    @torch.no_grad()
-    def _encode(self, group: list[Batch]) -> tuple[Tensor, ...]:
-        image = torch.cat([batch.image for batch in group])
-        with autocast(self.precision, self.device):
-            features = self.model.image_encoder(image.to(self.device, self.model.dtype, non_blocking=True))
-        return features.split([len(batch.label) for batch in group])
+@dataclass
+class _LaunchedStep:
+    """What the host knows of a step when it launches it, and what it reads later."""
+
+    images: Batch
+    number: int  # 1-based, over the whole run
+    epoch: int
+    batch: int  # 1-based within the epoch
+    lr: float
+    data_seconds: float = 0.0  # the host waited for data
+    seconds: float = 0.0  # from the step before to this one
+    loss: float = 0.0
+    correct: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass
+class _Totals:
+    """Sums over the steps of an epoch."""
+
+    steps: int = 0
+    loss: float = 0.0
+    correct: int = 0
+    images: int = 0
+
+    def add(self, loss: float, correct: int, images: int) -> None:
+        self.steps += 1
+        self.loss += loss
+        self.correct += correct
+        self.images += images
 
 
 class _Clock:

@@ -3,73 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from comparison import assert_close
-from open_clip.model import CLIP
-from PIL import Image
-from tiny_models import tiny_clip
-from tiny_runs import StopAfter, loaded_tiny_clip
-from torch import nn
+from tiny_runs import StopAfter
+from tiny_training import NAMES, Recorder, clip_model, fast_model, make_batches
 
 from cocoop_fast import UserError
-from cocoop_fast.config import Method, OptimConfig, PromptConfig
-from cocoop_fast.data import Dataset, Sample
-from cocoop_fast.data.batches import TrainBatches
-from cocoop_fast.data.transforms import Normalize, TrainTransform
-from cocoop_fast.methods import build_model
+from cocoop_fast.config import OptimConfig
 from cocoop_fast.reference import DensePromptedCLIP
-from cocoop_fast.training.observer import Observer
+from cocoop_fast.training.readback import Readback
+from cocoop_fast.training.step_graph import RecordedSteps
 from cocoop_fast.training.trainer import Position, Trainer
-
-COLOURS = {"red": (220, 30, 30), "dark green": (20, 110, 20), "sky blue": (110, 180, 250)}
-NAMES = tuple(COLOURS)
-
-
-def paint(sample: Sample) -> Image.Image:
-    """A patch of the class's colour, with a gradient that makes crops differ."""
-    ramp = np.linspace(0.6, 1.0, 16)[:, None, None] * np.linspace(0.8, 1.0, 20)[None, :, None]
-    return Image.fromarray(
-        (ramp * np.array(COLOURS[sample.classname]) * (1 - sample.source / 400)).astype(np.uint8)
-    )
-
-
-def make_batches(images: int, batch_size: int) -> TrainBatches:
-    """``images`` in all, classes in turn: easy enough for a random CLIP to learn from."""
-    samples = tuple(Sample(i, i % 3, NAMES[i % 3]) for i in range(images))
-    data = Dataset("colours", NAMES, samples, (), samples, paint, where="memory")
-    transform = TrainTransform(32, (0.5, 1.0), 0.5, Normalize((0.5,) * 3, (0.5,) * 3))
-    return TrainBatches(data, samples, transform, batch_size, seed=1)
-
-
-def clip_model(dtype: torch.dtype = torch.float32) -> CLIP:
-    model = tiny_clip(layers=2, dtype=dtype)
-    model.logit_scale.data.fill_(4.6)  # CLIP's own: exp(4.6) = 100
-    return model
-
-
-def fast_model(method: Method = "cocoop", dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(1)
-    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    clip = replace(loaded_tiny_clip(), model=clip_model(dtype), precision=precision)
-    return build_model(PromptConfig(method=method), list(NAMES), clip)
-
-
-class Recorder(Observer):
-    def __init__(self):
-        self.steps, self.epochs, self.calls = [], [], []
-
-    def on_epoch_start(self, epoch, epochs, first_batch, batches):
-        self.calls.append((epoch, epochs, first_batch, batches))
-
-    def on_step(self, info):
-        self.steps.append(info)
-
-    def on_epoch_end(self, info):
-        self.epochs.append(info)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
@@ -155,27 +101,161 @@ def test_only_the_prompt_learner_changes():
     assert all(torch.equal(value, before[name]) for name, value in model.image_encoder.state_dict().items())
 
 
-@pytest.mark.parametrize("precision", ["amp", "bf16"])
-def test_low_precision_learns(precision):
-    """On a CPU: bfloat16 autocast, or everything in bfloat16."""
-    optim = OptimConfig(epochs=6, lr=0.02)
-    runs = {}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def train(precision="fp32", *, observer=None, **optim):
+    """24 images in batches of two, for as many epochs as ``optim`` says."""
+    model = fast_model(dtype=DTYPES.get(precision, torch.float32))
+    trainer = Trainer(
+        model, make_batches(24, 2), OptimConfig(**optim), precision=precision, observer=observer
+    )
+    trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("precision", "master_weights"), [("amp", True), ("bf16", True), ("fp16", True), ("fp16", False)]
+)
+def test_low_precision_learns(precision, master_weights):
+    """On a CPU: bfloat16 autocast, or the model in low precision. Without master weights, as the reference."""
+    losses = {}
     for name in ("fp32", precision):
-        model = fast_model(dtype=torch.bfloat16 if name == "bf16" else torch.float32)
         recorder = Recorder()
-        Trainer(model, make_batches(24, 2), optim, precision=name, observer=recorder).fit()
-        runs[name] = recorder.epochs
-    assert runs[precision][-1].loss < 0.9 * runs[precision][0].loss
-    assert runs[precision][-1].loss == pytest.approx(runs["fp32"][-1].loss, rel=0.2)
+        trainer = train(name, observer=recorder, epochs=6, lr=0.02, master_weights=master_weights)
+        losses[name] = [epoch.loss for epoch in recorder.epochs]
+    kept = {parameter.dtype for parameter in trainer.model.prompt_learner.parameters()}
+    assert kept == {torch.float32 if master_weights else DTYPES[precision]}
+    assert losses[precision][-1] < 0.9 * losses[precision][0]
+    assert losses[precision][-1] == pytest.approx(losses["fp32"][-1], rel=0.2)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_small_steps_are_not_lost_on_master_weights(precision):
+    start = fast_model(dtype=DTYPES[precision]).prompt_learner.ctx.detach()
+    moved = {}
+    for master_weights in (True, False):
+        trainer = train(precision, epochs=1, warmup_lr=1e-6, weight_decay=0.0, master_weights=master_weights)
+        moved[master_weights] = (trainer.model.prompt_learner.ctx != start).float().mean()
+    assert moved[True] > 0.95 and moved[False] < 0.5
+
+
+def test_steps_that_overflow_are_skipped_counted_and_told():
+    recorder = Recorder()
+    trainer = train("fp16", observer=recorder, epochs=2, lr=0.02)
+    state = trainer.scaler.state_dict()
+    halvings = math.log2(2.0**16 / state["scale"])
+    assert state["skipped"] == trainer.scaler.skipped == halvings
+    assert recorder.epochs[-1].skipped_steps == halvings
+    skips = [step.skipped_steps for step in recorder.steps]
+    assert skips == sorted(skips) and skips[0] == 0 and skips[-1] <= halvings
+
+
+def test_resuming_with_loss_scaling_is_exact():
+    optim = OptimConfig(epochs=2, lr=0.02)
+
+    def new_trainer(observer=None):
+        model = fast_model(dtype=torch.float16)
+        trainer = Trainer(model, make_batches(24, 2), optim, precision="fp16", observer=observer)
+        trainer.scaler.load_state_dict(  # a scale that overflows soon: the run has steps to skip
+            {"scale": 2.0**40, "growth_factor": 2.0, "backoff_factor": 2.0**-9, "growth_interval": 4,
+             "_growth_tracker": 0}
+        )  # fmt: skip
+        return trainer
+
+    whole, first, second = new_trainer(), new_trainer(StopAfter(7)), new_trainer()
+    whole.fit()
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    first.scaler.settle()
+    second.model.prompt_learner.load_state_dict(first.model.prompt_learner.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.scaler.load_state_dict(first.scaler.state_dict())
+    second.position = first.position
+    second.fit()
+    assert whole.scaler.skipped >= 2
+    assert second.scaler.state_dict() == whole.scaler.state_dict()
+    for ours, theirs in zip(state(second), state(whole), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def late(trainer, steps=3):
+    """The trainer with results read ``steps`` steps late, as on a GPU."""
+    trainer._reports = Readback(steps)
+    return trainer
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     model = fast_model()
     with torch.no_grad():
         model.prompt_learner.ctx[0, 0] = math.nan
+    before = [p.detach().clone() for p in model.prompt_learner.meta_net.parameters()]
     trainer = Trainer(model, make_batches(10, 1), OptimConfig(epochs=1))
     with pytest.raises(
         UserError, match=r"The loss became nan at step 1 \(epoch 1\), on \d+; try a lower"
     ) as error:
         trainer.fit()
     assert error.value.exit_status == 1 and trainer.step == 0
+    after = model.prompt_learner.meta_net.parameters()
+    assert all(ours.equal(theirs) for ours, theirs in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("lag", [0, 3, 5])
+@pytest.mark.parametrize("save_every", [0, 1, 4])
+def test_a_broken_loss_that_is_read_late_is_named_rightly_and_never_saved(save_every, lag):
+    """Step 13 of 30, the third of the second epoch, breaks."""
+    recorder, saved, calls = Recorder(), [], []
+    trainer = late(
+        Trainer(fast_model(), make_batches(20, 2), OptimConfig(epochs=3), observer=recorder), steps=lag
+    )
+    step = trainer._step
+
+    def breaking(features, label):
+        calls.append(label)
+        result = step(features, label)
+        if len(calls) == 13:
+            result.report[0] = math.inf
+        return result
+
+    trainer._step = breaking
+    images = trainer.batches.describe(list(trainer.batches.epoch(2))[2])
+    with pytest.raises(UserError, match=rf"became inf at step 13 \(epoch 2\), on {images}; try a lower"):
+        trainer.fit(save=lambda: saved.append(trainer.step), save_every=save_every)
+    assert saved == {0: [10], 1: [*range(1, 13)], 4: [4, 8, 10, 12]}[save_every]
+    assert [step.step for step in recorder.steps] == list(range(1, 13))
+    assert len(calls) <= 13 + lag
+
+
+def replayed_by_running(work):
+    """Records as a GPU does: the result has its memory now, and its content after each replay."""
+    result = work()
+
+    def replay():
+        fresh = work()
+        result.report.copy_(fresh.report)
+        for memory, value in zip(result.gradients, fresh.gradients, strict=True):
+            memory.copy_(value)
+
+    return result, replay
+
+
+@pytest.mark.parametrize(("method", "batch_size"), [("cocoop", 1), ("coop", 3)])
+def test_recorded_steps_and_late_results_change_nothing(method, batch_size):
+    optim, told = OptimConfig(epochs=3, lr=0.01), {}
+    runs = {}
+    for as_on_a_gpu in (False, True):
+        recorder = Recorder()
+        trainer = Trainer(
+            fast_model(method), make_batches(10 * batch_size, batch_size), optim, observer=recorder
+        )
+        if as_on_a_gpu:
+            late(trainer)._step = RecordedSteps(trainer._step, pytest.fail, replayed_by_running)
+        trainer.fit()
+        runs[as_on_a_gpu] = state(trainer)
+        told[as_on_a_gpu] = [
+            [(s.step, s.epoch, s.batch, s.loss, s.accuracy, s.lr) for s in recorder.steps],
+            [(e.epoch, e.loss, e.accuracy, e.lr) for e in recorder.epochs],
+        ]
+    assert told[True] == told[False]
+    for ours, theirs in zip(runs[True], runs[False], strict=True):
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,92 @@
+"""Loss scaling: float16 gradients that would round to zero are computed larger and divided again in float32.
+
+What each precision computes in is in docs/configuration.md. Whatever it is, what is learned and its momentum are
+float32 master copies (unless ``optim.master_weights`` is off): a step of 1e-5 is lost on a float16 weight of 0.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cocoop_fast.errors import UserError
+
+# Sixteen halvings past where the scaler starts (2^16) the loss is no longer scaled up at all; gradients that still
+# overflow after sixteen more are not too large, they are broken.
+_SMALLEST_SCALE = 2.0**-16
+
+
+def needs_loss_scaling(precision: str, master_weights: bool, device: torch.device) -> bool:
+    """Whether gradients pass through float16 on their way to float32 parameters.
+
+    "amp" is bfloat16 on a CPU, with the range of float32. Without master weights the reference's fp16 is asked
+    for, which does not scale.
+    """
+    if precision == "amp":
+        return device.type == "cuda"
+    return precision == "fp16" and master_weights
+
+
+class LossScaler:
+    """Dynamic loss scaling by torch's ``GradScaler``, which also counts the steps that it skipped.
+
+    A step whose gradients overflow changes nothing but the scale, which is halved; so a scale that fell is a step
+    that was skipped. On a GPU nothing here makes the host wait, except where that is said.
+
+    Args:
+        device: of loss and parameters.
+        enabled: if not, the scale is 1 and every step is done.
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+        self._scaler = torch.amp.GradScaler(device.type, enabled=enabled)
+        self._one = torch.ones((), device=device)
+        self._observed = self._scaler.get_scale()
+        self.skipped = 0  # steps of the run, as far as scales were observed
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The scalar loss times the scale, in float32 at least."""
+        return self._scaler.scale(loss)
+
+    def current(self) -> Tensor:
+        """The scale as a scalar on the device."""
+        return self._scaler.scale(self._one)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Unscale the gradients, let the optimizer step if all are finite, and adapt the scale."""
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+    def observe(self, scale: float) -> None:
+        """Tell the scale of a step, once for each step and in their order.
+
+        Raises:
+            UserError: gradients overflow however small the scale is.
+        """
+        if scale < self._observed:
+            self.skipped += 1
+        self._observed = scale
+        if scale < _SMALLEST_SCALE:
+            raise UserError(
+                f"The gradients overflow in float16 even with the loss scaled by {scale:.0e} "
+                f"({self.skipped} steps were skipped so far); use precision bf16 or fp32.",
+                exit_status=1,
+            )
+
+    def settle(self) -> None:
+        """Count the last step too. Waits for the device."""
+        self.observe(self._scaler.get_scale())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, empty if not enabled. Waits for the device."""
+        state = self._scaler.state_dict()
+        return {**state, "skipped": self.skipped} if state else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`. A state of the other kind (enabled or not) is left alone."""
+        if state and self._scaler.is_enabled():
+            self._scaler.load_state_dict(state)
+            self._observed = self._scaler.get_scale()
+            self.skipped = state.get("skipped", 0)

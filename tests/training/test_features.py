@@ -1,0 +1,77 @@
+"""Image features ahead of the steps: the same bits at any distance, and reading spread over the steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_training import fast_model, make_batches
+from torch import nn
+
+from cocoop_fast.training.features import ImageFeatures
+
+CPU = torch.device("cpu")
+
+
+def features_of(batch_size, groups_ahead, *, images=23, first_batch=0, precision="fp32"):
+    torch.manual_seed(0)
+    model = fast_model()
+    batches = make_batches(images, batch_size)
+    source = ImageFeatures(model, batches, precision, CPU, groups_ahead=groups_ahead)
+    return list(source.epoch(1, first_batch)), batches, model
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16, 40])
+@pytest.mark.parametrize("precision", ["fp32", "amp"])
+def test_looking_ahead_changes_no_bit(batch_size, precision):
+    direct, batches, _ = features_of(batch_size, 0, precision=precision)
+    assert len(direct) == len(batches)
+    for groups_ahead in (1, 2, 5):
+        ahead, _, _ = features_of(batch_size, groups_ahead, precision=precision)
+        for (batch, features, label), (wanted, expected, _) in zip(ahead, direct, strict=True):
+            assert batch.sample.equal(wanted.sample) and label.equal(wanted.label)
+            assert features.equal(expected)
+
+
+@pytest.mark.parametrize("groups_ahead", [0, 2])
+@pytest.mark.parametrize("first_batch", [1, 15, 16, 22])
+def test_from_any_batch_on(groups_ahead, first_batch):
+    whole, _, _ = features_of(1, groups_ahead)
+    rest, _, _ = features_of(1, groups_ahead, first_batch=first_batch)
+    assert len(rest) == 23 - first_batch
+    for one, other in zip(rest, whole[first_batch:], strict=True):
+        assert one.features.equal(other.features) and one.batch.sample.equal(other.batch.sample)
+
+
+class Diary(nn.Module):
+    """An image encoder that writes down when it runs."""
+
+    def __init__(self, encoder, diary):
+        super().__init__()
+        self.encoder, self.diary = encoder, diary
+
+    def forward(self, image):
+        self.diary.append(f"encode {len(image)}")
+        return self.encoder(image)
+
+
+def test_the_encoder_is_a_group_ahead_and_images_are_read_between_the_steps(monkeypatch):
+    model, diary = fast_model(), []
+    model.image_encoder = Diary(model.image_encoder, diary)
+    batches = make_batches(128, 2)  # groups of 8 batches
+    read = type(batches).epoch
+
+    def reading(self, *position):
+        for batch in read(self, *position):
+            diary.append("read")
+            yield batch
+
+    monkeypatch.setattr(type(batches), "epoch", reading)
+    source = ImageFeatures(model, batches, "fp32", CPU, groups_ahead=2)
+    for number, _ in enumerate(source.epoch(1)):
+        diary.append(f"step {number}")
+    encoded_before = {
+        number: diary[: diary.index(f"step {number}")].count("encode 16") for number in range(64)
+    }
+    assert [encoded_before[number] for number in (0, 7, 8, 15, 16, 63)] == [2, 3, 3, 4, 4, 8]
+    steps = [entry for entry in diary if entry != "encode 16"]
+    assert steps[:17] == ["read"] * 17 and steps[17:21] == ["step 0", "read", "step 1", "read"]

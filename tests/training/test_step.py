@@ -1,0 +1,138 @@
+"""A step never waits for the device: proved on tensors without content, which nobody can read."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+import torch
+from tiny_runs import loaded_tiny_clip
+from tiny_training import NAMES, clip_model, fast_model, make_batches
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cocoop_fast import ClassTree
+from cocoop_fast.config import OptimConfig, PromptConfig
+from cocoop_fast.methods import build_model
+from cocoop_fast.ops import head
+from cocoop_fast.torch_tower import TorchTower
+from cocoop_fast.training.features import EncodedBatch
+from cocoop_fast.training.optimizer import build_optimizer
+from cocoop_fast.training.precision import LossScaler
+from cocoop_fast.training.readback import Readback
+from cocoop_fast.training.step import LossAndGradients, StepResult
+from cocoop_fast.training.step_graph import RecordedSteps
+from cocoop_fast.training.trainer import Trainer, _LaunchedStep
+
+META = torch.device("meta")
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses the operations by which a host learns values, and so waits for a device."""
+
+    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "allclose")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.READS:
+            raise AssertionError(f"the host reads a value: {func}")
+        return func(*args, **(kwargs or {}))
+
+
+def without_content(value):
+    """A tensor, or what holds tensors, on the meta device; class trees stay, their tensors are on the CPU anyway."""
+    if isinstance(value, torch.Tensor):
+        return value.to(META)
+    if isinstance(value, tuple):
+        return tuple(without_content(part) for part in value)
+    if is_dataclass(value) and not isinstance(value, ClassTree):
+        return replace(
+            value, **{one.name: without_content(getattr(value, one.name)) for one in fields(value)}
+        )
+    return value
+
+
+@pytest.mark.parametrize("method", ["cocoop", "coop"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_forward_and_backward_read_nothing(monkeypatch, method, dtype):
+    """All of it, the checks of inputs, the loss scaling and the report included, on tensors without content."""
+    clip = clip_model(dtype)
+    loaded = replace(loaded_tiny_clip(), model=clip)
+    model = build_model(PromptConfig(method=method), list(NAMES), loaded, backend="torch")
+    features, label = torch.randn(2, 64), torch.tensor([0, 2])
+    model.loss_and_logits(features, label)  # the first step computes constants of model and class list, once
+    constants = without_content(model.tree_encoder._current_tower(deep=False).constants)
+    tower = TorchTower(replace(constants, tree=model.tree_encoder.tree))
+    monkeypatch.setattr(model.tree_encoder, "_current_tower", lambda deep: tower)
+    monkeypatch.setattr(head, "select_backend", lambda *_: model.tree_encoder.backend)
+    clip.to(META), model.to(META)
+    parameters = list(model.prompt_learner.parameters())
+    step = LossAndGradients(model, parameters, "fp32", LossScaler(META, enabled=True))
+    report, gradients = step(features.to(META), label.to(META))
+    assert report.device == META and report.shape == (3,) and report.dtype == torch.float32
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert gradient.device == META and gradient.shape == parameter.shape
+        assert parameter.dtype == gradient.dtype == torch.float32
+    for reading in (report.tolist, report[0].item, report.cpu, report.isfinite().all().__bool__):
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            reading()  # or the test would prove nothing
+
+
+def scaled_run(*, fused):
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = build_optimizer([parameter], OptimConfig(), fused=fused)
+    scaler = LossScaler(torch.device("cpu"), enabled=True)
+    (parameter.grad,) = torch.autograd.grad(scaler.scale(parameter.square().sum()), [parameter])
+    return optimizer, scaler
+
+
+def test_the_update_reads_nothing_even_to_skip_an_overflow():
+    optimizer, scaler = scaled_run(fused=True)
+    with NoReading():
+        scaler.step(optimizer)
+    optimizer, scaler = scaled_run(fused=False)
+    with pytest.raises(AssertionError, match="the host reads a value"), NoReading():
+        scaler.step(optimizer)  # what the fused optimizer is for, and what the mode catches
+
+
+def test_gradients_are_nobody_elses_memory():
+    """One parameter's gradient would be an expanded scalar, and two others' the same tensor."""
+    expanded, first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+
+    class Sums(torch.nn.Module):
+        def loss_and_logits(self, features, label):
+            loss = expanded.sum() + (first + second).square().sum()
+            return loss, features
+
+    step = LossAndGradients(
+        Sums(), [expanded, first, second], "fp32", LossScaler(torch.device("cpu"), enabled=False)
+    )
+    _, gradients = step(torch.ones(1, 2), torch.tensor([0]))
+    for gradient in gradients:
+        gradient.mul_(2)
+    assert [gradient.tolist() for gradient in gradients] == [[2.0] * 3, [8.0] * 3, [8.0] * 3]
+
+
+def test_the_loop_around_a_step_reads_only_what_is_old():
+    """A trainer as it is on a GPU, but for its device: a recorded step, a fused optimizer, results read late."""
+    trainer = Trainer(
+        fast_model(dtype=torch.float16), make_batches(10, 2), OptimConfig(epochs=1), precision="fp16"
+    )
+    parameters = list(trainer.model.prompt_learner.parameters())
+    trainer.optimizer = build_optimizer(parameters, trainer.optim, fused=True)
+    trainer._reports = Readback(2)
+
+    def record(work):
+        return work(), lambda: None
+
+    def step(features, label):
+        report = torch.stack([torch.tensor(0.5), torch.tensor(1.0), trainer.scaler.current()])
+        return StepResult(report, tuple(torch.zeros_like(p) for p in parameters))
+
+    trainer._step = RecordedSteps(step, pytest.fail, record)
+    batch = next(iter(trainer.batches.epoch(1)))
+    encoded = EncodedBatch(batch, torch.randn(2, 64), batch.label)
+    read = []
+    with NoReading():
+        for number in range(1, 9):
+            read += trainer._launch(encoded, _LaunchedStep(batch, number, 1, number, 0.1))
+    assert [step.number for step in read] == [1, 2, 3, 4, 5, 6] and read[0].loss == 0.5
