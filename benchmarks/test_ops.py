@@ -18,6 +18,7 @@ from cocoop_fast.ops.activation import activation_ref
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
 from cocoop_fast.ops.head import cosine_logits_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
+from cocoop_fast.ops.linear import linear_ref
 from cocoop_fast.ops.tree_attention import tree_attention_ref
 
 pytestmark = pytest.mark.skipif(not extension_available(), reason="the C++ extension is not built")
@@ -87,6 +88,34 @@ def activation_backward(p: Problem) -> Pair:
 
     leaf = u.clone().requires_grad_()
     return fast, gradient(activation_ref(leaf + bias, p.weights.activation), (leaf,), dg)
+
+
+def linear_forward(p: Problem) -> Pair:
+    """The block's widest layer, with the activation that follows it."""
+    fc, kind = p.weights.blocks[0].fc, p.weights.activation
+    x, packed = rows(p, p.weights.width), cpu.pack_weight(fc.weight)
+    u = rows(p, len(fc.bias))
+    out = torch.empty_like(u)
+
+    def fast() -> Tensor:
+        cpu.linear_activation_fwd(x, packed, fc.bias, kind, u, out)
+        return out
+
+    return fast, lambda: activation_ref(linear_ref(x, fc), kind)
+
+
+def linear_backward(p: Problem) -> Pair:
+    """Through the layer that reads the activation, and the activation."""
+    proj, kind = p.weights.blocks[0].proj, p.weights.activation
+    dy, u = rows(p, p.weights.width), rows(p, proj.weight.shape[1])
+    du = torch.empty_like(u)
+
+    def fast() -> Tensor:
+        cpu.linear_activation_bwd(dy, proj.weight, u, kind, du)
+        return du.flatten()
+
+    leaf = u.clone().requires_grad_()
+    return fast, gradient(linear_ref(activation_ref(leaf, kind), proj), (leaf,), dy)
 
 
 def attention(p: Problem, *, backward: bool, leaves: bool) -> Pair:
@@ -190,6 +219,8 @@ OPS: dict[str, Callable[[Problem], Pair]] = {
     "assemble_dense": assemble_dense,
     "layer_norm_fwd": layer_norm_forward,
     "layer_norm_bwd": layer_norm_backward,
+    "linear_activation_fwd": linear_forward,
+    "linear_activation_bwd": linear_backward,
     "attention_fwd": lambda p: attention(p, backward=False, leaves=False),
     "attention_bwd": lambda p: attention(p, backward=True, leaves=False),
     "attention_eot_fwd": lambda p: attention(p, backward=False, leaves=True),

@@ -1,17 +1,7 @@
 """A training step: forward, and backward to the gradients of the context and the Meta-Net."""
 
 import pytest
-
-from cocoop_fast.benchmark.contestants import CONTESTANTS
-
-SIZES = [(k, b) for k in (10, 50, 100, 500, 1000) for b in (1, 4, 8)]
-COMPILED_SIZES = [(100, 1)]  # compiling takes a minute for every shape
-CASES = [
-    pytest.param(contestant.name, k, b, id=f"{contestant.name}-k{k}-b{b}")
-    for k, b in SIZES
-    for contestant in CONTESTANTS
-    if contestant.oracle != "coop" and (not contestant.setup_seconds or (k, b) in COMPILED_SIZES)
-]
+from cases import CASES
 
 
 @pytest.mark.parametrize(("name", "k", "b"), CASES)

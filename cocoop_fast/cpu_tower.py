@@ -1,4 +1,4 @@
-"""The text transformer over tree rows on a CPU: C++ kernels between the vendor's GEMMs, backward by hand.
+"""The text transformer over tree rows on a CPU: C++ kernels from end to end, backward by hand.
 
 The weights are frozen, so backward is the chain of input gradients alone. Saved for it, per row and layer: the
 block's input (d), query, key and value (3d), the middle of the block (d), the MLP's pre-activation (4d) and the
@@ -15,6 +15,7 @@ Rows lie image-major in (B * R, .) buffers, an image's context rows first, so a 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -22,13 +23,18 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip import Affine, TextBlock
+from cocoop_fast.cpu_linear import FrozenLinear, LibraryLinear, frozen_linear
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops import cpu_kernels as cpu
 from cocoop_fast.tower_rows import TowerConstants
 
-# Rows that go together from one attention to the next. Fewer, and the GEMMs lose efficiency; more, and the widest
+# Rows that go together from one attention to the next. Fewer, and each weight is read too often; more, and the widest
 # intermediate (4d floats a row) leaves the cache. docs/performance.md has the measurement.
-PANEL_ROWS = 1024
+PANEL_ROWS = 512
+
+# Floats between the rows of what a linear layer reads, beyond their width: rows a large power of two apart would all
+# fall into the same few sets of the first-level cache.
+ROW_PADDING = 16
 
 
 class CpuTower:
@@ -44,6 +50,8 @@ class CpuTower:
         self.all_rows = cpu.TreeAttention(tree)
         self.eot_rows = cpu.TreeAttention(tree, queries=tree.leaves)
         self.leaf_rows = tree.n_ctx + tree.leaves  # among the R rows of an image
+        blocks = constants.weights.blocks
+        self.linears = [_block_linears(block, layer, len(blocks) - 1) for layer, block in enumerate(blocks)]
         self.scratch = Buffers()
         self.free: list[Activations] = []  # sets of saved activations that no graph needs any more
         self.lock = threading.Lock()  # the scratch buffers serve one pass at a time
@@ -64,6 +72,32 @@ class CpuTower:
             if activations.batch == batch:
                 return activations
         return Activations(self, batch)
+
+
+@dataclass(frozen=True)
+class BlockLinears:
+    """The linear layers of a block."""
+
+    qkv: FrozenLinear  # in the last layer of key and value alone
+    leaf_q: FrozenLinear | None  # there, and only if it is not the first as well: of the EOT rows' queries
+    out_proj: FrozenLinear
+    fc: FrozenLinear
+    proj: FrozenLinear
+
+
+def _block_linears(block: TextBlock, layer: int, last: int) -> BlockLinears:
+    d = block.out_proj.weight.shape[0]
+    skipped = d if layer == last else 0
+    qkv = Affine(block.in_proj.weight[skipped:], block.in_proj.bias[skipped:])
+    leaf_q = Affine(block.in_proj.weight[:d], block.in_proj.bias[:d])
+    return BlockLinears(
+        # Layer 0 has it for the few context rows alone: not worth a packed copy.
+        qkv=frozen_linear(qkv) if layer > 0 else LibraryLinear(qkv),
+        leaf_q=frozen_linear(leaf_q) if 0 < layer == last else None,
+        out_proj=frozen_linear(block.out_proj),
+        fc=frozen_linear(block.fc),
+        proj=frozen_linear(block.proj),
+    )
 
 
 class _Encode(torch.autograd.Function):
@@ -122,6 +156,10 @@ class Buffers:
             storage = self._storage[name] = torch.empty(size)
         return storage[:size].view(shape)
 
+    def get_rows(self, name: str, rows: int, width: int) -> Tensor:
+        """A (rows, width) view whose rows lie as a linear layer reads them fastest."""
+        return self.get(name, rows, width + ROW_PADDING)[:, :width]
+
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -135,7 +173,7 @@ class LayerActivations:
     k: cpu.ImageRows
     v: cpu.ImageRows
     x_mid: Tensor  # (queries, d) after attention: all B * R rows; in the last layer the B * Q EOT rows
-    u: Tensor  # (queries, 4d) MLP pre-activations, without their bias; kept for backward alone
+    u: Tensor  # (queries, 4d) MLP pre-activations; kept for backward alone
     stats_1: Statistics  # mean and reciprocal standard deviation of each row of x
     stats_q: Statistics  # in the last layer, of the EOT rows of x alone
     stats_2: Statistics  # of x_mid
@@ -202,60 +240,52 @@ def _forward(tower: CpuTower, ctx: Tensor, acts: Activations) -> Tensor:
     d, last = w.width, len(w.blocks) - 1
     torch.add(ctx, c.positions, out=acts.layers[0].x.view(batch, -1, d))
     for panel in _panels(len(acts.layers[0].x)):
-        _project_qkv(s, acts.layers[0], w.blocks[0], None, panel)
-    for layer, (block, a) in enumerate(zip(w.blocks, acts.layers, strict=True)):
+        _project_qkv(tower, acts, 0, panel)
+    for layer, (block, linears, a) in enumerate(zip(w.blocks, tower.linears, acts.layers, strict=True)):
         residual = _rows_that_ask(tower, a, layer, batch)
-        if layer == last and layer > 0:
-            _project_leaf_queries(s, a, block)
-        o = s.get("o", len(a.x_mid), d)
+        if linears.leaf_q is not None:
+            _project_leaf_queries(s, a, block.ln_1, linears.leaf_q)
+        o = s.get_rows("o", len(a.x_mid), d)
         attention = tower.eot_rows if layer == last else tower.all_rows
         attention.forward(a.q, a.k, a.v, *c.sos_kv[layer], w.heads, o.view(batch, -1, d))
         x = acts.x_out if layer == last else acts.layers[layer + 1].x
         for panel in _panels(len(x)):
             # x_mid = x + W_o attention(q, k, v) + b_o
-            torch.addmm(residual[panel], o[panel], block.out_proj.weight.T, out=a.x_mid[panel])
-            normed = _layer_norm(s, a.x_mid, block.out_proj.bias, block.ln_2, a.stats_2, panel)
-            # x = x_mid + W_p act(W_f LN_2(x_mid) + b_f) + b_p, the last bias being left to the next LayerNorm
-            g = s.get("g", len(normed), block.fc.weight.shape[0])
-            u = a.u[panel] if acts.keeps else g
-            torch.mm(normed, block.fc.weight.T, out=u)
-            cpu.activation_fwd(u, block.fc.bias, w.activation, g)
-            torch.addmm(a.x_mid[panel], g, block.proj.weight.T, out=x[panel])
+            linears.out_proj.forward(o[panel], a.x_mid[panel], residual=residual[panel])
+            normed = _layer_norm(s, a.x_mid, block.ln_2, a.stats_2, panel)
+            # x = x_mid + W_p act(W_f LN_2(x_mid) + b_f) + b_p
+            g = s.get_rows("g", len(normed), block.fc.weight.shape[0])
+            linears.fc.forward_activation(normed, w.activation, a.u[panel] if acts.keeps else None, g)
+            linears.proj.forward(g, x[panel], residual=a.x_mid[panel])
             if layer < last:
-                _project_qkv(s, acts.layers[layer + 1], w.blocks[layer + 1], block.proj.bias, panel)
+                _project_qkv(tower, acts, layer + 1, panel)
     whole = slice(0, len(acts.x_out))
-    normed = _layer_norm(s, acts.x_out, w.blocks[last].proj.bias, w.ln_final, acts.stats_out, whole)
+    normed = _layer_norm(s, acts.x_out, w.ln_final, acts.stats_out, whole)
     features = torch.addmm(w.projection.bias, normed, w.projection.weight)
     return features.view(batch, -1, features.shape[1])
 
 
-def _layer_norm(
-    s: Buffers, x: Tensor, bias: Tensor | None, norm: Affine, stats: Statistics, panel: slice
-) -> Tensor:
-    """x += bias; LN(x), in one pass over the panel."""
+def _layer_norm(s: Buffers, x: Tensor, norm: Affine, stats: Statistics, panel: slice) -> Tensor:
+    """LN(x) of the panel."""
     rows = x[panel]
-    normed = s.get("h", *rows.shape)
+    normed = s.get_rows("h", *rows.shape)
     mean, rstd = (one[panel] for one in stats)
-    cpu.layer_norm_fwd(rows, bias, norm.weight, norm.bias, norm.eps, normed, mean, rstd)
+    cpu.layer_norm_fwd(rows, None, norm.weight, norm.bias, norm.eps, normed, mean, rstd)
     return normed
 
 
-def _project_qkv(
-    s: Buffers, a: LayerActivations, block: TextBlock, bias: Tensor | None, panel: slice
-) -> None:
-    """q, k, v = W_qkv LN_1(x + bias) + b_qkv; in the last layer k and v alone."""
-    normed = _layer_norm(s, a.x, bias, block.ln_1, a.stats_1, panel)
-    skipped = block.in_proj.weight.shape[0] - a.qkv.shape[1]
-    weight, bias = block.in_proj.weight[skipped:], block.in_proj.bias[skipped:]
-    torch.addmm(bias, normed, weight.T, out=a.qkv[panel])
+def _project_qkv(tower: CpuTower, acts: Activations, layer: int, panel: slice) -> None:
+    """q, k, v = W_qkv LN_1(x) + b_qkv; in the last layer k and v alone."""
+    a = acts.layers[layer]
+    normed = _layer_norm(tower.scratch, a.x, tower.constants.weights.blocks[layer].ln_1, a.stats_1, panel)
+    tower.linears[layer].qkv.forward(normed, a.qkv[panel])
 
 
-def _project_leaf_queries(s: Buffers, a: LayerActivations, block: TextBlock) -> None:
+def _project_leaf_queries(s: Buffers, a: LayerActivations, ln_1: Affine, leaf_q: FrozenLinear) -> None:
     """q = W_q LN_1(x) + b_q of the EOT rows, which x_mid holds until attention is added to it."""
     assert isinstance(a.q, Tensor)
-    d = a.x_mid.shape[1]
-    normed = _layer_norm(s, a.x_mid, None, block.ln_1, a.stats_q, slice(0, len(a.x_mid)))
-    torch.addmm(block.in_proj.bias[:d], normed, block.in_proj.weight[:d].T, out=a.q.view(-1, d))
+    normed = _layer_norm(s, a.x_mid, ln_1, a.stats_q, slice(0, len(a.x_mid)))
+    leaf_q.forward(normed, a.q.view(len(normed), -1))
 
 
 def _rows_that_ask(tower: CpuTower, a: LayerActivations, layer: int, batch: int) -> Tensor:
@@ -280,59 +310,55 @@ def _backward(tower: CpuTower, grad_features: Tensor, acts: Activations) -> Tens
     d, m, last = w.width, c.tree.n_ctx, len(w.blocks) - 1
     grad_normed = s.get("h", len(acts.x_out), d)
     torch.mm(grad_features.flatten(0, 1), w.projection.weight.T, out=grad_normed)
-    grad_x = s.get("grad_x_leaf", len(acts.x_out), d)
+    grad_x = s.get_rows("grad_x_leaf", len(acts.x_out), d)
     cpu.layer_norm_bwd(grad_normed, acts.x_out, w.ln_final.weight, *acts.stats_out, grad_x, accumulate=False)
     for layer in range(last, -1, -1):
-        block, a = w.blocks[layer], acts.layers[layer]
+        a, linears = acts.layers[layer], tower.linears[layer]
         grad_o = s.get("o", *a.x_mid.shape)
         for panel in _panels(len(grad_x)):
-            _mlp_backward(s, a, block, w.activation, grad_x, grad_o, panel)
-        grad_qkv = s.get("grad_qkv", *a.qkv.shape)
+            _mlp_backward(tower, a, layer, grad_x, grad_o, panel)
+        grad_qkv = s.get_rows("grad_qkv", *a.qkv.shape)
         grad_q = _attention_backward(tower, a, layer, grad_o, grad_qkv)
         if layer == 0:
             grad_ctx = torch.empty(batch * m, d)
             for panel in _panels(len(grad_ctx)):
-                _qkv_backward(s, a, block, grad_qkv, grad_ctx, panel, accumulate=False)
+                _qkv_backward(tower, a, layer, grad_qkv, grad_ctx, panel, accumulate=False)
             grad_ctx = grad_ctx.view(batch, m, d)
             return grad_ctx if layer == last else grad_ctx.add_(grad_x.view(batch, -1, d)[:, :m])
         if layer < last:
             for panel in _panels(len(grad_x)):
-                _qkv_backward(s, a, block, grad_qkv, grad_x, panel, accumulate=True)
+                _qkv_backward(tower, a, layer, grad_qkv, grad_x, panel, accumulate=True)
             continue
-        grad_leaf, grad_x = grad_x, s.get("grad_x", *a.x.shape)
+        grad_leaf, grad_x = grad_x, s.get_rows("grad_x", *a.x.shape)
         for panel in _panels(len(grad_x)):
-            _qkv_backward(s, a, block, grad_qkv, grad_x, panel, accumulate=False)
-        _leaf_queries_backward(tower, a, block, grad_q, grad_leaf)
+            _qkv_backward(tower, a, layer, grad_qkv, grad_x, panel, accumulate=False)
+        assert linears.leaf_q is not None
+        _leaf_queries_backward(tower, a, linears.leaf_q, grad_q, grad_leaf)
         rows = grad_x.view(batch, -1, d)
         cpu.scatter_rows(grad_leaf.view(batch, -1, d), tower.leaf_rows, rows, accumulate=True)
     raise AssertionError("a text tower has at least one layer")
 
 
 def _mlp_backward(
-    s: Buffers,
-    a: LayerActivations,
-    block: TextBlock,
-    activation: str,
-    grad_x: Tensor,
-    grad_o: Tensor,
-    panel: slice,
+    tower: CpuTower, a: LayerActivations, layer: int, grad_x: Tensor, grad_o: Tensor, panel: slice
 ) -> None:
     """grad x += LN_2'(W_f^T (act'(u) * W_p^T grad x)): now that of x_mid. Then grad o = W_o^T grad x_mid."""
+    s, weights, linears = tower.scratch, tower.constants.weights, tower.linears[layer]
     u, grad_rows = a.u[panel], grad_x[panel]
-    grad_u = s.get("g", *u.shape)
-    torch.mm(grad_rows, block.proj.weight, out=grad_u)
-    cpu.activation_bwd(u, block.fc.bias, activation, grad_u)
-    grad_normed = s.get("h", *grad_rows.shape)
-    torch.mm(grad_u, block.fc.weight, out=grad_normed)
+    grad_u = s.get_rows("g", *u.shape)
+    linears.proj.backward_activation(grad_rows, u, weights.activation, grad_u)
+    grad_normed = s.get_rows("h", *grad_rows.shape)
+    linears.fc.backward(grad_u, grad_normed)
     mean, rstd = (one[panel] for one in a.stats_2)
-    cpu.layer_norm_bwd(grad_normed, a.x_mid[panel], block.ln_2.weight, mean, rstd, grad_rows)
-    torch.mm(grad_rows, block.out_proj.weight, out=grad_o[panel])
+    ln_2 = weights.blocks[layer].ln_2
+    cpu.layer_norm_bwd(grad_normed, a.x_mid[panel], ln_2.weight, mean, rstd, grad_rows)
+    linears.out_proj.backward(grad_rows, grad_o[panel])
 
 
 def _qkv_backward(
-    s: Buffers,
+    tower: CpuTower,
     a: LayerActivations,
-    block: TextBlock,
+    layer: int,
     grad_qkv: Tensor,
     grad_x: Tensor,
     panel: slice,
@@ -340,24 +366,25 @@ def _qkv_backward(
     accumulate: bool,
 ) -> None:
     """grad x (+)= LN_1'(W_qkv^T grad qkv); in the last layer of k and v alone."""
-    skipped = block.in_proj.weight.shape[0] - grad_qkv.shape[1]
-    grad_normed = s.get("h", *a.x[panel].shape)
-    torch.mm(grad_qkv[panel], block.in_proj.weight[skipped:], out=grad_normed)
+    grad_normed = tower.scratch.get_rows("h", *a.x[panel].shape)
+    tower.linears[layer].qkv.backward(grad_qkv[panel], grad_normed)
     mean, rstd = (one[panel] for one in a.stats_1)
-    cpu.layer_norm_bwd(grad_normed, a.x[panel], block.ln_1.weight, mean, rstd, grad_x[panel], accumulate)
+    ln_1 = tower.constants.weights.blocks[layer].ln_1
+    cpu.layer_norm_bwd(grad_normed, a.x[panel], ln_1.weight, mean, rstd, grad_x[panel], accumulate)
 
 
 def _leaf_queries_backward(
-    tower: CpuTower, a: LayerActivations, block: TextBlock, grad_q: Tensor | None, grad_leaf: Tensor
+    tower: CpuTower, a: LayerActivations, leaf_q: FrozenLinear, grad_q: Tensor | None, grad_leaf: Tensor
 ) -> None:
     """grad x += LN_1'(W_q^T grad q) of the EOT rows, the only ones with queries in the last layer."""
     assert grad_q is not None
     s, d = tower.scratch, grad_leaf.shape[1]
-    grad_normed, x = s.get("h", *grad_leaf.shape), s.get("o", *grad_leaf.shape)
-    torch.mm(grad_q, block.in_proj.weight[:d], out=grad_normed)
+    grad_normed, x = s.get_rows("h", *grad_leaf.shape), s.get("o", *grad_leaf.shape)
+    leaf_q.backward(grad_q, grad_normed)
     batch = len(a.x) // tower.constants.tree.rows
     cpu.gather_rows(a.x.view(batch, -1, d), tower.leaf_rows, x.view(batch, -1, d))
-    cpu.layer_norm_bwd(grad_normed, x, block.ln_1.weight, *a.stats_q, grad_leaf)
+    ln_1 = tower.constants.weights.blocks[-1].ln_1
+    cpu.layer_norm_bwd(grad_normed, x, ln_1.weight, *a.stats_q, grad_leaf)
 
 
 def _attention_backward(

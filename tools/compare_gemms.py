@@ -5,7 +5,7 @@
 Three questions, at the row counts of several class lists (ViT-B/16's tower, d = 512, float32):
 
 1. One product at a time: torch.mm(x, W.T) and, for input gradients, torch.mm(y, W), against a contiguous transposed
-   copy of W, oneDNN's prepacked linear and MKL's prepacked linear.
+   copy of W, oneDNN's prepacked linear, MKL's prepacked linear and the engine's own kernel.
 2. All layers: whole-layer products with the library's threads, against panels of rows that each thread takes through
    all layers alone.
 3. The best of everything, as a share of what the plain products take.
@@ -16,6 +16,7 @@ Variants are interleaved and the best of several rounds counts.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import threading
 import time
@@ -29,6 +30,9 @@ from torch import Tensor
 from cocoop_fast.benchmark.machine import describe_machine, one_line
 from cocoop_fast.benchmark.measure import interleave
 from cocoop_fast.cli.output import print_table
+from cocoop_fast.cpu_tower import ROW_PADDING
+from cocoop_fast.extension import extension_available
+from cocoop_fast.ops import cpu_kernels
 
 D, LAYERS = 512, 12
 SHAPES = {"qkv": (3 * D, D), "out": (D, D), "fc": (4 * D, D), "proj": (D, 4 * D)}  # weights, (out, in)
@@ -48,19 +52,35 @@ def product_variants(x: Tensor, weight: Tensor) -> Variants:
     }
     packed = _onednn_packed(weight.contiguous(), len(x))
     if packed is not None:
-        variants["oneDNN packed"] = lambda: torch.ops.mkldnn._linear_pointwise(
-            x, packed, None, "none", [], ""
-        )
+        linear = torch.ops.mkldnn._linear_pointwise
+        variants["oneDNN packed"] = functools.partial(linear, x, packed, None, "none", [], "")
     mkl = _mkl_packed(weight.contiguous(), len(x))
     if mkl is not None:
         original = weight.contiguous()
         variants["MKL packed"] = lambda: torch.ops.mkl._mkl_linear(x, mkl, original, None, len(x))
+    if extension_available() and cpu_kernels.isa() != "portable":
+        variants["own kernel"] = _own_kernel(x, weight, out)
     expected = x @ weight.T
     for name, run in variants.items():
         result = run()
         assert isinstance(result, Tensor)
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
     return variants
+
+
+def _own_kernel(x: Tensor, weight: Tensor, out: Tensor) -> Callable[[], Tensor]:
+    """As the engine calls it: forward on a packed weight, the input gradient on the weight as it lies."""
+    apart = torch.empty(len(x), x.shape[1] + ROW_PADDING)[:, : x.shape[1]].copy_(x)
+    packed = cpu_kernels.pack_weight(weight) if weight.is_contiguous() else None
+
+    def run() -> Tensor:
+        if packed is not None:
+            cpu_kernels.linear_fwd(apart, packed, None, None, out)
+        else:
+            cpu_kernels.linear_bwd(apart, weight.T, out)
+        return out
+
+    return run
 
 
 def _onednn_packed(weight: Tensor, rows: int) -> Tensor | None:

@@ -28,7 +28,10 @@ from cocoop_fast.cli.output import print_table
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops import cpu_kernels
 
-GEMMS = ("mm", "addmm", "matmul", "bmm")
+GEMMS = (
+    *("mm", "addmm", "matmul", "bmm", "__matmul__"),
+    *("linear_fwd", "linear_bwd", "linear_activation_fwd", "linear_activation_bwd"),
+)
 # Whatever else of torch moves rows about; whether the engine uses it or not.
 OTHER_TORCH = ("add", "cat", "mul", "index_select")
 TENSOR_METHODS = ("copy_", "add_", "__matmul__")
@@ -53,7 +56,7 @@ class Profile:
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call` with a timer around it. GEMMs are told apart by the shape of the weight."""
-        is_gemm = name in GEMMS or name == "__matmul__"
+        is_gemm = name in GEMMS
 
         def wrapper(*arguments: Any, **options: Any) -> Any:
             if self.busy:
@@ -71,7 +74,7 @@ class Profile:
                 op.seconds += seconds
                 if is_gemm:
                     x, weight = _factors(tensors)
-                    op.flops += 2.0 * x.numel() * weight.shape[-1]
+                    op.flops += 2.0 * x.numel() * _columns(name, weight)
                 else:
                     op.bytes += sum(t.numel() * t.element_size() for t in tensors)
 
@@ -80,7 +83,9 @@ class Profile:
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """Put the timers in place, and take them away again."""
-        places: list[tuple[Any, str, str]] = [(torch, name, name) for name in (*GEMMS, *OTHER_TORCH)]
+        places: list[tuple[Any, str, str]] = [
+            (torch, name, name) for name in (*GEMMS, *OTHER_TORCH) if hasattr(torch, name)
+        ]
         places += [(torch.Tensor, name, name) for name in TENSOR_METHODS]
         for name, member in vars(cpu_kernels).items():
             if (
@@ -124,7 +129,13 @@ def _factors(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _label(name: str, tensors: list[torch.Tensor]) -> str:
     x, weight = _factors(tensors)
-    return f"{name} {x.numel() // x.shape[-1]}×{x.shape[-1]}×{weight.shape[-1]}"
+    return f"{name} {x.numel() // x.shape[-1]}×{x.shape[-1]}×{_columns(name, weight)}"
+
+
+def _columns(name: str, weight: torch.Tensor) -> int:
+    """Of the product; the engine's packed weights are panels of columns, (panels, inner, 32)."""
+    packed = name in ("linear_fwd", "linear_activation_fwd")
+    return weight.shape[0] * weight.shape[-1] if packed else weight.shape[-1]
 
 
 def profile(runner: Runner, *, steps: int = 5, forward: bool = False) -> tuple[Profile, float]:

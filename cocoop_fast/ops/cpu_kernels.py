@@ -116,6 +116,76 @@ def activation_bwd(u: Tensor, bias: Tensor | None, kind: str, dg: Tensor) -> Non
     load_extension().activation_bwd(_array(u), _optional(bias), kind, _array(dg))
 
 
+def isa() -> str:
+    """The instruction set whose kernels run: "portable" is what is left where no faster one is known."""
+    name: str = load_extension().isa()
+    return name
+
+
+PANEL_COLUMNS = 32
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """A frozen weight (width, k) as :func:`linear_fwd` reads it: (ceil(width / 32), k, 32), zeros beyond the width."""
+    width, k = weight.shape
+    packed = torch.empty(-(-width // PANEL_COLUMNS), k, PANEL_COLUMNS)
+    load_extension().pack_weight(_array(weight), _array(packed))
+    return packed
+
+
+def linear_fwd(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    """out = x W^T + bias + residual.
+
+    Args:
+        x: (n, k), its rows any stride apart; fastest where that is no large power of two.
+        packed: W (width, k) from :func:`pack_weight`.
+        bias: (width,) or None.
+        residual: (n, width) or None; may be `out`.
+        out: (n, width), written.
+    """
+    load_extension().linear_fwd(_array(x), _array(packed), _optional(bias), _optional(residual), _array(out))
+
+
+def linear_bwd(dy: Tensor, weight: Tensor, dx: Tensor) -> None:
+    """dx = dy W.
+
+    Args:
+        dy: (n, width).
+        weight: W (width, k).
+        dx: (n, k), written.
+    """
+    load_extension().linear_bwd(_array(dy), _array(weight), _array(dx))
+
+
+def linear_activation_fwd(
+    x: Tensor, packed: Tensor, bias: Tensor, kind: str, u: Tensor | None, out: Tensor
+) -> None:
+    """u = x W^T + bias, out = act(u).
+
+    Args:
+        x, packed, bias: as in :func:`linear_fwd`.
+        kind: "quick_gelu" or "gelu".
+        u: (n, width), written, or None.
+        out: (n, width), written.
+    """
+    load_extension().linear_activation_fwd(
+        _array(x), _array(packed), _array(bias), kind, _optional(u), _array(out)
+    )
+
+
+def linear_activation_bwd(dy: Tensor, weight: Tensor, u: Tensor, kind: str, du: Tensor) -> None:
+    """du = (dy W) act'(u).
+
+    Args:
+        dy: (n, width).
+        weight: W (width, k) of the layer that reads the activation.
+        u: (n, k), of :func:`linear_activation_fwd`.
+        kind: "quick_gelu" or "gelu".
+        du: (n, k), written.
+    """
+    load_extension().linear_activation_bwd(_array(dy), _array(weight), _array(u), kind, _array(du))
+
+
 class TreeAttention:
     """The attention of a class tree: which keys each row reads, checked once.
 

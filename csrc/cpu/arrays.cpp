@@ -142,6 +142,17 @@ OutRows rows_out(const std::string& name, py::array& array, RowCount expected) {
     return as_rows<float>(array, strides);
 }
 
+Matrix<const float> matrix_in(const std::string& name, const py::array& array, int64_t n, int64_t d) {
+    require(shape_of(array) == Shape{n, d}, name, "have shape " + text_of({n, d}), text_of(shape_of(array)));
+    return {static_cast<const float*>(array.data()), row_strides(name, array)[0]};
+}
+
+Matrix<float> matrix_out(const std::string& name, py::array& array, int64_t n, int64_t d) {
+    const Matrix<const float> matrix = matrix_in(name, array, n, d);
+    check_disjoint(name, array, {matrix.stride});
+    return {const_cast<float*>(matrix.data), matrix.stride};
+}
+
 Part part_in(const std::string& name, const py::array& array, const std::string& layout, int64_t batch, int64_t rows,
              int64_t d) {
     if (array.ndim() == 2) {

@@ -44,6 +44,10 @@ RowCount count_rows(const std::string& name, const pybind11::array& array);
 InRows rows_in(const std::string& name, const pybind11::array& array, RowCount expected);
 OutRows rows_out(const std::string& name, pybind11::array& array, RowCount expected);
 
+// (n, d).
+Matrix<const float> matrix_in(const std::string& name, const pybind11::array& array, int64_t n, int64_t d);
+Matrix<float> matrix_out(const std::string& name, pybind11::array& array, int64_t n, int64_t d);
+
 // (B, rows, d); also, for all images alike, (1, rows, d) or (rows, d).
 Part part_in(const std::string& name, const pybind11::array& array, const std::string& layout, int64_t batch,
              int64_t rows, int64_t d);

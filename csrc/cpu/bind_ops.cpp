@@ -104,6 +104,93 @@ void activation_bwd(const py::array& u, const Optional& bias, const std::string&
     run(&Kernels::activation_bwd, a);
 }
 
+// ---- linear
+
+// The result's shape (n, width) and the shape of x, (n, k), fix all others.
+Linear linear_arguments(const py::array& x, py::array& out) {
+    require(x.ndim() == 2, "x", "have shape (n, k)", text_of(shape_of(x)));
+    require(out.ndim() == 2 && out.shape(0) == x.shape(0), "out",
+            "have shape (n, width) with " + std::to_string(x.shape(0)) + " rows", text_of(shape_of(out)));
+    Linear a{};
+    a.n = x.shape(0);
+    a.k = x.shape(1);
+    a.width = out.shape(1);
+    a.x = matrix_in("x", x, a.n, a.k);
+    a.out = matrix_out("out", out, a.n, a.width);
+    a.threads = threads_for(a.n * a.width * a.k / 64);
+    return a;
+}
+
+void use_packed(Linear& a, const py::array& packed) {
+    const int64_t panels = (a.width + kPanelColumns - 1) / kPanelColumns;
+    a.weight = dense_in("packed", packed, "(ceil(width / 32), k, 32)", {panels, a.k, kPanelColumns});
+    a.panel_stride = a.k * kPanelColumns;
+    a.weight_stride = kPanelColumns;
+    a.k_block = a.k;
+}
+
+void use_weight(Linear& a, const py::array& weight) {
+    constexpr int64_t block = 512;  // products whose rows of W stay in the second-level cache
+    const Matrix<const float> rows = matrix_in("weight", weight, a.k, a.width);
+    a.weight = rows.data;
+    a.panel_stride = kPanelColumns;
+    a.weight_stride = rows.stride;
+    a.k_block = block;
+}
+
+void linear_fwd(const py::array& x, const py::array& packed, const Optional& bias, const Optional& residual,
+                py::array out) {
+    Linear a = linear_arguments(x, out);
+    use_packed(a, packed);
+    a.finish = LinearFinish::plain;
+    if (bias) a.bias = dense_in("bias", *bias, "(width,)", {a.width});
+    if (residual) a.residual = matrix_in("residual", *residual, a.n, a.width);
+    run(&Kernels::linear, a);
+}
+
+void linear_bwd(const py::array& dy, const py::array& weight, py::array dx) {
+    Linear a = linear_arguments(dy, dx);
+    use_weight(a, weight);
+    a.finish = LinearFinish::plain;
+    run(&Kernels::linear, a);
+}
+
+void linear_activation_fwd(const py::array& x, const py::array& packed, const py::array& bias,
+                           const std::string& kind, std::optional<py::array> u, py::array out) {
+    Linear a = linear_arguments(x, out);
+    use_packed(a, packed);
+    a.finish = LinearFinish::activation;
+    a.kind = activation_kind(kind);
+    a.bias = dense_in("bias", bias, "(width,)", {a.width});
+    if (u) a.u = matrix_out("u", *u, a.n, a.width);
+    run(&Kernels::linear, a);
+}
+
+void linear_activation_bwd(const py::array& dy, const py::array& weight, const py::array& u, const std::string& kind,
+                           py::array du) {
+    Linear a = linear_arguments(dy, du);
+    use_weight(a, weight);
+    a.finish = LinearFinish::activation_gradient;
+    a.kind = activation_kind(kind);
+    const Matrix<const float> rows = matrix_in("u", u, a.n, a.width);
+    a.u = {const_cast<float*>(rows.data), rows.stride};  // only read
+    run(&Kernels::linear, a);
+}
+
+void pack_weight(const py::array& weight, py::array packed) {
+    require(weight.ndim() == 2, "weight", "have shape (width, k)", text_of(shape_of(weight)));
+    PackWeight a;
+    a.width = weight.shape(0);
+    a.k = weight.shape(1);
+    const Matrix<const float> rows = matrix_in("weight", weight, a.width, a.k);
+    a.weight = rows.data;
+    a.weight_stride = rows.stride;
+    const int64_t panels = (a.width + kPanelColumns - 1) / kPanelColumns;
+    a.packed = dense_out("packed", packed, "(ceil(width / 32), k, 32)", {panels, a.k, kPanelColumns});
+    a.threads = threads_for(a.width * a.k);
+    run(&Kernels::pack_weight, a);
+}
+
 // ---- tree_attention
 
 AttentionPlan make_plan(int64_t n_ctx, const py::array& parent, const Optional& queries) {
@@ -419,6 +506,16 @@ void bind_ops(py::module_& m) {
           "out = act(u + bias), kind 'quick_gelu' or 'gelu'.");
     m.def("activation_bwd", &activation_bwd, arg("u"), arg("bias").none(true), arg("kind"), arg("dg"),
           "dg *= act'(u + bias).");
+
+    m.def("pack_weight", &pack_weight, arg("weight"), arg("packed"),
+          "packed[p, i, c] = weight[32 p + c, i]: (width, k) as linear_fwd and linear_activation_fwd read it.");
+    m.def("linear_fwd", &linear_fwd, arg("x"), arg("packed"), arg("bias").none(true), arg("residual").none(true),
+          arg("out"), "out = x W^T + bias + residual.");
+    m.def("linear_bwd", &linear_bwd, arg("dy"), arg("weight"), arg("dx"), "dx = dy W.");
+    m.def("linear_activation_fwd", &linear_activation_fwd, arg("x"), arg("packed"), arg("bias"), arg("kind"),
+          arg("u").none(true), arg("out"), "u = x W^T + bias, out = act(u).");
+    m.def("linear_activation_bwd", &linear_activation_bwd, arg("dy"), arg("weight"), arg("u"), arg("kind"),
+          arg("du"), "du = (dy W) act'(u).");
 
     py::class_<AttentionPlan>(m, "AttentionPlan",
                               "Which keys each row of a class tree reads, and which rows read each key.")

@@ -68,6 +68,42 @@ struct ActivationBwd {
     int threads;
 };
 
+// Columns of W^T that lie together in a packed weight: panels of (k, kPanelColumns), each contiguous.
+constexpr int64_t kPanelColumns = 32;
+
+// n rows of floats, `stride` floats apart.
+template <class Float>
+struct Matrix {
+    Float* data;
+    int64_t stride;
+};
+
+enum class LinearFinish { plain, activation, activation_gradient };
+
+struct Linear {
+    Matrix<const float> x;  // n rows of k
+    const float* weight;    // column c of row i of W^T (or W) is at
+    int64_t panel_stride;   //   weight + c / kPanelColumns * panel_stride + i * weight_stride + c % kPanelColumns
+    int64_t weight_stride;
+    Matrix<float> out;             // n rows of `width`
+    const float* bias;             // (width,); null only if plain or activation_gradient
+    Matrix<const float> residual;  // plain: n rows of `width` that are added, or null; may be `out` if k_block is k
+    Matrix<float> u;               // n rows of `width`. activation: written, or null; activation_gradient: read
+    LinearFinish finish;
+    Activation kind;
+    int64_t n, k, width;
+    int64_t k_block;  // products that are summed before the next rows' are
+    int threads;
+};
+
+struct PackWeight {
+    const float* weight;  // (width, k)
+    int64_t weight_stride;
+    float* packed;  // (ceil(width / kPanelColumns), k, kPanelColumns)
+    int64_t k, width;
+    int threads;
+};
+
 // Which keys each query row reads, and which query rows read each key. See attention_plan.h.
 struct PlanView {
     int64_t n_ctx;                 // M
@@ -200,6 +236,8 @@ struct Kernels {
     void (*layer_norm_bwd)(const LayerNormBwd&);
     void (*activation_fwd)(const ActivationFwd&);
     void (*activation_bwd)(const ActivationBwd&);
+    void (*linear)(const Linear&);
+    void (*pack_weight)(const PackWeight&);
     void (*tree_attention_fwd)(const AttentionFwd&);
     void (*tree_attention_bwd)(const AttentionBwd&);
     void (*assemble_prompts_fwd)(const AssemblePromptsFwd&);

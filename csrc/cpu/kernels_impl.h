@@ -19,6 +19,7 @@
 #include "cpu/vec_math.h"
 #include "cpu/layer_norm.h"
 #include "cpu/activation.h"
+#include "cpu/linear.h"
 #include "cpu/tree_attention.h"
 #include "cpu/assemble_prompts.h"
 #include "cpu/head.h"
@@ -30,8 +31,8 @@ namespace cocoop_fast {
 extern const Kernels COCOOP_FAST_TABLE;
 const Kernels COCOOP_FAST_TABLE = {
     COCOOP_FAST_ISA,      layer_norm_fwd,       layer_norm_bwd, activation_fwd, activation_bwd,
-    tree_attention_fwd,   tree_attention_bwd,   assemble_prompts_fwd,
-    assemble_prompts_bwd, assemble_dense,       head_fwd,       head_bwd,       cross_entropy,
+    linear,               pack_weight,          tree_attention_fwd,   tree_attention_bwd,
+    assemble_prompts_fwd, assemble_prompts_bwd, assemble_dense,       head_fwd,       head_bwd,       cross_entropy,
     gather_rows,          scatter_rows,
 };
 
