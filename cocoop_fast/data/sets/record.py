@@ -97,18 +97,20 @@ def missing_parts(record: PublishedSet, folder: Path) -> tuple[Part, ...]:
 
 
 def missing(record: PublishedSet, config: DataConfig) -> tuple[str, ...]:
-    """Paths of the missing parts, for a listing."""
+    """The missing parts, as paths below ``data.root``."""
     if config.root is None:
         return (f"data.root: the directory that holds {record.folder}/",)
-    folder = config.root / record.folder
-    return tuple(str(folder / part.path) for part in missing_parts(record, folder))
+    return tuple(
+        f"{record.folder}/{part.path}" for part in missing_parts(record, config.root / record.folder)
+    )
 
 
-def load(record: PublishedSet, config: DataConfig) -> Dataset:
+def load(record: PublishedSet, config: DataConfig, *, keep_split: bool = True) -> Dataset:
     """All samples of a published set; no image is opened.
 
-    A missing split file is made by the reference's algorithm and written beside the images, as the reference
-    does.
+    Args:
+        keep_split: a missing split file is made by the reference's algorithm; write it beside the images, as the
+            reference does.
 
     Raises:
         UserError: no root, parts are missing, or a file is not as it should be.
@@ -117,22 +119,25 @@ def load(record: PublishedSet, config: DataConfig) -> Dataset:
     lacking = missing_parts(record, folder)
     if lacking:
         raise UserError(_what_is_missing(record, folder, lacking), exit_status=1)
-    raw, listed = _splits(record, folder)
+    listed = record.split is not None and (folder / record.split.path).exists()
+    raw = read_split(folder / record.split.path) if record.split and listed else record.read(folder)
     classnames, splits = named_classes(raw, str(folder))
+    if record.split is not None and not listed and keep_split:
+        _keep(folder / record.split.path, raw)
     return Dataset(
         name=record.name,
         classnames=classnames,
         train=splits.train,
         val=splits.val,
         test=splits.test,
-        read=FileReader(folder / record.images, confined=listed),
+        read=FileReader(folder / record.images, confined=listed),  # others may have written a list
         where=str(folder),
         template=record.template,
         few_shot_dir=folder / "split_fewshot",
     )
 
 
-def folder_of(record: PublishedSet, config: DataConfig) -> Path:
+def folder_of(record: PublishedSet, config: DataConfig, *, must_exist: bool = True) -> Path:
     """The set's own directory.
 
     Raises:
@@ -143,7 +148,7 @@ def folder_of(record: PublishedSet, config: DataConfig) -> Path:
             f"Data set {record.name!r} needs data.root (--root DIR): the directory that holds {record.folder}/."
         )
     folder = config.root / record.folder
-    if folder.is_dir():
+    if folder.is_dir() or not must_exist:
         return folder
     if config.root.name == record.folder and config.root.is_dir():
         raise UserError(
@@ -151,23 +156,16 @@ def folder_of(record: PublishedSet, config: DataConfig) -> Path:
             f"{config.root.parent}."
         )
     raise UserError(
-        f"There is no {folder}; `cocoop-fast datasets check {record.name}` says what belongs there."
+        f"There is no {folder}; `cocoop-fast datasets check {record.name} --root {config.root}` says what belongs "
+        "there."
     )
 
 
-def _splits(record: PublishedSet, folder: Path) -> tuple[Splits, bool]:
-    """The samples, and whether a file that somebody else may have written lists their paths."""
-    if record.split is None:
-        return record.read(folder), False
-    path = folder / record.split.path
-    if path.exists():
-        return read_split(path), True
-    splits = record.read(folder)
+def _keep(path: Path, splits: Splits) -> None:
     try:
         write_split(path, splits)
     except OSError as error:  # say, images on a read-only disk; the same split is made again next time
         warnings.warn(f"The split could not be written to {path}: {error.strerror}.", stacklevel=2)
-    return splits, False
 
 
 def _what_is_missing(record: PublishedSet, folder: Path, lacking: tuple[Part, ...]) -> str:

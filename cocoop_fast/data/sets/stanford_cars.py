@@ -49,7 +49,8 @@ def _listed(path: Path, images: str, names: list[str]) -> tuple[Sample, ...]:
     return tuple(samples)
 
 
-_MIRROR = "the official address is dead; search for a mirror of"
+_DEAD = "(dead; search for a mirror)"
+_DEVKIT = f"https://ai.stanford.edu/~jkrause/cars/car_devkit.tgz {_DEAD}"
 
 SET = PublishedSet(
     name="stanford_cars",
@@ -60,17 +61,17 @@ SET = PublishedSet(
     classes=196,
     counts=(6_509, 1_635, 8_041),
     parts=(
-        Part("cars_train", f"{_MIRROR} http://ai.stanford.edu/~jkrause/car196/cars_train.tgz"),
-        Part("cars_test", f"{_MIRROR} http://ai.stanford.edu/~jkrause/car196/cars_test.tgz"),
+        Part("cars_train", f"http://ai.stanford.edu/~jkrause/car196/cars_train.tgz {_DEAD}"),
+        Part("cars_test", f"http://ai.stanford.edu/~jkrause/car196/cars_test.tgz {_DEAD}"),
     ),
     split=Part(
         "split_zhou_StanfordCars.json",
         "https://drive.google.com/file/d/1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT/view",
     ),
     raw=(
-        Part(_META, f"{_MIRROR} https://ai.stanford.edu/~jkrause/cars/car_devkit.tgz"),
-        Part(_TRAIN, f"{_MIRROR} https://ai.stanford.edu/~jkrause/cars/car_devkit.tgz"),
-        Part(_TEST, f"{_MIRROR} http://ai.stanford.edu/~jkrause/car196/cars_test_annos_withlabels.mat"),
+        Part(_META, _DEVKIT),
+        Part(_TRAIN, _DEVKIT),
+        Part(_TEST, f"http://ai.stanford.edu/~jkrause/car196/cars_test_annos_withlabels.mat {_DEAD}"),
     ),
     read=read,
 )
