@@ -1,9 +1,9 @@
-"""LayerNorm over rows, with the addition of a bias before it, and its input gradient.
+"""LayerNorm over rows, with the addition of a bias and a residual before it, and its input gradient.
 
 One program owns one row, held in registers: forward reads the row once and takes the variance of the centred row.
-Memory traffic a row of d numbers of s bytes: forward 2 d s (x in, y out), with a bias 3 d s (x out as well); backward
-3 d s, with accumulation 4 d s (dy, x, dx in; dx out). gamma, beta and the bias stay in the caches; the statistics are
-8 bytes a row. Both are bound by memory: sixteen numbers a thread and one to four warps a row leave room for 32 rows on
+Memory traffic a row of d numbers of s bytes: forward 2 d s (x in, y out), with a bias 3 d s (x out as well), with
+a residual 4 d s; backward 3 d s, with accumulation 4 d s (dy, x, dx in; dx out). gamma, beta and the bias stay in the
+caches; the statistics are 8 bytes a row. Both are bound by memory: sixteen numbers a thread and one to four warps a row leave room for 32 rows on
 a multiprocessor, about 32 KB in flight in fp16. Predicted: 80 to 90 % of the memory's bandwidth from some ten thousand
 rows on, and below a thousand rows the time of a launch.
 """
@@ -34,6 +34,7 @@ def normalise(value, gamma, beta, columns, inside, width, eps):
 def _layer_norm_fwd_kernel(
     x,
     add_bias,
+    residual,
     gamma,
     beta,
     y,
@@ -45,8 +46,11 @@ def _layer_norm_fwd_kernel(
     stride_xr,
     stride_yb,
     stride_yr,
+    stride_rb,
+    stride_rr,
     eps,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,  # with a bias only
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -57,8 +61,12 @@ def _layer_norm_fwd_kernel(
     value = tl.load(x + columns, mask=inside, other=0.0)
     if HAS_BIAS:
         bias = tl.load(add_bias + columns, mask=inside, other=0.0)
+        total = value.to(tl.float32) + bias.to(tl.float32)
+        if HAS_RESIDUAL:
+            residual += row_offset(row, per_image, stride_rb, stride_rr)
+            total += tl.load(residual + columns, mask=inside, other=0.0).to(tl.float32)
         # Rounded before it is normalised: the statistics are those of the row that backward reads.
-        value = (value.to(tl.float32) + bias.to(tl.float32)).to(value.dtype)
+        value = total.to(value.dtype)
         tl.store(x + columns, value, mask=inside)
     normed, row_mean, row_rstd = normalise(value.to(tl.float32), gamma, beta, columns, inside, width, eps)
     tl.store(y + columns, normed, mask=inside)
@@ -75,8 +83,12 @@ def layer_norm_fwd(
     y: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    residual: Tensor | None = None,
 ) -> None:
-    """x += add_bias, y = LN(x), in one pass over the rows.
+    """x += add_bias + residual, y = LN(x), in one pass over the rows.
+
+    What a GEMM wrote becomes the block's sum here: added to the GEMM's result by the GEMM itself, the residual would be
+    copied there first.
 
     Args:
         x: rows (n, d) or (B, n/B, d), d <= 2048; changed in place if `add_bias` is given.
@@ -85,8 +97,11 @@ def layer_norm_fwd(
         eps: LayerNorm's epsilon.
         y: rows, written.
         mean, rstd: (n,) fp32, written.
+        residual: rows in the dtype of `x`, or None, as it must be without `add_bias`.
     """
-    rows = row_layout(x=x, y=y)
+    rows = row_layout(x=x, y=y, residual=x if residual is None else residual)
+    if residual is not None and add_bias is None:
+        raise ValueError("a `residual` needs an `add_bias`, got None")
     if add_bias is not None:
         check_array("add_bias", add_bias, (rows.width,), x)
     check_array("gamma", gamma, (rows.width,), x)
@@ -98,9 +113,10 @@ def layer_norm_fwd(
     block, warps = row_block(rows.width)
     with torch.cuda.device_of(x):
         _layer_norm_fwd_kernel[(rows.count,)](
-            x, x if add_bias is None else add_bias, gamma, beta, y, mean, rstd,
-            rows.per_image, rows.width, *rows.strides, eps,
-            HAS_BIAS=add_bias is not None, BLOCK=block, num_warps=warps, num_stages=1,
+            x, x if add_bias is None else add_bias, x if residual is None else residual,
+            gamma, beta, y, mean, rstd, rows.per_image, rows.width, *rows.strides, eps,
+            HAS_BIAS=add_bias is not None, HAS_RESIDUAL=residual is not None,
+            BLOCK=block, num_warps=warps, num_stages=1,
         )  # fmt: skip
 
 
@@ -181,22 +197,27 @@ def _variants() -> tuple[Variant, ...]:
         for weights in dict.fromkeys((dtype, "fp32")):
             r, w, s = f"*{dtype}", f"*{weights}", "*fp32"
             sizes = {"per_image": "i32", "width": "i32"}
-            forward = {"x": r, "add_bias": r, "gamma": w, "beta": w, "y": r, "mean": s, "rstd": s, **sizes}
-            forward |= dict.fromkeys(("stride_xb", "stride_xr", "stride_yb", "stride_yr"), "i32") | {
-                "eps": "fp32"
-            }
+            forward = dict.fromkeys(("x", "add_bias", "residual", "y"), r)
+            forward |= {"gamma": w, "beta": w, "mean": s, "rstd": s}
+            strides = ("stride_xb", "stride_xr", "stride_yb", "stride_yr", "stride_rb", "stride_rr")
+            forward |= sizes | dict.fromkeys(strides, "i32") | {"eps": "fp32"}
             backward = {"dy": r, "x": r, "gamma": w, "mean": s, "rstd": s, "dx": r, **sizes}
             strides = ("stride_dyb", "stride_dyr", "stride_xb", "stride_xr", "stride_dxb", "stride_dxr")
             backward |= dict.fromkeys(strides, "i32")
             for block, warps in ROW_BLOCKS.items():
                 name = f"d<={block}" + (", fp32 weights" if weights != dtype else "")
-                for flag in (False, True):
+                for what, bias, residual in (
+                    ("", False, False),
+                    (", bias", True, False),
+                    (", residual", True, True),
+                ):
                     found.append(
                         Variant(
-                            _layer_norm_fwd_kernel, name + ", bias" * flag, dtype, forward,
-                            {"HAS_BIAS": flag, "BLOCK": block}, warps,
+                            _layer_norm_fwd_kernel, name + what, dtype, forward,
+                            {"HAS_BIAS": bias, "HAS_RESIDUAL": residual, "BLOCK": block}, warps,
                         )
                     )  # fmt: skip
+                for flag in (False, True):
                     found.append(
                         Variant(
                             _layer_norm_bwd_kernel, name + ", accumulate" * flag, dtype, backward,

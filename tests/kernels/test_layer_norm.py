@@ -89,6 +89,20 @@ def test_a_part_of_each_image(buffers):
     assert torch.equal(image_rows[:, 4:], before[:, 4:])
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["a residual each", "one for all images"])
+def test_residual(buffers, dtype, tolerance, shared):
+    before = buffers.randn(3, 5, 80, dtype=dtype)
+    x, bias = buffers.copy(before), buffers.randn(80, dtype=dtype)
+    residual = buffers.randn(1 if shared else 3, 5, 80, dtype=dtype).expand(3, -1, -1)
+    gamma, beta = buffers.randn(80, dtype=dtype), buffers.randn(80, dtype=dtype)
+    y, mean, rstd = buffers.result(3, 5, 80, dtype=dtype), buffers.result(15), buffers.result(15)
+    layer_norm.layer_norm_fwd(x, bias, gamma, beta, EPS, y, mean, rstd, residual)
+    assert_close(x, before.double() + bias + residual, tolerance, "x")
+    assert_close(y, twin(x, gamma, beta, y)[0], tolerance, "y")
+    with pytest.raises(ValueError, match="a `residual` needs an `add_bias`"):
+        layer_norm.layer_norm_fwd(x, None, gamma, beta, EPS, y, mean, rstd, residual)
+
+
 def test_rows_of_one_number(buffers):
     """Such a row is its own mean."""
     x, gamma, beta = buffers.randn(3, 1), buffers.randn(1), buffers.randn(1)
