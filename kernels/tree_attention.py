@@ -48,19 +48,22 @@ def _dot(a, b):
 
 
 @triton.jit
-def _row_pointers(row, n_ctx, ctx, stride_ctx, node, stride_node):
-    """Where rows begin that lie in two tensors, the first n_ctx in one, the others in another."""
-    in_ctx = ctx + row.to(tl.int64) * stride_ctx
-    in_node = node + (row - n_ctx).to(tl.int64) * stride_node
+def _row_pointers(row, columns, n_ctx, ctx, stride_ctx, node, stride_node):
+    """(rows, columns) pointers into rows that lie in two tensors, the first n_ctx in one, the others in another."""
+    row, columns = row[:, None], columns[None, :]
+    in_ctx = ctx + row.to(tl.int64) * stride_ctx + columns
+    in_node = node + (row - n_ctx).to(tl.int64) * stride_node + columns
+    # The columns are in before the choice: a choice between rows alone would hide that neighbours can be loaded at once.
     return tl.where(row < n_ctx, in_ctx, in_node)
 
 
 @triton.jit
 def _load_slots(row, n_ctx, sos, ctx, stride_ctx, node, stride_node, columns, inside):
     """(SLOTS, BLOCK_D) keys or values of the rows; of SOS for row -1."""
-    pointers = _row_pointers(row, n_ctx, ctx, stride_ctx, node, stride_node)
-    pointers = tl.where(row < 0, sos + tl.zeros_like(row), pointers)
-    return tl.load(pointers[:, None] + columns[None, :], mask=inside[None, :], other=0.0)
+    of_rows = _row_pointers(row, columns, n_ctx, ctx, stride_ctx, node, stride_node)
+    of_sos = sos + tl.zeros_like(row)[:, None] + columns[None, :]
+    pointers = tl.where(row[:, None] < 0, of_sos, of_rows)
+    return tl.load(pointers, mask=inside[None, :], other=0.0)
 
 
 @triton.jit
@@ -122,10 +125,10 @@ def _tree_attention_fwd_kernel(
     query = tl.load(tile_query + tile) + tl.arange(0, QUERIES)
     asks = (query < tl.load(tile_query + tile + 1))[:, None] & inside[None, :]
     q_pointers = _row_pointers(
-        query, q_ctx_rows,
+        query, columns, q_ctx_rows,
         q_ctx + image * stride_q_ctx_b, stride_q_ctx_r, q_node + image * stride_q_node_b, stride_q_node_r,
     )  # fmt: skip
-    q = tl.load(q_pointers[:, None] + columns[None, :], mask=asks, other=0.0)
+    q = tl.load(q_pointers, mask=asks, other=0.0)
 
     # Softmax chunk by chunk. The first has SOS, which every query sees: from there on `highest` is finite.
     highest = tl.full((QUERIES,), float("-inf"), tl.float32)
@@ -243,10 +246,10 @@ def _tree_attention_bwd_kernel(
     in_tile = query < tl.load(tile_query + tile + 1)
     asks = in_tile[:, None] & inside[None, :]
     q_pointers = _row_pointers(
-        query, q_ctx_rows,
+        query, columns, q_ctx_rows,
         q_ctx + image * stride_q_ctx_b, stride_q_ctx_r, q_node + image * stride_q_node_b, stride_q_node_r,
     )  # fmt: skip
-    q = tl.load(q_pointers[:, None] + columns[None, :], mask=asks, other=0.0)
+    q = tl.load(q_pointers, mask=asks, other=0.0)
     d_o_pointers = d_o + image * stride_dob + query.to(tl.int64) * stride_dor
     d_o_rows = tl.load(d_o_pointers[:, None] + columns[None, :], mask=asks, other=0.0)
 
