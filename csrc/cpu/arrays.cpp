@@ -23,7 +23,10 @@ std::string text_of(const Shape& shape) {
 
 Shape shape_of(const py::array& array) { return Shape(array.shape(), array.shape() + array.ndim()); }
 
-static std::string dtype_name(const py::array& array) { return py::str(py::object(array.dtype())); }
+// Numpy takes microseconds to spell a dtype, so only for the message: every array of every call is checked.
+static void require_dtype(bool condition, const std::string& name, const std::string& must, const py::array& array) {
+    if (!condition) require(false, name, must, py::str(py::object(array.dtype())));
+}
 
 void check_shape(const std::string& name, const py::array& array, const std::string& layout, const Shape& shape) {
     const Shape got = shape_of(array);
@@ -31,7 +34,7 @@ void check_shape(const std::string& name, const py::array& array, const std::str
 }
 
 static void check_float32(const std::string& name, const py::array& array) {
-    require(py::isinstance<py::array_t<float>>(array), name, "be float32", dtype_name(array));
+    require_dtype(py::isinstance<py::array_t<float>>(array), name, "be float32", array);
 }
 
 static void check_writeable(const std::string& name, const py::array& array) {
@@ -59,7 +62,7 @@ float* dense_out(const std::string& name, py::array& array, const std::string& l
 
 const int64_t* dense_int64(const std::string& name, const py::array& array, const std::string& layout,
                            const Shape& shape) {
-    require(py::isinstance<py::array_t<int64_t>>(array), name, "be int64", dtype_name(array));
+    require_dtype(py::isinstance<py::array_t<int64_t>>(array), name, "be int64", array);
     check_shape(name, array, layout, shape);
     check_dense(name, array);
     return static_cast<const int64_t*>(array.data());
@@ -67,7 +70,7 @@ const int64_t* dense_int64(const std::string& name, const py::array& array, cons
 
 std::vector<int64_t> integers(const std::string& name, const py::array& array) {
     const char kind = array.dtype().kind();
-    require(kind == 'i' || kind == 'u', name, "be integers", dtype_name(array));
+    require_dtype(kind == 'i' || kind == 'u', name, "be integers", array);
     require(array.ndim() == 1, name, "have one dimension", text_of(shape_of(array)));
     const auto converted = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
     if (!converted) throw py::error_already_set();
