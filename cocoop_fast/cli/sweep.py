@@ -7,8 +7,6 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from cocoop_fast.cli import output, run_protocol
 from cocoop_fast.cli.run_protocol import (
     MACHINE,
@@ -69,7 +67,9 @@ def command(
             MACHINE, "--devices", metavar="DEVICE ...", help="cpu, cuda:N. Default: every GPU, or the CPU."
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Cells at a time on each device.", min=1)] = 1,
+    jobs: Annotated[
+        int, option(MACHINE, "--jobs", "-j", help="Cells at a time on each device. Default: 1.")
+    ] = 1,
     workers: Workers = None,
     output_dir: OutputDir = None,
     overwrite: Overwrite = False,
@@ -82,6 +82,8 @@ def command(
     A cell that fails does not stop the others; failures are listed at the end, and the exit status is 1. Stopped
     at any moment, the same command goes on, and so does `run`: both keep the same files.
     """
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}, but it must be at least 1.")
     asked = run_protocol.build_experiment(
         protocol,
         datasets=datasets,
