@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
 
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.data.batches import Batch, TrainBatches
@@ -100,19 +103,21 @@ class Trainer:
 
         Args:
             save: called between steps, after each epoch and each ``save_every`` steps of the run. Every loss before
-                has been read and is finite by then.
+                and every parameter has been looked at by then, and is finite.
             save_every: 0: after epochs only.
 
         Raises:
-            UserError: the loss is infinite or not a number, or float16 gradients always overflow. The message
-                names the step and its images; on a GPU a few steps more may have been done by then.
+            UserError: the loss is infinite or not a number, which names the step and its images (on a GPU a few
+                steps more may have been done by then); or parameters are; or float16 gradients always overflow.
         """
         self.model.prompt_learner.train()
         clock = _Clock(self.seconds, self.step)
-        while self.position.epoch <= self.epochs:
-            self._epoch(clock, save, save_every)
-            if save is not None:
-                save()
+        # Graphs and kernels go to the current GPU, which need not be the model's.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            while self.position.epoch <= self.epochs:
+                self._epoch(clock, save, save_every)
+                if save is not None:
+                    save()
 
     def _epoch(self, clock: _Clock, save: Callable[[], None] | None, save_every: int) -> None:
         epoch, first_batch = self.position
@@ -166,10 +171,16 @@ class Trainer:
         return read
 
     def _settle(self, totals: _Totals, clock: _Clock) -> None:
-        """Wait for all steps under way, and look at their results too."""
+        """Wait for all steps under way, and look at their results and what they made of the parameters."""
         for step, values in self._reports.rest():
             self._tell(self._checked(step, *values), totals, clock)
         self.scaler.settle()
+        if not all(parameter.isfinite().all() for parameter in self._parameters):
+            raise UserError(
+                f"The learned parameters are not finite after step {self.step}, although its loss was; try a lower "
+                "learning rate, or precision fp32.",
+                exit_status=1,
+            )
 
     def _checked(self, step: _LaunchedStep, loss: float, correct: float, scale: float) -> _LaunchedStep:
         if not math.isfinite(loss):

@@ -7,9 +7,11 @@ import os
 import pickle
 import random
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import tiny_clip
 from tiny_runs import loaded_tiny_clip
 from torch import nn
 
@@ -85,6 +87,28 @@ def test_half_precision_and_saved_on_a_gpu(tmp_path, model):
     loaded = reference_checkpoint.load(path)
     assert loaded.parameters["ctx"].dtype == torch.float16 and loaded.parameters["ctx"].device.type == "cpu"
     load_parameters(model, loaded.parameters, "file")
+
+
+@pytest.mark.parametrize("master_weights", [True, False])
+def test_what_was_learned_over_a_float16_model_is_written(tmp_path, master_weights):
+    """In the dtype in which it was learned, for a reference that keeps float16."""
+    clip = replace(loaded_tiny_clip(), model=tiny_clip(layers=2, dtype=torch.float16))
+    model, theirs = (build_model(PromptConfig(), ["cat", "big dog"], clip) for _ in range(2))
+    theirs.prompt_learner.half()
+    if not master_weights:
+        model.prompt_learner.half()
+    with torch.no_grad():
+        for parameter in model.prompt_learner.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    path = reference_checkpoint.save(tmp_path, model, OptimConfig(epochs=10), {}, 50.0)
+    written = torch.load(path, weights_only=True)["state_dict"]
+    assert written["ctx"].dtype == (torch.float32 if master_weights else torch.float16)
+    assert written["token_prefix"].dtype == torch.float16
+    theirs.prompt_learner.load_state_dict(written)  # as the reference resumes
+    loaded = reference_checkpoint.load(path).parameters
+    for name, parameter in model.prompt_learner.named_parameters():
+        assert loaded[name].equal(parameter)
+        assert theirs.prompt_learner.state_dict()[name].equal(parameter.half())
 
 
 class Runs:

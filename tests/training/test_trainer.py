@@ -226,6 +226,23 @@ def test_a_broken_loss_that_is_read_late_is_named_rightly_and_never_saved(save_e
     assert len(calls) <= 13 + lag
 
 
+def test_parameters_that_are_not_finite_are_not_saved():
+    """A gradient that breaks leaves no trace in the loss before the next step."""
+    trainer, saved = Trainer(fast_model(), make_batches(20, 2), OptimConfig(epochs=3)), []
+    step = trainer._step
+
+    def breaking(features, label):
+        result = step(features, label)
+        if trainer.step == 3:
+            result.gradients[0][0, 0] = math.nan
+        return result
+
+    trainer._step = breaking
+    with pytest.raises(UserError, match="parameters are not finite after step 4, although") as error:
+        trainer.fit(save=lambda: saved.append(trainer.step), save_every=2)
+    assert saved == [2] and error.value.exit_status == 1
+
+
 def replayed_by_running(work):
     """Records as a GPU does: the result has its memory now, and its content after each replay."""
     result = work()
