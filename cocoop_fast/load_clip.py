@@ -12,6 +12,7 @@ from open_clip.model import convert_weights_to_lp
 from open_clip.transformer import LayerNorm, LayerNormFp32
 from torch import nn
 
+from cocoop_fast.clip_weights import FOLDER, HUB, SUFFIXES, create_clip
 from cocoop_fast.config import ModelConfig
 from cocoop_fast.demo_clip import known_token_ids, load_demo_clip
 from cocoop_fast.errors import UserError
@@ -67,8 +68,8 @@ def load_clip(config: ModelConfig) -> LoadedClip:
     """Load the CLIP that a configuration names, frozen, on its device and in its precision.
 
     ``name`` "demo" is the CLIP inside the package. Any other name is an open_clip architecture, and
-    ``pretrained`` an open_clip tag, a hub name or a local file ("random" asks for random weights, which
-    only benchmarks want).
+    ``pretrained`` what :func:`cocoop_fast.clip_weights.create_clip` reads ("random" asks for random weights,
+    which only benchmarks want); or ``name`` is a hub name or folder that holds both.
 
     Raises:
         UserError: unknown architecture or tag, no weights named, or weights that cannot be read.
@@ -100,38 +101,50 @@ def load_clip(config: ModelConfig) -> LoadedClip:
 
 
 def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
-    _check_architecture(name)
-    if pretrained is None:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        known = f" (known tags: {', '.join(tags[:5])})" if tags else ""
-        raise UserError(f"The model '{name}' needs weights: give --pretrained a tag{known} or a file.")
+    check_architecture(name)
+    _check_weights(name, pretrained)
     if pretrained == "random":
         return open_clip.create_model(name, pretrained=None)
-    looks_like_path = "/" in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors")
-    if looks_like_path and not Path(pretrained).is_file():
-        raise UserError(f"The weights file {pretrained} does not exist; check --pretrained.")
-    if not looks_like_path and pretrained not in open_clip.list_pretrained_tags_by_model(name):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise UserError(f"The model '{name}' has no weights tagged '{pretrained}'; the tags are: {tags}.")
     try:
-        return open_clip.create_model(name, pretrained=pretrained)
+        return create_clip(name, pretrained)
     except (
         Exception
     ) as error:  # any reader's failure (pickle, zip, shapes, network) is the user's weights failing
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
+        what = f"The weights '{pretrained}' of model '{name}'" if pretrained else f"The model '{name}'"
         raise UserError(
-            f"The weights '{pretrained}' of model '{name}' could not be loaded ({reason[:200]}); "
+            f"{what} could not be loaded ({reason[:200]}); "
             "check the file, or download it beforehand and pass its path.",
             exit_status=1,
         ) from error
 
 
-def _check_architecture(name: str) -> None:
-    if name.startswith("hf-hub:") or name in open_clip.list_models():
+def check_architecture(name: str) -> None:
+    """Raises a UserError with the nearest names if open_clip does not know this architecture."""
+    if name.startswith((HUB, FOLDER)) or name in open_clip.list_models():
         return
     near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}" if near else "see open_clip.list_models()"
     raise UserError(f"The model '{name}' is not an open_clip architecture; {hint}?")
+
+
+def _check_weights(name: str, pretrained: str | None) -> None:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if name.startswith((HUB, FOLDER)):
+        if pretrained is not None:
+            raise UserError(f"The model '{name}' comes with its weights; leave --pretrained out.")
+    elif pretrained is None:
+        known = f" (known tags: {', '.join(tags[:5])})" if tags else ""
+        raise UserError(f"The model '{name}' needs weights: give --pretrained a tag{known} or a file.")
+    elif pretrained == "random" or pretrained.startswith(HUB):
+        return
+    elif "/" in pretrained or Path(pretrained).suffix in SUFFIXES:
+        if not Path(pretrained).is_file():
+            raise UserError(f"The weights file {pretrained} does not exist; check --pretrained.")
+    elif pretrained not in tags:
+        raise UserError(
+            f"The model '{name}' has no weights tagged '{pretrained}'; the tags are: {', '.join(tags) or 'none'}."
+        )
 
 
 def _to_low_precision(model: nn.Module, dtype: torch.dtype) -> None:

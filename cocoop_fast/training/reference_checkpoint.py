@@ -1,19 +1,12 @@
 """Read and write the reference implementation's checkpoints (``prompt_learner/model.pth.tar-N``).
 
-The reference pickles its learning-rate scheduler object into the file, so ``torch.load`` either refuses it
-(``weights_only=True``) or runs whatever code the file names. Here the pickle is read by an unpickler that
-knows tensors and plain containers and turns every other class or function into an inert placeholder: nothing
-a file names is imported or called.
+The reference pickles its learning-rate scheduler object into the file, so ``torch.load`` refuses it or runs code.
+:mod:`cocoop_fast.torch_archive` reads it without running anything.
 """
 
 from __future__ import annotations
 
-import io
-import math
-import pickle
-import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,21 +18,10 @@ from cocoop_fast.config import OptimConfig
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.files import write_atomically
+from cocoop_fast.torch_archive import read_archive
 from cocoop_fast.training.schedule import learning_rate
 
 _TOKEN_BUFFERS = ("token_prefix", "token_suffix")  # constants of CLIP and the class names
-_DTYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +49,7 @@ def load(path: Path) -> ReferenceCheckpoint:
     """
     path = _find(path)
     try:
-        content = _read(path)
+        content = read_archive(path)
     except UserError:
         raise
     except Exception as error:  # a hostile or torn pickle can fail in every way there is
@@ -157,99 +139,3 @@ def _find(path: Path) -> Path:
     raise UserError(
         f"{path} has no file `checkpoint`; pass a `model.pth.tar-N` file or the folder that holds it."
     )
-
-
-def _read(path: Path) -> Any:
-    if not zipfile.is_zipfile(path):
-        raise UserError(
-            f"{path} is not in the zip format that PyTorch writes since version 1.6; if an older PyTorch wrote "
-            "it, load and save it once with PyTorch 1.6 or later.",
-            exit_status=1,
-        )
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None or any(
-            i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()
-        ):
-            raise ValueError("damaged or compressed archive")
-        [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        return _Unpickler(archive, pickled).load()
-
-
-class _Placeholder:
-    """Stands for an object of any class that a file names. It accepts whatever a pickle does to it."""
-
-    def __new__(cls, *_: Any, **__: Any) -> _Placeholder:
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __setstate__(self, _: Any) -> None: ...
-
-    def __setitem__(self, _: Any, __: Any) -> None: ...
-
-    def append(self, _: Any) -> None: ...
-
-    def extend(self, _: Any) -> None: ...
-
-
-class _Function:
-    """A function that a pickle may call but not modify."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable[..., Tensor]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> Tensor:
-        return self._call(*args)
-
-    def __setstate__(self, _: Any) -> None:
-        raise pickle.UnpicklingError("a function has no state")
-
-
-@dataclass(frozen=True)
-class _StorageType:
-    dtype: torch.dtype
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads a torch archive's ``data.pkl``. It imports nothing: names map to the few values below."""
-
-    def __init__(self, archive: zipfile.ZipFile, pickled: str) -> None:
-        super().__init__(io.BytesIO(archive.read(pickled)))
-        self._archive = archive
-        self._folder = pickled.removesuffix("data.pkl")
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Function(_rebuild_tensor)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _Function(_rebuild_parameter)
-        if module == "torch" and name in _DTYPES:
-            return _StorageType(_DTYPES[name])
-        return type(name, (_Placeholder,), {})  # a new class each time: a pickle may set attributes on it
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        """("storage", type, key, device, length) to a flat tensor, on the CPU wherever it was saved."""
-        kind, storage_type, key, _, length = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise pickle.UnpicklingError(f"unknown storage {kind!r}")
-        raw = bytearray(self._archive.read(f"{self._folder}data/{key}"))
-        if not raw:
-            return torch.empty(0, dtype=storage_type.dtype)
-        return torch.frombuffer(raw, dtype=storage_type.dtype, count=length)
-
-
-def _rebuild_tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Tensor:
-    """A contiguous tensor. (A hostile stride of 0 could make a few bytes look like terabytes.)"""
-    if math.prod(size) > storage.numel():
-        raise pickle.UnpicklingError("a tensor is larger than its storage")
-    return storage.as_strided(size, stride, offset).contiguous()
-
-
-def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
