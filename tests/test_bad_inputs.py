@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from bad_calls import FAILED, Bad, a_file, expect
 from PIL import Image
 
 from cocoop_fast import cli
 
-WRONG_USAGE, FAILED = 2, 1
 CLASSES = ("one", "two", "three", "four")
 
 
@@ -96,30 +95,8 @@ def an_empty_root(folder: Path) -> None:
     (folder / "photos").mkdir()
 
 
-def a_file(name: str, content: str | bytes) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return write
-
-
 def a_picture(folder: Path) -> None:
     Image.new("RGB", (32, 32)).save(folder / "picture.png")
-
-
-def nothing(folder: Path) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Bad:
-    """One bad call: what is on the disk, the command line, and what must be said."""
-
-    name: str
-    arguments: str | list[str]
-    says: str
-    status: int = WRONG_USAGE
-    disk: Callable[[Path], None] = nothing
 
 
 TRAIN = "train -o out "
@@ -315,30 +292,3 @@ def test_bad_run(
         again = f"train -q --root {trained.parent / 'photos'} --epochs 1 --shots 1 -o out"
         bad = Bad(bad.name, bad.arguments.replace("RESUME", again), bad.says, bad.status)
     expect(bad, tmp_path, monkeypatch, capsys)
-
-
-def expect(
-    bad: Bad, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Run the call in ``folder`` and compare all that can be seen of it."""
-    monkeypatch.chdir(folder)
-    before = contents(folder)
-    arguments = bad.arguments.split() if isinstance(bad.arguments, str) else bad.arguments
-    status = cli.run(arguments)
-    out, err = capsys.readouterr()
-
-    assert bad.says in err
-    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith((".\n", "?\n")), err
-    assert "Traceback" not in err
-    assert out == ""
-    assert status == bad.status
-    assert contents(folder) == before
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file and directory below ``folder``; lock files, which are left behind on purpose, apart."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"(directory)"
-        for path in folder.rglob("*")
-        if path.name != ".lock"
-    }

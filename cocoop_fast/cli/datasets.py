@@ -113,8 +113,10 @@ def check(name: Name, root: Root = None, json: Json = False) -> None:
                 rows.append(["published", *(f"{count:,}" for count in found.published)])
             output.print_table(["", "Classes", "Train", "Val", "Test"], rows)
         if found.absent:
-            named = ", ".join(found.absent[:_SHOWN])
-            print(f"{len(found.absent):,} listed images are not there, the first being {named}.")
+            count = len(found.absent)
+            which = "1 listed image is" if count == 1 else f"{count:,} listed images are"
+            more = ", ..." if count > _SHOWN else ""
+            print(f"{which} not there: {', '.join(found.absent[:_SHOWN])}{more}.")
     if not found.complete or found.absent:
         raise typer.Exit(failures.FAILED)
 

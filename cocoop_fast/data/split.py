@@ -34,7 +34,8 @@ def split_by_class(samples: Sequence[Sample], seed: int = 0) -> Splits:
         if len(items) < 2:
             raise UserError(
                 f"Class {items[0].classname!r} has one image ({items[0].source}), which cannot be split into "
-                "training and test images; add images, or make train/ and test/ folders yourself.",
+                "training and test images; add images, or say yourself which are for training and which for "
+                "testing.",
                 exit_status=1,
             )
         rng.shuffle(items)

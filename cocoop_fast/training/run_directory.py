@@ -3,6 +3,7 @@
 config.yaml       the resolved configuration; written first, so a directory with it is a run
 log.txt           in the reference's wording; test_<subset>/log.txt for classes not trained on
 metrics.jsonl     the same and more, at full precision, one JSON object a line
+few_shot/         which images were drawn, of all classes
 checkpoints/      what is learned, and all that a resumed run needs
 prompt_learner/   the final model in the reference's format
 results.json      written last, so a directory with it is finished
@@ -22,16 +23,19 @@ import yaml
 
 from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml, to_mapping
 from cocoop_fast.errors import UserError
+from cocoop_fast.files import write_atomically, write_json
 from cocoop_fast.training import checkpoint
 from cocoop_fast.training.checkpoint import Checkpoint
-from cocoop_fast.files import write_atomically, write_json
 
-# Where a run is, and how its work is spread and reported, may change between two sessions of it.
+# Where a run is, and how its work is spread and reported, may change between two sessions of it. (The images that are
+# trained on may not: checkpoints hold their fingerprint.)
 _FREE = (
-    "output_dir", "print_freq", "checkpoint_steps", "eval_batch_size", "data.root", "data.workers",
+    "output_dir", "print_freq", "checkpoint_steps", "eval_batch_size", "data.root", "data.few_shot", "data.workers",
     "model.device", "model.backend", "model.cuda_graph",
 )  # fmt: skip
-_OWN = ("config.yaml", "log.txt", "metrics.jsonl", "checkpoints", "prompt_learner", "results.json")
+_OWN = (
+    "config.yaml", "log.txt", "metrics.jsonl", "few_shot", "checkpoints", "prompt_learner", "results.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def few_shot(self) -> Path:
+        return self.path / "few_shot"
 
     @property
     def prompt_learner(self) -> Path:
