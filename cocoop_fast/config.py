@@ -20,7 +20,9 @@ from cocoop_fast.errors import UserError
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Method = Literal["cocoop", "coop", "zeroshot"]
+Method = Literal["cocoop", "coop", "meta-nets", "zeroshot", "linear-probe"]
+ClassPosition = Literal["end", "middle", "front"]
+Ensemble = Literal["none", "select", "imagenet"]
 Precision = Literal["auto", "fp32", "fp16", "bf16", "amp"]
 Subset = Literal["base", "new", "all"]
 
@@ -51,7 +53,10 @@ class PromptConfig:
     method: Method = "cocoop"
     ctx_init: str = "a photo of a"  # empty: random initialisation of n_ctx vectors
     n_ctx: AtLeastOne = 4  # used when ctx_init is empty
+    csc: bool = False  # a context for each class; such a model knows no class but those trained on
+    class_position: ClassPosition = "end"  # of the class name: after, amid or before the context
     template: str | None = None  # zero-shot prompt, e.g. "a photo of a {}."; None: the data set's own
+    ensemble: Ensemble = "none"  # zero-shot: also the reference's seven templates, or OpenAI's 80
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -61,7 +66,7 @@ class DataConfig:
     name: str = "digits"  # a name in cocoop_fast.data.registry
     root: Path | None = None
     shots: Count = 16  # images a class to train on; 0: all of them
-    few_shot: Path | None = None  # file, or directory of files, that says which; None: see data.few_shot_files
+    few_shot: Path | None = None  # a file, or a directory of files, that says which images
     subset: Subset = "base"  # classes that are trained on
     workers: Count = 0
     skip_bad_images: bool = False

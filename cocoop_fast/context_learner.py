@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cocoop_fast.clip import ClipModel, FrozenCLIP
+from cocoop_fast.config import ClassPosition
 from cocoop_fast.errors import UserError
-from cocoop_fast.prompt_layout import ClassPosition, PromptLayout, layout_at
+from cocoop_fast.prompt_layout import PromptLayout, layout_at
 from cocoop_fast.prompt_tokens import tokenize_prompts
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cocoop_fast.config import ClassPosition
 from cocoop_fast.errors import UserError
 from cocoop_fast.prompt_tokens import TokenizedPrompts, pad_prompts, spell_names, tokenizer
-
-ClassPosition = Literal["end", "middle", "front"]
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cocoop_fast.clip import ClipModel
+from cocoop_fast.config import ClassPosition
 from cocoop_fast.context_learner import ContextLearner, master_dtype
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
-from cocoop_fast.prompt_layout import ClassPosition
 
 
 class MetaNet(nn.Sequential):

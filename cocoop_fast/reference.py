@@ -108,7 +108,7 @@ class DenseLearner(nn.Module):
         if hasattr(self, "meta_net"):
             return self.ctx + self.meta_net(x)
         if hasattr(self, "meta_nets"):
-            return torch.stack([v + h(x) for v, h in zip(self.ctx, self.meta_nets, strict=True)])
+            return self.ctx + torch.stack([h(x) for h in self.meta_nets])
         return self.ctx
 
 

@@ -35,7 +35,7 @@ BACKBONES = {
 }
 IMAGE_SIZES = {"RN50x4": 288, "RN50x16": 384, "RN50x64": 448, "ViT-L/14@336px": 336}  # all others: 224
 
-TRAINERS = {"CoCoOp": "cocoop", "CoOp": "coop", "ZeroshotCLIP": "zeroshot"}
+TRAINERS = {"CoCoOp": "cocoop", "CoOp": "coop", "ZeroshotCLIP": "zeroshot", "ZeroshotCLIP2": "zeroshot"}
 # fp16 there means "as CLIP's weights are on a GPU"; `auto` is that on a GPU, and float32 where halves are slow.
 PRECISIONS = {"fp16": "auto", "fp32": "fp32", "amp": "amp", "bf16": "bf16"}
 METHOD_SECTIONS = {"COCOOP": "cocoop", "COOP": "coop"}
@@ -172,6 +172,12 @@ def _backbone(value: Any) -> Fields:
     return {"model.name": BACKBONES[value], "model.pretrained": "openai"}
 
 
+def _trainer(value: Any) -> Fields:
+    method = _choice("prompt.method", TRAINERS).translate(value)
+    ensemble = "select" if str(value).lower() == "zeroshotclip2" else "none"
+    return {**method, "prompt.ensemble": ensemble} if method["prompt.method"] == "zeroshot" else method
+
+
 def _dataset(value: Any) -> Fields:
     from cocoop_fast.data.registry import canonical_name  # here, so that a trainer's file needs no data code
 
@@ -248,7 +254,7 @@ RULES: dict[str, Rule] = {
     "DATALOADER.TRAIN_X.BATCH_SIZE": _field("optim.batch_size"),
     "DATALOADER.TEST.SAMPLER": _fixed("SequentialSampler"),
     "DATALOADER.TEST.BATCH_SIZE": _field("eval_batch_size"),
-    "TRAINER.NAME": _choice("prompt.method", TRAINERS),
+    "TRAINER.NAME": Rule("field", _trainer),
     "MODEL.INIT_WEIGHTS": _empty("a run always begins from ctx_init or from random vectors"),
     "MODEL.BACKBONE.NAME": Rule("field", _backbone),
     "MODEL.BACKBONE.PRETRAINED": _fixed(True),
@@ -281,8 +287,8 @@ METHOD_RULES: dict[str, Rule] = {
     "N_CTX": _field("prompt.n_ctx"),
     "CTX_INIT": _field("prompt.ctx_init", lambda value: "" if value is None else str(value)),
     "PREC": _choice("model.precision", PRECISIONS),
-    "CSC": _fixed(False),
-    "CLASS_TOKEN_POSITION": _fixed("end"),
+    "CSC": _field("prompt.csc"),
+    "CLASS_TOKEN_POSITION": _field("prompt.class_position"),
 }
 
 # Sections and settings that only other algorithms or other transforms of that library read.

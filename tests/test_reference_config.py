@@ -115,6 +115,10 @@ def test_trainer_name_decides_between_two_sections():
         (["INPUT.TRANSFORMS", "['random_resized_crop', 'normalize']"], "augment.flip", 0.0),
         (["INPUT.RRCROP_SCALE", "(0.5, 1.0)"], "augment.crop_scale", (0.5, 1.0)),
         (["TRAINER.NAME", "ZeroshotCLIP"], "prompt.method", "zeroshot"),
+        (["TRAINER.NAME", "ZeroshotCLIP2"], "prompt.ensemble", "select"),
+        (["TRAINER.COOP.CSC", "True"], "prompt.csc", True),
+        (["TRAINER.COOP.CSC", "True"], "prompt.ctx_init", ""),
+        (["TRAINER.COOP.CLASS_TOKEN_POSITION", "middle"], "prompt.class_position", "middle"),
     ],
 )
 def test_trailing_pairs_of_the_reference(pairs, field, expected):
@@ -137,10 +141,8 @@ def test_trailing_pairs_of_the_reference(pairs, field, expected):
         ("INPUT.SIZE", "(448, 448)", "INPUT.SIZE is '(448, 448)', but ViT-B/16 takes"),
         ("MODEL.BACKBONE.NAME", "resnet18", "MODEL.BACKBONE.NAME is 'resnet18'"),
         ("MODEL.INIT_WEIGHTS", "weights.pth", "MODEL.INIT_WEIGHTS"),
-        ("TRAINER.COOP.CSC", True, "TRAINER.COOP.CSC"),
-        ("TRAINER.COOP.CLASS_TOKEN_POSITION", "middle", "only 'end' is offered"),
         ("TRAINER.COCOOP.PREC", "fp8", "TRAINER.COCOOP.PREC"),
-        ("TRAINER.NAME", "DomainMix", "only CoCoOp, CoOp, ZeroshotCLIP are offered"),
+        ("TRAINER.NAME", "DomainMix", "only CoCoOp, CoOp, ZeroshotCLIP, ZeroshotCLIP2 are offered"),
         ("TEST.FINAL_MODEL", "best_val", "TEST.FINAL_MODEL"),
         ("DATASET.NAME", "OfficeHome", "one folder a class"),
         ("SEED", -1, "SEED is -1"),

@@ -100,9 +100,11 @@ def build(
             merged.pop("model.pretrained", None)  # those were the weights of another architecture
         merged.update(fields)
     _name_data(merged)
+    if str(merged.get("prompt.csc", "")).lower() == "true":
+        merged.setdefault("prompt.ctx_init", "")  # contexts of single classes begin from random vectors
     warnings.extend(_context_length(merged))
     config = from_mapping(_nest(merged, "the configuration"))
-    if config.optim.epochs == 0 and config.prompt.method != "zeroshot":
+    if config.optim.epochs == 0 and config.prompt.method not in ("zeroshot", "linear-probe"):
         raise UserError(
             f"`optim.epochs` is 0, but {config.prompt.method} has to learn; --method zeroshot does not."
         )

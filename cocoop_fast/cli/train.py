@@ -20,6 +20,8 @@ TITLES = {
     "zeroshot": "zero-shot CLIP",
     "coop": "CoOp",
     "cocoop": "CoCoOp",
+    "meta-nets": "M Meta-Nets",
+    "linear-probe": "linear probe",
 }  # in the order of the paper's tables
 
 EPILOG = """
@@ -100,6 +102,27 @@ def command(
         int | None,
         _option(WHAT, "--n-ctx", help="Length of a random context; alone it implies --ctx-init ''."),
     ] = None,
+    csc: Annotated[
+        bool, _option(WHAT, "--csc", help="A context for each class; begins from random vectors.")
+    ] = False,
+    class_position: Annotated[
+        str | None,
+        _option(
+            WHAT,
+            "--class-position",
+            metavar="end|middle|front",
+            help="Of the class name, after, amid or before the context. Default: end.",
+        ),
+    ] = None,
+    ensemble: Annotated[
+        str | None,
+        _option(
+            WHAT,
+            "--ensemble",
+            metavar="none|select|imagenet",
+            help="Zero-shot: also the reference's seven templates, or OpenAI's 80. Default: none.",
+        ),
+    ] = None,
     seed: Annotated[
         int | None, _option(WHAT, "--seed", help="Draws the shots, their order and crops. Default: 1.")
     ] = None,
@@ -176,6 +199,9 @@ def command(
             "model.pretrained": ("--pretrained", pretrained),
             "prompt.ctx_init": ("--ctx-init", ctx_init),
             "prompt.n_ctx": ("--n-ctx", n_ctx),
+            "prompt.csc": ("--csc", csc or None),
+            "prompt.class_position": ("--class-position", class_position),
+            "prompt.ensemble": ("--ensemble", ensemble),
             "seed": ("--seed", seed),
             "optim.epochs": ("--epochs", epochs),
             "optim.batch_size": ("--batch-size", batch_size),

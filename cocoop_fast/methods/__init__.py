@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from cocoop_fast.config import PromptConfig
 from cocoop_fast.load_clip import LoadedClip
 from cocoop_fast.methods.coop import CoOp
+from cocoop_fast.methods.linear_probe import LinearProbe
 from cocoop_fast.methods.meta_nets import MetaNetsCLIP
+from cocoop_fast.methods.templates import ensemble_templates
 from cocoop_fast.methods.zeroshot import ZeroShot
 from cocoop_fast.model import CustomCLIP, LearnedPromptCLIP, PromptedCLIP
 from cocoop_fast.prompt_learner import reference_cfg
@@ -39,11 +41,24 @@ def build_model(
 
 def _build(prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, backend: str) -> PromptedCLIP:
     if prompt.method == "zeroshot":
-        return ZeroShot(prompt.template or "a photo of a {}.", classnames, clip.model)
+        template = "a photo of a {}." if prompt.template is None else prompt.template
+        return ZeroShot(ensemble_templates(prompt.ensemble, template), classnames, clip.model)
+    if prompt.method == "linear-probe":
+        return LinearProbe(classnames, clip.model)
     cfg = reference_cfg(
-        ctx_init=prompt.ctx_init, n_ctx=prompt.n_ctx, precision=clip.precision, image_size=clip.image_size
+        ctx_init=prompt.ctx_init,
+        n_ctx=prompt.n_ctx,
+        precision=clip.precision,
+        image_size=clip.image_size,
+        csc=prompt.csc,
+        class_position=prompt.class_position,
     )
     return LEARNED[prompt.method](cfg, classnames, clip.model, backend=backend)
 
 
-__all__ = ["CoOp", "MetaNetsCLIP", "ZeroShot", "build_model"]
+def knows_other_classes(prompt: PromptConfig) -> bool:
+    """Whether what the method learns on some classes can be used on others."""
+    return prompt.method == "zeroshot" or (prompt.method != "linear-probe" and not prompt.csc)
+
+
+__all__ = ["CoOp", "LinearProbe", "MetaNetsCLIP", "ZeroShot", "build_model", "knows_other_classes"]

@@ -1,4 +1,4 @@
-"""Zero-shot CLIP: a hand-written prompt template, nothing learned (Radford et al., 2021)."""
+"""Zero-shot CLIP: hand-written prompt templates, nothing learned (Radford et al., 2021)."""
 
 from __future__ import annotations
 
@@ -19,32 +19,52 @@ PROMPTS_PER_PASS = 256
 class ZeroShot(PromptedCLIP):
     """Text features of "a photo of a <name>." and the like, encoded once.
 
+    With several templates a class's text feature is the mean of those of its prompts, each of unit length.
+
     Args:
-        template: the prompt, with one ``{}`` for the class name.
+        templates: the prompt, or prompts, each with one ``{}`` for the class name.
         classnames: K class names.
         clip_model: an open_clip or OpenAI CLIP.
 
     Raises:
-        UserError: a template without exactly one ``{}``, or an unusable class list.
+        UserError: no template, one without exactly one ``{}``, or an unusable class list.
     """
 
-    def __init__(self, template: str, classnames: Sequence[str], clip_model: ClipModel) -> None:
+    def __init__(
+        self, templates: str | Sequence[str], classnames: Sequence[str], clip_model: ClipModel
+    ) -> None:
         super().__init__(clip_model, len(classnames))
-        if template.count("{}") != 1:
-            raise UserError(f"The template '{template}' must contain {{}} once, where the class name goes.")
+        self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
+        if not self.templates:
+            raise UserError("Zero-shot CLIP needs at least one template, such as 'a photo of a {}.'.")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise UserError(
+                    f"The template '{template}' must contain {{}} once, where the class name goes."
+                )
         self.prompt_learner = nn.Module()  # nothing is learned; its mode is that of the model
-        frozen = FrozenCLIP(clip_model)
-        before, after = template.split("{}")
-        tokens = tokenize_names(classnames, before=before, after=after, context_length=frozen.context_length)
-        self._text_features = _encode(TextEncoder(clip_model), frozen, tokens)
+        self._frozen = FrozenCLIP(clip_model)
+        self.text_encoder = TextEncoder(clip_model)
+        self.set_classnames(classnames)
 
     def text_features(self, image_features: Tensor) -> Tensor:
         return self._text_features
 
+    @torch.no_grad()
+    def set_classnames(self, classnames: Sequence[str]) -> None:
+        total: Tensor | float = 0.0
+        for template in self.templates:
+            features = self._encode(template, classnames)
+            total = total + features / features.norm(dim=-1, keepdim=True)
+        assert isinstance(total, Tensor)
+        self._text_features = (total / len(self.templates))[None]  # (1, K, E), normalised with the logits
+        self.n_classes = len(classnames)
 
-@torch.no_grad()
-def _encode(encoder: TextEncoder, frozen: FrozenCLIP, tokens: Tensor) -> Tensor:
-    """(K, L) token ids to (1, K, E) text features."""
-    embed = frozen.text_weights().token_embedding
-    passes = tokens.to(embed.device).split(PROMPTS_PER_PASS)
-    return torch.cat([encoder(embed[part].to(frozen.dtype), part) for part in passes])[None]
+    def _encode(self, template: str, classnames: Sequence[str]) -> Tensor:
+        """(K, E) text features of one template."""
+        before, after = template.split("{}")
+        length = self._frozen.context_length
+        tokens = tokenize_names(classnames, before=before, after=after, context_length=length)
+        embed = self._frozen.text_weights().token_embedding
+        passes = tokens.to(embed.device).split(PROMPTS_PER_PASS)
+        return torch.cat([self.text_encoder(embed[part].to(self._frozen.dtype), part) for part in passes])

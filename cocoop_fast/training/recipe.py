@@ -6,19 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from cocoop_fast.config import Method, OptimConfig, Precision, RunConfig
+from cocoop_fast.config import Method, OptimConfig, Precision, PromptConfig, RunConfig
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.errors import UserError
 from cocoop_fast.load_clip import resolve_device, resolve_precision
 
-_BATCH_SIZE: dict[Method, int] = {"cocoop": 1, "coop": 32, "zeroshot": 1}
+_BATCH_SIZE: dict[Method, int] = {"cocoop": 1, "coop": 32, "meta-nets": 1, "zeroshot": 1, "linear-probe": 1}
+_WITHOUT_EPOCHS: frozenset[Method] = frozenset(["zeroshot", "linear-probe"])
 
 
 def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     """A configuration in which no ``None`` and no "auto" decides what is computed.
 
     CoCoOp: batches of 1, 10 epochs. CoOp: batches of 32, and 200 epochs for 8 and 16 shots, 100 for 2 and 4,
-    50 for 1 (the reference's configurations), or for all images. Zero-shot CLIP learns nothing: 0 epochs.
+    50 for 1, for all images, and for ImageNet whatever the shots (the reference's configurations). The M
+    Meta-Nets train as CoCoOp's one does.
+    Zero-shot CLIP learns nothing, and a linear probe is fitted without steps: 0 epochs.
     Both learners keep the configuration's ``ctx_init``, as the reference does in the base-to-new setting.
 
     Args:
@@ -29,7 +32,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
         UserError: bounds of the crop in the wrong order, or a device that is not there.
     """
     method, optim = config.prompt.method, config.optim
-    epochs = optim.epochs if optim.epochs is not None else _epochs(method, config.data.shots)
+    epochs = optim.epochs if optim.epochs is not None else _epochs(method, config.data.shots, dataset.name)
     batch_size = optim.batch_size if optim.batch_size is not None else _BATCH_SIZE[method]
     scale, flip = config.augment.crop_scale, config.augment.flip
     if scale is not None and scale[0] > scale[1]:
@@ -42,15 +45,22 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
                 Precision, resolve_precision(config.model.precision, resolve_device(config.model.device))
             ),
         ),
-        prompt=replace(config.prompt, template=config.prompt.template or dataset.template),
+        prompt=replace(config.prompt, template=_template(config.prompt, dataset)),
         augment=replace(
             config.augment,
             crop_scale=scale if scale is not None else dataset.crop_scale,
             flip=flip if flip is not None else dataset.flip,
         ),
-        optim=replace(optim, epochs=0 if method == "zeroshot" else epochs, batch_size=batch_size),
+        optim=replace(optim, epochs=0 if method in _WITHOUT_EPOCHS else epochs, batch_size=batch_size),
         output_dir=config.output_dir or default_output_dir(config),
     )
+
+
+def _template(prompt: PromptConfig, dataset: Dataset) -> str:
+    """The data set's own template; with an ensemble none on ImageNet, for which the ensemble is made."""
+    if prompt.template is not None:
+        return prompt.template
+    return "" if prompt.ensemble != "none" and dataset.name == "imagenet" else dataset.template
 
 
 def default_output_dir(config: RunConfig) -> Path:
@@ -66,9 +76,11 @@ def with_method(config: RunConfig, method: Method, output_dir: Path) -> RunConfi
     )
 
 
-def _epochs(method: Method, shots: int) -> int:
-    if method == "cocoop":
+def _epochs(method: Method, shots: int, dataset: str) -> int:
+    if method in ("cocoop", "meta-nets"):
         return 10
+    if dataset == "imagenet":
+        return 50
     if shots >= 8:
         return 200
     return 100 if shots >= 2 else 50

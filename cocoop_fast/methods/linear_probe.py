@@ -1,0 +1,157 @@
+"""Linear probe: logistic regression on frozen image features (Radford et al., 2021, section 3.2).
+
+As in the reference's ``lpclip``: the features are not normalised, and the strength C of the L2 penalty is the one
+that does best on validation images.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cocoop_fast.clip import ClipModel
+from cocoop_fast.errors import UserError
+from cocoop_fast.model import PromptedCLIP
+
+GRID = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)
+STEPS = 8  # halvings of the interval around the best of the grid, on a logarithmic scale
+WITHOUT_VALIDATION = 0.316  # what CLIP's authors found by validation on ImageNet
+MAX_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class ProbeFit:
+    """How a probe was fitted.
+
+    Args:
+        strength: C, the inverse weight of the penalty.
+        accuracy: percent, on the validation images; None without any.
+    """
+
+    strength: float
+    accuracy: float | None
+
+
+class LinearProbe(PromptedCLIP):
+    """A linear classifier on image features, in place of prompts.
+
+    Its learner is the classifier, K rows of weights over E features with their biases, in float32. It knows the
+    classes it was fitted on and no others.
+
+    Args:
+        classnames: K class names, which only count: nothing is read from a name.
+        clip_model: an open_clip or OpenAI CLIP.
+    """
+
+    prompt_learner: nn.Linear
+
+    def __init__(self, classnames: Sequence[str], clip_model: ClipModel) -> None:
+        super().__init__(clip_model, len(classnames))
+        self.prompt_learner = nn.Linear(self.embed_dim, self.n_classes).to(self.logit_scale.device)
+        nn.init.zeros_(self.prompt_learner.weight)
+        nn.init.zeros_(self.prompt_learner.bias)
+
+    def logits(self, image_features: Tensor) -> Tensor:
+        """(B, E) image features, of the length they have, to (B, K)."""
+        self._check_features(image_features)
+        return self.prompt_learner(image_features.to(self.prompt_learner.weight.dtype))
+
+    def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_labels(label, len(image_features))
+        logits = self.logits(image_features)
+        return F.cross_entropy(logits, label), logits.detach()
+
+    def set_classnames(self, classnames: Sequence[str]) -> None:
+        if len(classnames) != self.n_classes:
+            raise UserError(
+                f"A linear probe knows the {self.n_classes} classes that it was fitted on, not {len(classnames)}; "
+                "fit it anew, or use a method that reads class names."
+            )
+
+    @torch.no_grad()
+    def fit(
+        self,
+        image_features: Tensor,
+        label: Tensor,
+        val_features: Tensor | None = None,
+        val_label: Tensor | None = None,
+    ) -> ProbeFit:
+        """Fit the classifier.
+
+        Args:
+            image_features: (n, E), with labels (n,) in [0, K).
+            val_features: (m, E), with labels (m,); None: C is that which suits ImageNet.
+
+        Raises:
+            UserError: a class without images, or a single class.
+        """
+        x, y = _array(image_features), label.cpu().numpy()
+        missing = sorted(set(range(self.n_classes)) - set(y.tolist()))
+        if missing or self.n_classes < 2:
+            what = f"class {missing[0]} has none" if missing else "there is one class"
+            raise UserError(f"A linear probe needs training images of two or more classes, but {what}.")
+        if val_features is None or val_label is None or not len(val_features):
+            best = _Candidate.fitted(x, y, WITHOUT_VALIDATION)
+            accuracy = None
+        else:
+            best = _search(x, y, _array(val_features), val_label.cpu().numpy())
+            accuracy = 100 * best.accuracy
+        weight, bias = torch.from_numpy(best.weight), torch.from_numpy(best.bias)
+        if self.n_classes == 2:  # one logit, of the second class; that of the first is 0
+            weight, bias = (torch.cat([torch.zeros_like(one), one]) for one in (weight, bias))
+        self.prompt_learner.weight.copy_(weight)
+        self.prompt_learner.bias.copy_(bias)
+        return ProbeFit(best.strength, accuracy)
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """The classifier of one C."""
+
+    strength: float
+    weight: np.ndarray  # (K, E), or (1, E) for two classes
+    bias: np.ndarray
+    accuracy: float = 0.0  # on the validation images
+
+    @classmethod
+    def fitted(
+        cls, x: np.ndarray, y: np.ndarray, c: float, val: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> _Candidate:
+        from sklearn.exceptions import ConvergenceWarning  # takes a second to import
+        from sklearn.linear_model import LogisticRegression
+
+        with warnings.catch_warnings():
+            # Almost no penalty: the optimum lies far out, and where the search stops is part of the recipe.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            classifier = LogisticRegression(C=c, max_iter=MAX_ITERATIONS).fit(x, y)
+        accuracy = 0.0 if val is None else float((classifier.predict(val[0]) == val[1]).mean())
+        return cls(c, classifier.coef_, classifier.intercept_, accuracy)
+
+
+def _search(x: np.ndarray, y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray) -> _Candidate:
+    """The best of a coarse grid, then a binary search on log C: of both ends the better is kept, the left on a tie."""
+
+    def fitted(c: float) -> _Candidate:
+        return _Candidate.fitted(x, y, c, (val_x, val_y))
+
+    peak = max(
+        (fitted(c) for c in GRID), key=lambda candidate: candidate.accuracy
+    ).strength  # the first on a tie
+    left, right = fitted(0.1 * peak), fitted(10 * peak)
+    for _ in range(STEPS - 1):
+        middle = float(np.sqrt(left.strength * right.strength))
+        if left.accuracy < right.accuracy:
+            left = fitted(middle)
+        else:
+            right = fitted(middle)
+    return right if left.accuracy < right.accuracy else left
+
+
+def _array(features: Tensor) -> np.ndarray:
+    return features.detach().cpu().double().numpy()
