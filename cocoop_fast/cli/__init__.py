@@ -16,7 +16,18 @@ from typing import Annotated
 
 import typer
 
-from cocoop_fast.cli import bench, datasets, evaluate, failures, output, predict, run_protocol, sweep, train
+from cocoop_fast.cli import (
+    bench,
+    datasets,
+    evaluate,
+    failures,
+    output,
+    plan,
+    predict,
+    run_protocol,
+    sweep,
+    train,
+)
 
 app = typer.Typer(
     name="cocoop-fast",
@@ -32,7 +43,8 @@ app.command("predict", epilog=predict.EPILOG)(predict.command)
 app.command("run", epilog=run_protocol.EPILOG)(run_protocol.command)
 app.command("sweep", epilog=sweep.EPILOG)(sweep.command)
 app.command("bench", epilog=bench.EPILOG)(bench.command)
-app.command("datasets", epilog=datasets.EPILOG)(datasets.command)
+app.command("plan", epilog=plan.EPILOG)(plan.command)
+app.add_typer(datasets.app, name="datasets")
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,6 +83,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning  # type: ignore[assignment]  # it has no use for the place
+            warnings.filterwarnings("ignore", "Image size .* decompression bomb")  # an error of ours follows
             status = app(
                 args=run_protocol.join_lists(train.complete_compare(arguments)),
                 prog_name="cocoop-fast",

@@ -83,9 +83,9 @@ def command(
     Every contestant's logits and gradients are first compared with the dense oracle's. All are then measured in
     turn, and the best time of each counts.
     """
-    _check(k=k, batch_size=batch_size, rounds=rounds, threads=threads, max_seconds=max_seconds)
+    check_positive(k=k, batch_size=batch_size, rounds=rounds, threads=threads, max_seconds=max_seconds)
     _check_writable(plot)
-    names = _class_names(classes, k)
+    names = class_names(classes, k)
     if pretrained is not None and model is None:
         raise UserError("--pretrained needs the --model that it belongs to.")
 
@@ -129,7 +129,7 @@ def command(
             print(f"Plot: {plot}")
 
 
-def _check(**limits: float | None) -> None:
+def check_positive(**limits: float | None) -> None:
     for name, value in limits.items():
         if value is not None and (value < 1 if name != "max_seconds" else not value > 0):
             raise UserError(f"--{name.replace('_', '-')} is {value}, but it must be positive.")
@@ -145,7 +145,7 @@ def _check_writable(plot: Path | None) -> None:
         raise UserError(f"--plot is {plot}, but there is no directory {plot.parent}.")
 
 
-def _class_names(path: Path | None, k: int | None) -> tuple[str, ...]:
+def class_names(path: Path | None, k: int | None) -> tuple[str, ...]:
     from cocoop_fast.benchmark.problem import imagenet_names, read_class_names
 
     if path is None:

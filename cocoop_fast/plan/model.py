@@ -1,0 +1,66 @@
+"""A CLIP architecture by name, built without its weights: what a plan has to know of it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import open_clip
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cocoop_fast.clip import FrozenCLIP, text_module
+from cocoop_fast.demo_clip import load_demo_clip
+from cocoop_fast.errors import UserError
+from cocoop_fast.load_clip import check_architecture
+from cocoop_fast.plan.predict import Model
+from cocoop_fast.plan.sizes import TowerSizes
+
+META = torch.device("meta")
+
+
+def describe_model(name: str) -> Model:
+    """The sizes of an open_clip architecture, or of the demo CLIP.
+
+    Raises:
+        UserError: an unknown architecture, or a text tower that the engine does not serve.
+    """
+    clip_model = load_demo_clip() if name == "demo" else _without_weights(name)
+    frozen = FrozenCLIP(clip_model)
+    visual = clip_model.visual
+    return Model(
+        name=name,
+        sizes=TowerSizes.of(frozen.text_weights()),
+        parameters=sum(parameter.numel() for parameter in clip_model.parameters()),
+        image_flops=_image_flops(visual.to(META), frozen.image_size),
+        image_launches=sum(1 for module in visual.modules() if not list(module.children())),
+    )
+
+
+def _without_weights(name: str) -> Any:
+    check_architecture(name)
+    if name.startswith("hf-hub:"):
+        raise UserError(
+            f"A plan needs no weights: instead of '{name}' name the open_clip architecture itself."
+        )
+    if "hf_model_name" in (open_clip.get_model_config(name) or {}).get("text_cfg", {}):
+        raise UserError(f"The text tower of {name} is a Hugging Face model; use a CLIP model of open_clip or OpenAI.")
+    logging.disable(logging.WARNING)  # open_clip's, that no weights are loaded: none are wanted
+    try:
+        with META:
+            model: Any = open_clip.create_model(name, pretrained=None, device=META)
+    finally:
+        logging.disable(logging.NOTSET)
+    text = text_module(model)
+    # FrozenCLIP reads the mask. open_clip builds no other than the causal one, or none.
+    if getattr(text, "attn_mask", None) is not None:
+        text.attn_mask = torch.full(text.attn_mask.shape, float("-inf")).triu(1)
+    return model.eval()
+
+
+def _image_flops(visual: nn.Module, size: int) -> float:
+    """Products and convolutions of one image; a multiply-add is two."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        visual(torch.empty(1, 3, size, size, device=META))
+    return float(counter.get_total_flops())

@@ -1,0 +1,179 @@
+"""From costs and a device to seconds, bytes and the largest batch that fits. Every figure here is a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cocoop_fast.plan import buffers
+from cocoop_fast.plan.cost import PassCost, RowKernel, dense_inference, dense_step, tree_inference, tree_step
+from cocoop_fast.plan.devices import Device
+from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+
+MOST_IMAGES = 1 << 20  # beyond this no batch is looked for
+REFERENCE_TEST_BATCH = 100
+
+
+@dataclass(frozen=True)
+class Model:
+    """A CLIP as far as a plan needs it."""
+
+    name: str
+    sizes: TowerSizes
+    parameters: int  # of both towers
+    image_flops: float  # of one image through the image tower
+    image_launches: int  # its modules that compute something
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much there is to do."""
+
+    train_images: int  # an epoch
+    epochs: int
+    test_images: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is predicted for: the frozen model, the classes, a batch size, a precision, a device."""
+
+    model: Model
+    counts: RowCounts
+    batch: int
+    itemsize: int  # bytes of an element
+    device: Device
+    rows_per_inference_pass: int  # of the engine
+    packs_weights: bool = False  # whether the engine keeps packed copies of the weights
+    process_bytes: int = 0  # what any step takes besides what is counted
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, by what needs them."""
+
+    model: int  # parameters of both towers
+    class_list: int  # what is made once from the model and the class names
+    activations: int  # of a step, at its peak
+    process: int
+
+    @property
+    def total(self) -> int:
+        return self.model + self.class_list + self.activations + self.process
+
+    @property
+    def beyond_model(self) -> int:
+        return self.total - self.model
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One way to compute a setting, predicted."""
+
+    step: PassCost  # of the batch
+    memory: Memory
+    step_seconds: float  # forward and backward from the image features on
+    image_seconds: float  # encoding the batch's images
+    epoch_seconds: float
+    training_seconds: float
+    evaluation_seconds: float
+    largest_batch: int  # that fits the budget; 0: not even one image
+    fits: bool  # whether this batch does
+
+
+def predict_tree(setting: Setting, schedule: Schedule, budget: int) -> Prediction:
+    """The engine: distinct rows once.
+
+    Args:
+        setting: what is predicted for.
+        schedule: images and epochs.
+        budget: bytes that everything together may take.
+    """
+    sizes, counts, itemsize = setting.model.sizes, setting.counts, setting.itemsize
+    group = min(max(1, setting.rows_per_inference_pass // counts.rows), max(1, schedule.test_images))
+    evaluation = tree_inference(sizes, counts, group, itemsize)
+    fixed = buffers.constant_bytes(sizes, counts, itemsize) + buffers.learner_bytes(sizes, counts, itemsize)
+    if setting.packs_weights:
+        fixed += buffers.packed_bytes(sizes)
+    return _predict(setting, schedule, budget, _Way(tree_step, evaluation, group, fixed, eager=False))
+
+
+def predict_dense(setting: Setting, schedule: Schedule, budget: int) -> Prediction:
+    """The reference: all tokens of all prompts, image by image, in eager PyTorch. Arguments as for the tree."""
+    sizes, counts, itemsize = setting.model.sizes, setting.counts, setting.itemsize
+    group = min(REFERENCE_TEST_BATCH, max(1, schedule.test_images))
+    evaluation = dense_inference(sizes, counts, group, itemsize)
+    fixed = buffers.learner_bytes(sizes, counts, itemsize)
+    return _predict(setting, schedule, budget, _Way(dense_step, evaluation, group, fixed, eager=True))
+
+
+def seconds_of_pass(cost: PassCost, device: Device, *, eager: bool = False) -> float:
+    """Predicted seconds of a pass on a device."""
+    return sum(device.seconds(op, cost.itemsize, eager=eager) for op in cost.operations)
+
+
+def largest_batch(fits: Callable[[int], bool]) -> int:
+    """The largest batch size for which ``fits(batch)`` holds, which no larger one does either; 0 if none."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high < MOST_IMAGES and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What differs between the engine and the reference."""
+
+    step: Callable[[TowerSizes, RowCounts, int, int], PassCost]
+    evaluation: PassCost  # of one pass over `test_batch` images
+    test_batch: int
+    fixed_bytes: int  # what a class list takes
+    eager: bool
+
+
+def _predict(setting: Setting, schedule: Schedule, budget: int, way: _Way) -> Prediction:
+    model, itemsize = setting.model, setting.itemsize
+
+    def cost_of(batch: int) -> PassCost:
+        return way.step(model.sizes, setting.counts, batch, itemsize)
+
+    def memory_of(cost: PassCost) -> Memory:
+        return Memory(
+            model.parameters * itemsize, way.fixed_bytes, cost.activation_bytes, setting.process_bytes
+        )
+
+    step = cost_of(setting.batch)
+    memory = memory_of(step)
+    step_seconds = seconds_of_pass(step, setting.device, eager=way.eager)
+    image_seconds = _image_seconds(setting, setting.batch, way.eager)
+    # As the reference's loader: an incomplete last batch is dropped, unless it is all there is.
+    steps = max(1, schedule.train_images // setting.batch) if schedule.train_images else 0
+    epoch_seconds = steps * (step_seconds + image_seconds)
+    passes = schedule.test_images / way.test_batch
+    pass_seconds = seconds_of_pass(way.evaluation, setting.device, eager=way.eager)
+    pass_seconds += _image_seconds(setting, way.test_batch, way.eager)
+    return Prediction(
+        step=step,
+        memory=memory,
+        step_seconds=step_seconds,
+        image_seconds=image_seconds,
+        epoch_seconds=epoch_seconds,
+        training_seconds=schedule.epochs * epoch_seconds,
+        evaluation_seconds=passes * pass_seconds,
+        largest_batch=largest_batch(lambda batch: memory_of(cost_of(batch)).total <= budget),
+        fits=memory.total <= budget,
+    )
+
+
+def _image_seconds(setting: Setting, batch: int, eager: bool) -> float:
+    """The image tower's FLOPs at the rate of products that fill the device; weights are read once."""
+    model = setting.model
+    encoder = RowKernel(
+        "image_encoder", model.parameters, flops=batch * model.image_flops, calls=model.image_launches
+    )
+    return setting.device.seconds(encoder, setting.itemsize, eager=eager)

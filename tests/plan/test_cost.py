@@ -1,0 +1,124 @@
+"""The cost model against what torch counts when the same things are really computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_clip
+from torch.utils.flop_counter import FlopCounterMode
+
+from cocoop_fast.benchmark import contestants as field
+from cocoop_fast.benchmark.problem import ProblemSpec, build_problem, imagenet_names
+from cocoop_fast.plan.cost import Product, RowKernel, dense_step, tree_inference, tree_step
+from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+
+
+def problem_of(*, layers=3, batch=2, classes=12):
+    return build_problem(ProblemSpec(imagenet_names(classes), batch=batch), tiny_clip(layers=layers))
+
+
+def sizes_of(problem):
+    return TowerSizes.of(problem.weights), RowCounts.of(problem.tree)
+
+
+def counted_products(action):
+    """FLOPs of the matrix products with weights that torch ran, attention's batched ones left out."""
+    with FlopCounterMode(display=False) as counter:
+        action()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(flops for op, flops in counts.items() if "bmm" not in str(op) and "attention" not in str(op))
+
+
+def learner_flops(problem, *, backward):
+    """Forward products of the Meta-Net; backward has the weights' gradients and one input gradient."""
+    e, d = problem.features.shape[1], problem.weights.width
+    forward = 2 * len(problem.features) * (e // 16) * (e + d)
+    inputs = 2 * len(problem.features) * (e // 16) * d
+    return forward + (forward + inputs if backward else 0)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+@pytest.mark.parametrize(
+    "batch", [2, 3]
+)  # torch takes the cosines of a single image for a product with a weight
+def test_the_products_of_the_tree_are_those_that_the_tower_computes(layers, batch):
+    problem = problem_of(layers=layers, batch=batch)
+    sizes, counts = sizes_of(problem)
+    model = field.BY_NAME["tree+torch"].build(problem).model
+    model.forward_features(problem.features, problem.labels)  # makes the constants
+    with torch.no_grad():
+        forward = counted_products(lambda: model.forward_features(problem.features, problem.labels))
+    step = counted_products(lambda: model.forward_features(problem.features, problem.labels).backward())
+    forward -= learner_flops(problem, backward=False)
+    step -= learner_flops(problem, backward=True)
+    assert forward == tree_inference(sizes, counts, batch).gemm_flops
+    assert step == tree_step(sizes, counts, batch).gemm_flops
+
+
+def test_the_flops_of_the_dense_reference_are_those_that_it_computes():
+    problem = problem_of(layers=2, batch=2)
+    sizes, counts = sizes_of(problem)
+    runner = field.BY_NAME["dense"].build(problem)
+    with FlopCounterMode(display=False) as counter:
+        runner.step()
+    assert dense_step(sizes, counts, 2).flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_what_autograd_keeps_of_a_dense_block_is_what_is_listed():
+    kept = {}
+    for layers in (2, 3):
+        problem = problem_of(layers=layers, batch=1)
+        model = field.BY_NAME["dense"].build(problem).model
+        frozen = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+        found = {}
+
+        def note(tensor, frozen=frozen, found=found):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in frozen:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            logits = model.logits(problem.features)
+        kept[layers] = sum(found.values())
+        del logits
+    sizes, counts = sizes_of(problem)
+    rows = counts.classes * sizes.context_length
+    statistics = rows * (4 + sizes.heads) * 4  # of both LayerNorms and the softmax, left out of the list
+    assert kept[3] - kept[2] - statistics == dense_step(sizes, counts, 1).saved_bytes / sizes.layers
+
+
+def test_rows_and_pairs_are_those_of_the_tree():
+    tree = problem_of().tree
+    counts = RowCounts.of(tree)
+    assert counts.rows == tree.rows
+    path_lengths = (tree.path >= 0).sum(dim=1)
+    assert counts.pairs == int((path_lengths + tree.n_ctx + 1).sum()) + sum(range(2, tree.n_ctx + 2))
+    assert counts.leaf_pairs == int((path_lengths[tree.leaves] + tree.n_ctx + 1).sum())
+    assert counts.tokens == int(path_lengths[tree.eot].sum())
+
+
+def test_a_step_launches_what_was_promised():
+    sizes = TowerSizes(12, 512, 2048, 8, 512, 77)
+    counts = RowCounts.of(problem_of().tree)
+    by_layer = [tree_step(TowerSizes(n, 512, 2048, 8, 512, 77), counts, 1).launches for n in (11, 12)]
+    assert by_layer[1] - by_layer[0] == 8 + 8  # forward and backward, products included
+    assert tree_step(sizes, counts, 1).launches < 12 * 16 + 30
+
+
+def test_costs_grow_with_the_batch_in_proportion():
+    sizes, counts = sizes_of(problem_of())
+    one, four = (tree_step(sizes, counts, batch) for batch in (1, 4))
+    assert four.gemm_flops == 4 * one.gemm_flops
+    assert four.saved_bytes == 4 * one.saved_bytes
+    assert four.launches == one.launches
+    assert tree_step(sizes, counts, 1, itemsize=2).bytes == one.bytes / 2
+
+
+def test_a_product_counts_its_factors_and_results():
+    product = Product(3, 5, 7)
+    assert (product.flops, product.elements, product.launches) == (2 * 3 * 5 * 7, 15 + 35 + 21, 1)
+    fused = Product(3, 5, 7, activation="of output", calls=2)
+    assert (fused.elements, fused.launches) == (2 * (15 + 35 + 42), 4)
+    assert not Product(3, 5, 7, activation="of output", backward=True).fused
+    assert RowKernel("copy", 10.0, calls=3).launches == 3

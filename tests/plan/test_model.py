@@ -1,0 +1,51 @@
+"""Architectures described without their weights."""
+
+from __future__ import annotations
+
+import logging
+
+import open_clip
+import pytest
+import torch
+
+from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.errors import UserError
+from cocoop_fast.plan.model import describe_model
+from cocoop_fast.plan.sizes import TowerSizes
+
+
+@pytest.mark.parametrize("name", ["RN50-quickgelu", "ViT-B-32-256"])
+def test_a_described_model_is_the_real_one(name):
+    described = describe_model(name)
+    real = open_clip.create_model(name, pretrained=None)
+    assert described.sizes == TowerSizes.of(FrozenCLIP(real).text_weights())
+    assert described.parameters == sum(parameter.numel() for parameter in real.parameters())
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+        size = FrozenCLIP(real).image_size
+        real.visual(torch.zeros(1, 3, size, size))
+    assert described.image_flops == counter.get_total_flops()
+    assert described.image_launches > 10
+
+
+def test_the_demo_model_is_described():
+    assert describe_model("demo").sizes.layers >= 2
+
+
+def test_nothing_is_said_about_missing_weights(caplog):
+    describe_model("ViT-B-32")
+    assert caplog.text == ""
+    assert not logging.root.manager.disable
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("ViT-B-61", "'ViT-B-61' is not an open_clip architecture; did you mean"),
+        ("hf-hub:somebody/something", "name the open_clip architecture itself"),
+        ("ViT-B-16-SigLIP", "whose text tower is EOT-pooled"),
+        ("roberta-ViT-B-32", "use a CLIP model of open_clip or OpenAI"),
+    ],
+)
+def test_a_model_that_cannot_be_planned_for_is_one_sentence(name, sentence):
+    with pytest.raises(UserError, match=sentence):
+        describe_model(name)
