@@ -16,7 +16,18 @@ from typing import Annotated
 
 import typer
 
-from cocoop_fast.cli import bench, datasets, evaluate, failures, output, predict, run_protocol, sweep, train
+from cocoop_fast.cli import (
+    bench,
+    datasets,
+    evaluate,
+    failures,
+    output,
+    plan,
+    predict,
+    run_protocol,
+    sweep,
+    train,
+)
 
 app = typer.Typer(
     name="cocoop-fast",
@@ -32,6 +43,7 @@ app.command("predict", epilog=predict.EPILOG)(predict.command)
 app.command("run", epilog=run_protocol.EPILOG)(run_protocol.command)
 app.command("sweep", epilog=sweep.EPILOG)(sweep.command)
 app.command("bench", epilog=bench.EPILOG)(bench.command)
+app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.add_typer(datasets.app, name="datasets")
 
 
