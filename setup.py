@@ -1,20 +1,25 @@
-"""Build of the C++ extension `cocoop_fast._C`, and the list of packages. All other metadata is in pyproject.toml.
+"""Build of the extensions `cocoop_fast._C` (C++) and `cocoop_fast._cuda` (CUDA C++), and the list of packages. All other
+metadata is in pyproject.toml.
 
-Without a working compiler the install succeeds and says in one line that the torch operations will be used (pip shows
-it with -v).
+Without a working compiler the install succeeds and says in one line that the torch operations will be used, and without
+nvcc that on a GPU the Triton kernels will be (pip shows these lines with -v).
 
 Environment:
-    COCOOP_FAST_NO_EXT=1       do not build the extension
-    COCOOP_FAST_REQUIRE_EXT=1  an extension that cannot be built is an error
-    CXX, CXXFLAGS, LDFLAGS     as everywhere
+    COCOOP_FAST_NO_EXT=1        build no extension
+    COCOOP_FAST_REQUIRE_EXT=1   a C++ extension that cannot be built is an error
+    COCOOP_FAST_CUDA=0 or 1     do not build the CUDA extension; or one that cannot be built is an error
+    CXX, CXXFLAGS, LDFLAGS, CUDACXX, CUDA_HOME     as everywhere
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,25 +42,33 @@ INSTRUCTION_SETS = {
 }
 
 
+CUDA_EXTENSION = "cocoop_fast._cuda"
+
+
 class NotBuilt(Exception):
     """Why the extension was not built."""
 
 
 class BuildExtension(build_ext):
-    """Compiles the sources in parallel, each with the flags that its name asks for."""
+    """Compiles the sources in parallel: of C++ each with the flags that its name asks for, of CUDA with nvcc."""
 
     def build_extension(self, ext: Extension) -> None:
         # Whatever an earlier build left here must not be packaged in place of what fails now.
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        cuda = ext.name == CUDA_EXTENSION
+        what = "CUDA" if cuda else "C++"
+        build = self.compile_and_link_cuda if cuda else self.compile_and_link
+        required = "COCOOP_FAST_CUDA" if cuda else "COCOOP_FAST_REQUIRE_EXT"
         try:
             if is_set("COCOOP_FAST_NO_EXT"):
                 raise NotBuilt("COCOOP_FAST_NO_EXT is set")
-            self.compile_and_link(ext)
+            build(ext)
         except NotBuilt as reason:
-            outcome = f"cocoop_fast: the C++ extension was not built ({reason})"
-            if is_set("COCOOP_FAST_REQUIRE_EXT"):
-                raise SystemExit(f"{outcome}, and COCOOP_FAST_REQUIRE_EXT is set") from reason
-            print(f"{outcome}; the torch operations will be used", file=sys.stderr, flush=True)
+            outcome = f"cocoop_fast: the {what} extension was not built ({reason})"
+            if is_set(required):
+                raise SystemExit(f"{outcome}, and {required} is set") from reason
+            instead = "on a GPU the Triton kernels" if cuda else "the torch operations"
+            say(f"{outcome}; {instead} will be used")
 
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:  # the same for an editable install
@@ -104,6 +117,58 @@ class BuildExtension(build_ext):
         except Exception as error:  # setuptools moves its CompileError and LinkError around
             raise NotBuilt(f"{error}; see the compiler's messages above") from error
 
+    def compile_and_link_cuda(self, ext: Extension) -> None:
+        if os.environ.get("COCOOP_FAST_CUDA") == "0":
+            raise NotBuilt("COCOOP_FAST_CUDA is 0")
+        try:
+            import pybind11
+        except ImportError:
+            raise NotBuilt("pybind11 is not installed") from None
+        toolkit = runpy.run_path("csrc/cuda/nvcc.py")
+        nvcc = toolkit["find_nvcc"]()
+        if nvcc is None:
+            raise NotBuilt(
+                "no nvcc: the CUDA toolkit is not installed, or neither CUDA_HOME nor PATH leads to it"
+            )
+
+        def run(*arguments: str) -> None:
+            command = [nvcc, "-ccbin", self.compiler.compiler_so_cxx[0], *arguments]
+            try:
+                subprocess.run(command, check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise NotBuilt(f"{error}; see the compiler's messages above") from error
+
+        try:
+            architectures = toolkit["architectures_of"](nvcc)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise NotBuilt(f"nvcc does not work: {error}") from error
+        if not architectures:
+            raise NotBuilt(f"{nvcc} compiles for none of {toolkit['ARCHITECTURES']}")
+        headers = ["-Icsrc", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        built_for = " ".join(map(str, architectures))
+        start = time.monotonic()
+
+        def compile_one(source: str) -> str:
+            target = Path(self.build_temp, "cuda", Path(source).stem + ".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            flags = [*toolkit["FLAGS"], *headers]
+            if source.endswith(".cu"):
+                flags += ["--threads", "0", *toolkit["code_flags"](architectures)]
+            else:
+                flags += [f"-DCOCOOP_FAST_CUDA_ARCHITECTURES={built_for}"]
+            run(*flags, "-c", source, "-o", str(target))
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, ext.sources))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        run("-shared", "--cudart", "static", *objects, "-o", str(library))
+        say(
+            f"cocoop_fast: the CUDA extension was built for compute capabilities {built_for} (PTX for later ones) "
+            f"in {time.monotonic() - start:.0f} s"
+        )
+
     def problem_compiling(self, code: str, flags: list[str]) -> str | None:
         """What the compiler says against `code` compiled and linked with `flags`; None if it succeeds."""
         with tempfile.TemporaryDirectory() as folder:
@@ -137,6 +202,10 @@ def packages_under(folder: str, name: str) -> list[str]:
     return [name, *(f"{name}.{below}" for below in find_packages(folder))]
 
 
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def is_set(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
 
@@ -148,13 +217,22 @@ setup(
         *packages_under("kernels", "cocoop_fast.kernels"),
     ],
     package_dir={"cocoop_fast.kernels": "kernels"},
+    # Optional: an editable install then accepts that one is not there.
     ext_modules=[
         Extension(
             "cocoop_fast._C",
             sources=["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
             language="c++",
-            optional=True,  # an editable install then accepts that it is not there
-        )
+            optional=True,
+        ),
+        Extension(
+            CUDA_EXTENSION,
+            sources=sorted(
+                str(path) for suffix in ("cu", "cpp") for path in Path("csrc/cuda").glob(f"*.{suffix}")
+            ),
+            language="c++",
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildExtension},
 )
