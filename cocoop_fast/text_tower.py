@@ -7,7 +7,8 @@ precedes, is a constant of the model and no row at all. What is exact about this
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,18 @@ from cocoop_fast.class_tree import ClassTree
 from cocoop_fast.clip import ClipModel, FrozenCLIP, text_module
 from cocoop_fast.cpu_tower import CpuTower
 from cocoop_fast.errors import UserError
+from cocoop_fast.gpu_tower import GpuTower, tower_on
 from cocoop_fast.ops.dispatch import Backend, select_backend
 from cocoop_fast.torch_tower import TorchTower
-from cocoop_fast.tower_rows import compute_constants, finish_block, project, qkv_rows
+from cocoop_fast.tower_rows import TowerConstants, compute_constants, finish_block, project, qkv_rows
 
-Tower = TorchTower | CpuTower
-TOWERS: dict[str, type[Tower]] = {"torch": TorchTower, "cpu": CpuTower}
+Tower = TorchTower | CpuTower | GpuTower
+TOWERS: dict[str, Callable[[TowerConstants], Tower]] = {
+    "torch": TorchTower,
+    "cpu": CpuTower,
+    "triton": partial(tower_on, "triton"),
+    "cuda": partial(tower_on, "cuda"),
+}
 
 # Without gradients nothing is kept, so images go through in groups of about this many rows: large enough for
 # full GEMM speed, small enough that a test batch of 100 images and 1000 classes needs no memory of its own.

@@ -30,7 +30,7 @@ ImageRows = Tensor | tuple[Tensor, Tensor]
 # Columns of a head that a program holds: the narrowest block that takes its size.
 HEAD_BLOCKS = (16, 32, 64, 128)
 # Bytes of such a block -> warps in forward and in backward: the fewest whose registers hold all on every target.
-WARPS = {32: (1, 2), 64: (1, 2), 128: (1, 4), 256: (4, 8), 512: (8, 8)}
+WARPS = {32: (1, 2), 64: (1, 2), 128: (1, 4), 256: (4, 4), 512: (8, 8)}
 
 # Partials are summed in blocks of so many partials and columns.
 SUM_PARTIALS, SUM_COLUMNS, SUM_WARPS = 32, 64, 4
@@ -59,7 +59,7 @@ def _row_pointers(row, columns, n_ctx, ctx, stride_ctx, node, stride_node):
 
 @triton.jit
 def _load_slots(row, n_ctx, sos, ctx, stride_ctx, node, stride_node, columns, inside):
-    """(SLOTS, BLOCK_D) keys or values of the rows; of SOS for row -1."""
+    """(KEYS, BLOCK_D) keys or values of the rows; of SOS for row -1."""
     of_rows = _row_pointers(row, columns, n_ctx, ctx, stride_ctx, node, stride_node)
     of_sos = sos + tl.zeros_like(row)[:, None] + columns[None, :]
     pointers = tl.where(row[:, None] < 0, of_sos, of_rows)
@@ -67,10 +67,12 @@ def _load_slots(row, n_ctx, sos, ctx, stride_ctx, node, stride_node, columns, in
 
 
 @triton.jit
-def _scores(q, k, visible, chunk, scale, QUERIES: tl.constexpr, SLOTS: tl.constexpr):
-    """(QUERIES, SLOTS) log2(e) q k / sqrt(D), and -inf for the keys that a query does not see."""
-    words = tl.load(visible + chunk * QUERIES + tl.arange(0, QUERIES))
-    seen = (words[:, None] >> tl.arange(0, SLOTS)[None, :]) & 1
+def _scores(
+    q, k, visible, begin, scale, QUERIES: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """(QUERIES, KEYS) log2(e) q k / sqrt(D), and -inf for the keys that a query does not see."""
+    words = tl.load(visible + begin // SLOTS * QUERIES + tl.arange(0, QUERIES))
+    seen = (words[:, None] >> (begin % SLOTS + tl.arange(0, KEYS))[None, :]) & 1
     return tl.where(seen == 1, _dot(q, tl.trans(k)) * (scale * 1.4426950408889634), float("-inf"))
 
 
@@ -111,6 +113,7 @@ def _tree_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr,
     SLOTS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     image = tl.program_id(1).to(tl.int64)
@@ -130,15 +133,16 @@ def _tree_attention_fwd_kernel(
     )  # fmt: skip
     q = tl.load(q_pointers, mask=asks, other=0.0)
 
-    # Softmax chunk by chunk. The first has SOS, which every query sees: from there on `highest` is finite.
+    # Softmax some keys at a time. The first are with SOS, which every query sees: from there on `highest` is finite.
     highest = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     result = tl.zeros((QUERIES, BLOCK_D), tl.float32)
-    for chunk in range(tl.load(tile_chunk + tile), tl.load(tile_chunk + tile + 1)):
-        row = tl.load(slot_row + chunk * SLOTS + tl.arange(0, SLOTS))
+    for begin in range(tl.load(tile_chunk + tile) * SLOTS, tl.load(tile_chunk + tile + 1) * SLOTS, KEYS):
+        slot = begin + tl.arange(0, KEYS)
+        row = tl.load(slot_row + slot)
         k = _load_slots(row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside)
         v = _load_slots(row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside)
-        scores = _scores(q, k, visible, chunk, scale, QUERIES, SLOTS)
+        scores = _scores(q, k, visible, begin, scale, QUERIES, SLOTS, KEYS)
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - higher[:, None])
         fade = tl.exp2(highest - higher)
@@ -152,12 +156,12 @@ def _tree_attention_fwd_kernel(
 
 @triton.jit
 def _slot_gradients(
-    weights, d_scores, q, d_o, k, row, chunk, image, rows_written, n_partials, width,
-    slot_partial, partials, dk, dv, stride_dkr, stride_dvr, columns, inside, SLOTS: tl.constexpr,
+    weights, d_scores, q, d_o, k, row, slot, image, rows_written, n_partials, width,
+    slot_partial, partials, dk, dv, stride_dkr, stride_dvr, columns, inside,
 ):  # fmt: skip
-    """Stores dk = d_scores^T q and dv = weights^T d_o of a chunk's slots; returns dq = d_scores k."""
+    """Stores dk = d_scores^T q and dv = weights^T d_o of these slots; returns dq = d_scores k."""
     d_scores = d_scores.to(q.dtype)
-    partial = tl.load(slot_partial + chunk * SLOTS + tl.arange(0, SLOTS))
+    partial = tl.load(slot_partial + slot)
     wanted = (row >= 0) & (row < rows_written)
     own = (wanted & (partial < 0))[:, None] & inside[None, :]
     shared = (wanted & (partial >= 0))[:, None] & inside[None, :]
@@ -228,6 +232,7 @@ def _tree_attention_bwd_kernel(
     BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr,
     SLOTS: tl.constexpr,
+    KEYS: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
 ):
     tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
@@ -255,35 +260,37 @@ def _tree_attention_bwd_kernel(
 
     # weights = softmax(scores), d_weights = d_o v^T, delta = sum_s weights d_weights,
     # d_scores = weights (d_weights - delta)
-    first, end = tl.load(tile_chunk + tile), tl.load(tile_chunk + tile + 1)
+    first, end = tl.load(tile_chunk + tile) * SLOTS, tl.load(tile_chunk + tile + 1) * SLOTS
     if ONE_CHUNK:
-        row = tl.load(slot_row + first * SLOTS + tl.arange(0, SLOTS))
+        slot = first + tl.arange(0, KEYS)
+        row = tl.load(slot_row + slot)
         k = _load_slots(row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside)
         v = _load_slots(row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside)
-        scores = _scores(q, k, visible, first, scale, QUERIES, SLOTS)
+        scores = _scores(q, k, visible, first, scale, QUERIES, SLOTS, KEYS)
         weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
         weights /= tl.sum(weights, axis=1)[:, None]
         d_weights = _dot(d_o_rows, tl.trans(v))
         delta = tl.sum(weights * d_weights, axis=1)
         d_q = _slot_gradients(
-            weights, weights * (d_weights - delta[:, None]) * scale, q, d_o_rows, k, row, first, image,
+            weights, weights * (d_weights - delta[:, None]) * scale, q, d_o_rows, k, row, slot, image,
             rows_written, n_partials, width, slot_partial, partials, dk, dv, stride_dkr, stride_dvr,
-            columns, inside, SLOTS,
+            columns, inside,
         )  # fmt: skip
     else:
-        # Once through the chunks for the softmax's sum and delta, and once more for the gradients.
+        # Once through the keys for the softmax's sum and delta, and once more for the gradients.
         highest = tl.full((QUERIES,), float("-inf"), tl.float32)
         total = tl.zeros((QUERIES,), tl.float32)
         delta = tl.zeros((QUERIES,), tl.float32)
-        for chunk in range(first, end):
-            row = tl.load(slot_row + chunk * SLOTS + tl.arange(0, SLOTS))
+        for begin in range(first, end, KEYS):
+            slot = begin + tl.arange(0, KEYS)
+            row = tl.load(slot_row + slot)
             k = _load_slots(
                 row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside
             )
             v = _load_slots(
                 row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside
             )
-            scores = _scores(q, k, visible, chunk, scale, QUERIES, SLOTS)
+            scores = _scores(q, k, visible, begin, scale, QUERIES, SLOTS, KEYS)
             higher = tl.maximum(highest, tl.max(scores, axis=1))
             weights = tl.exp2(scores - higher[:, None])
             fade = tl.exp2(highest - higher)
@@ -292,21 +299,22 @@ def _tree_attention_bwd_kernel(
             highest = higher
         delta /= total
         d_q = tl.zeros((QUERIES, BLOCK_D), tl.float32)
-        for chunk in range(first, end):
-            row = tl.load(slot_row + chunk * SLOTS + tl.arange(0, SLOTS))
+        for begin in range(first, end, KEYS):
+            slot = begin + tl.arange(0, KEYS)
+            row = tl.load(slot_row + slot)
             k = _load_slots(
                 row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside
             )
             v = _load_slots(
                 row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside
             )
-            scores = _scores(q, k, visible, chunk, scale, QUERIES, SLOTS)
+            scores = _scores(q, k, visible, begin, scale, QUERIES, SLOTS, KEYS)
             weights = tl.exp2(scores - highest[:, None]) / total[:, None]
             d_weights = _dot(d_o_rows, tl.trans(v))
             d_q += _slot_gradients(
-                weights, weights * (d_weights - delta[:, None]) * scale, q, d_o_rows, k, row, chunk, image,
+                weights, weights * (d_weights - delta[:, None]) * scale, q, d_o_rows, k, row, slot, image,
                 rows_written, n_partials, width, slot_partial, partials, dk, dv, stride_dkr, stride_dvr,
-                columns, inside, SLOTS,
+                columns, inside,
             )  # fmt: skip
 
     dq_pointers = dq + image * stride_dqb + query.to(tl.int64) * stride_dqr
@@ -407,7 +415,7 @@ class TreeAttention:
                 *inputs, o, plan.tile_query, plan.tile_chunk, plan.slot_row, plan.visible,
                 plan.n_ctx if self.all_rows else 0, plan.n_ctx, heads, head_size**-0.5,
                 *strides, o.stride(0), o.stride(1),
-                HEAD_SIZE=head_size, BLOCK_D=block, QUERIES=QUERIES, SLOTS=SLOTS,
+                HEAD_SIZE=head_size, BLOCK_D=block, QUERIES=QUERIES, SLOTS=SLOTS, KEYS=SLOTS,
                 num_warps=_warps(o.dtype, block)[0], num_stages=1,
             )  # fmt: skip
 
@@ -463,7 +471,8 @@ class TreeAttention:
                 plan.n_ctx if self.all_rows else 0, plan.n_ctx, heads, head_size**-0.5,
                 queries, rows, plan.partials, width,
                 grad_o.stride(0), grad_o.stride(1), *strides, dq.stride(0), dq.stride(1), *dkv_strides,
-                HEAD_SIZE=head_size, BLOCK_D=block, QUERIES=QUERIES, SLOTS=SLOTS, ONE_CHUNK=plan.one_chunk,
+                HEAD_SIZE=head_size, BLOCK_D=block, QUERIES=QUERIES, SLOTS=SLOTS,
+                KEYS=_backward_keys(plan.one_chunk), ONE_CHUNK=plan.one_chunk,
                 num_warps=_warps(grad_o.dtype, block)[1], num_stages=1,
             )  # fmt: skip
             summed = plan.summed_context if context_only else len(plan.summed_row)
@@ -550,6 +559,11 @@ def _head_block(width: int, heads: int) -> tuple[int, int]:
     raise ValueError(f"heads of {head_size} numbers: the kernels take at most {max(HEAD_BLOCKS)}")
 
 
+def _backward_keys(one_chunk: bool) -> int:
+    """How many keys go together: with the loop's own registers there are too few for a whole chunk."""
+    return SLOTS if one_chunk else SLOTS // 2
+
+
 def _warps(dtype: torch.dtype, block: int) -> tuple[int, int]:
     """Of the forward and the backward kernel."""
     return WARPS[block * dtype.itemsize]
@@ -574,7 +588,13 @@ def _variants() -> tuple[Variant, ...]:
         backward |= dict.fromkeys(("stride_dob", "stride_dor", *strides, *written), "i32")
         for head_size in (32, 64, 80, 128):
             _, block = _head_block(head_size, 1)
-            shape = {"HEAD_SIZE": head_size, "BLOCK_D": block, "QUERIES": QUERIES, "SLOTS": SLOTS}
+            shape = {
+                "HEAD_SIZE": head_size,
+                "BLOCK_D": block,
+                "QUERIES": QUERIES,
+                "SLOTS": SLOTS,
+                "KEYS": SLOTS,
+            }
             name = f"D={head_size}"
             forward_warps, backward_warps = _warps(storage, block)
             found.append(Variant(_tree_attention_fwd_kernel, name, dtype, forward, shape, forward_warps))
@@ -582,7 +602,7 @@ def _variants() -> tuple[Variant, ...]:
                 found.append(
                     Variant(
                         _tree_attention_bwd_kernel, name + ("" if one_chunk else ", chunks"), dtype, backward,
-                        {**shape, "ONE_CHUNK": one_chunk}, backward_warps,
+                        {**shape, "KEYS": _backward_keys(one_chunk), "ONE_CHUNK": one_chunk}, backward_warps,
                     )
                 )  # fmt: skip
         summing = {"partials": "*fp32", "summed_row": "*i32", "summed_start": "*i32", "dk": rows, "dv": rows}

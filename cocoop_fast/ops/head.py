@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocoop_fast.ops import cpu_kernels as cpu
-from cocoop_fast.ops.dispatch import select_backend
+from cocoop_fast.ops.dispatch import kernel_table, select_backend
 
 
 def cosine_logits_ref(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
@@ -40,10 +40,12 @@ def cosine_cross_entropy_ref(
         label: (B,) int64.
 
     Returns:
-        The scalar loss, and the logits (B, K), detached.
+        The scalar loss, in float32 where the features are narrower (there is no loss scale that a float16 loss could
+        bear), and the logits (B, K), detached.
     """
     logits = cosine_logits_ref(image_features, text_features, logit_scale)
-    return F.cross_entropy(logits, label), logits.detach()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, label), logits.detach()
 
 
 def cosine_cross_entropy(
@@ -51,8 +53,8 @@ def cosine_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """:func:`cosine_cross_entropy_ref` by the best backend.
 
-    The C++ kernels differentiate by the text features alone, each image having its own; where a gradient of the
-    image features or of the logit scale is wanted, the torch operations serve.
+    The kernels differentiate by the text features alone, each image having its own; where a gradient of the image
+    features or of the logit scale is wanted, the torch operations serve. On a GPU nothing waits for the device.
     """
     fixed = not (image_features.requires_grad or logit_scale.requires_grad)
     per_image = len(text_features) == len(image_features)
@@ -62,6 +64,12 @@ def cosine_cross_entropy(
         if chosen.name == "cpu":
             loss, logits = _CosineCrossEntropy.apply(
                 text_features, image_features, logit_scale.exp().item(), label
+            )
+            return loss, logits
+        if chosen.name in ("triton", "cuda"):
+            scale = logit_scale.float().exp().reshape(1)
+            loss, logits = _DeviceCosineCrossEntropy.apply(
+                text_features, image_features, scale, label, kernel_table(chosen.name)
             )
             return loss, logits
     return cosine_cross_entropy_ref(image_features, text_features, logit_scale, label)
@@ -90,3 +98,32 @@ class _CosineCrossEntropy(torch.autograd.Function):
         grad_text = torch.empty(text_features.shape)
         cpu.head_bwd(text_features, image, node.scale, logits, inverse_norms, grad_logits, grad_text)
         return grad_text, None, None, None
+
+
+class _DeviceCosineCrossEntropy(torch.autograd.Function):
+    """The same where scale, loss and its gradient stay on the device; all of them and the logits are float32."""
+
+    @staticmethod
+    def forward(
+        node: Any, text_features: Tensor, image_features: Tensor, scale: Tensor, label: Tensor, kernels: Any
+    ) -> tuple[Tensor, Tensor]:
+        batch, classes, _ = text_features.shape
+        image, label = image_features.contiguous(), label.to(torch.int64).contiguous()
+        logits, inverse_norms = scale.new_empty(2, batch, classes).unbind()
+        kernels.head_fwd(text_features, image, scale, logits, inverse_norms)
+        loss = torch.empty_like(scale)
+        kernels.cross_entropy_fwd(logits, label, loss)
+        node.kernels = kernels
+        node.save_for_backward(text_features, image, scale, logits, inverse_norms, label)
+        node.mark_non_differentiable(logits)
+        return loss.squeeze(0), logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(node: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+        text_features, image, scale, logits, inverse_norms, label = node.saved_tensors
+        grad_logits = torch.empty_like(logits)
+        node.kernels.cross_entropy_bwd(logits, label, grad_loss.reshape(1), grad_logits)
+        grad_text = torch.empty_like(text_features, memory_format=torch.contiguous_format)
+        node.kernels.head_bwd(text_features, image, scale, logits, inverse_norms, grad_logits, grad_text)
+        return grad_text, None, None, None, None
