@@ -97,7 +97,7 @@ def prompt_name(name: str) -> str:
 def named_classes(splits: Splits, where: str) -> tuple[tuple[str, ...], Splits]:
     """The class list of samples, and the samples with names as they enter a prompt.
 
-    Two classes may share a name: ImageNet's do.
+    Two classes may share a name, as a crane and a crane do in ImageNet.
 
     Args:
         where: the file or directory, for messages.

@@ -10,6 +10,7 @@ import json
 import os
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from miniature_sets import WNIDS, WRITERS, write_jpegs
@@ -174,6 +175,19 @@ WITH_SPLIT_FILE = [name for name in TRAINABLE if SETS[name].split]
 def test_all_fifteen_are_here():
     assert SETS.keys() == EXPECTED.keys() == WRITERS.keys() and len(SETS) == 15
     assert {record.reference_name: record.template for record in SETS.values()} == TEMPLATES
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_documented_table_is_true(name):
+    page = (Path(__file__).parents[3] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]
+    record = SETS[name]
+    parts = ", ".join(f"`{part.path}`" for part in record.parts)
+    counts = " / ".join(f"{count:,}" if count else "-" for count in record.counts)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:3] == [f"`{name}`", f"`{record.reference_name}`", f"`{record.folder}/`: {parts}"]
+    assert not record.split or cells[3] == f"`{record.split.path}`"
+    assert cells[4:] == [f"{record.classes:,}", counts, "torchvision" if record.download else "by hand"]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
