@@ -29,8 +29,9 @@ ImageRows = Tensor | tuple[Tensor, Tensor]
 
 # Columns of a head that a program holds: the narrowest block that takes its size.
 HEAD_BLOCKS = (16, 32, 64, 128)
-# Bytes of such a block -> warps in forward and in backward: the fewest whose registers hold all on every target.
-WARPS = {32: (1, 2), 64: (1, 2), 128: (1, 4), 256: (4, 4), 512: (8, 8)}
+# Bytes of such a block -> warps in forward, in backward with one chunk a tile, and with more: the fewest whose registers
+# hold everything on every target.
+WARPS = {32: (1, 2, 2), 64: (1, 2, 2), 128: (1, 4, 4), 256: (4, 8, 4), 512: (8, 8, 8)}
 
 # Partials are summed in blocks of so many partials and columns.
 SUM_PARTIALS, SUM_COLUMNS, SUM_WARPS = 32, 64, 4
@@ -473,7 +474,7 @@ class TreeAttention:
                 grad_o.stride(0), grad_o.stride(1), *strides, dq.stride(0), dq.stride(1), *dkv_strides,
                 HEAD_SIZE=head_size, BLOCK_D=block, QUERIES=QUERIES, SLOTS=SLOTS,
                 KEYS=_backward_keys(plan.one_chunk), ONE_CHUNK=plan.one_chunk,
-                num_warps=_warps(grad_o.dtype, block)[1], num_stages=1,
+                num_warps=_warps(grad_o.dtype, block)[1 if plan.one_chunk else 2], num_stages=1,
             )  # fmt: skip
             summed = plan.summed_context if context_only else len(plan.summed_row)
             if summed:
@@ -564,8 +565,8 @@ def _backward_keys(one_chunk: bool) -> int:
     return SLOTS if one_chunk else SLOTS // 2
 
 
-def _warps(dtype: torch.dtype, block: int) -> tuple[int, int]:
-    """Of the forward and the backward kernel."""
+def _warps(dtype: torch.dtype, block: int) -> tuple[int, int, int]:
+    """As WARPS has them."""
     return WARPS[block * dtype.itemsize]
 
 
@@ -596,13 +597,13 @@ def _variants() -> tuple[Variant, ...]:
                 "KEYS": SLOTS,
             }
             name = f"D={head_size}"
-            forward_warps, backward_warps = _warps(storage, block)
+            forward_warps, *backward_warps = _warps(storage, block)
             found.append(Variant(_tree_attention_fwd_kernel, name, dtype, forward, shape, forward_warps))
-            for one_chunk in (True, False):
+            for one_chunk, warps in zip((True, False), backward_warps, strict=True):
                 found.append(
                     Variant(
                         _tree_attention_bwd_kernel, name + ("" if one_chunk else ", chunks"), dtype, backward,
-                        {**shape, "KEYS": _backward_keys(one_chunk), "ONE_CHUNK": one_chunk}, backward_warps,
+                        {**shape, "KEYS": _backward_keys(one_chunk), "ONE_CHUNK": one_chunk}, warps,
                     )
                 )  # fmt: skip
         summing = {"partials": "*fp32", "summed_row": "*i32", "summed_start": "*i32", "dk": rows, "dv": rows}
