@@ -129,14 +129,13 @@ def _launch(kernel, u: Tensor, bias: Tensor | None, kind: str, result: Tensor) -
 
 def _variants() -> tuple[Variant, ...]:
     found = []
-    for kernel, result in ((_activation_fwd_kernel, "o"), (_activation_bwd_kernel, "dg")):
+    for kernel, result, initial in (
+        (_activation_fwd_kernel, "out", "o"),
+        (_activation_bwd_kernel, "dg", "dg"),
+    ):
         for dtype in STORAGE:
-            signature = {
-                "u": f"*{dtype}",
-                "bias": f"*{dtype}",
-                ("out" if result == "o" else result): f"*{dtype}",
-            }
-            strides = ("stride_ub", "stride_ur", f"stride_{result}b", f"stride_{result}r")
+            strides = ("stride_ub", "stride_ur", f"stride_{initial}b", f"stride_{initial}r")
+            signature = dict.fromkeys(("u", "bias", result), f"*{dtype}")
             signature |= dict.fromkeys(("per_image", "width", *strides), "i32")
             for kind in KINDS:
                 for has_bias in (False, True):

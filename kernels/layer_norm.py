@@ -1,11 +1,11 @@
 """LayerNorm over rows, with the addition of a bias and a residual before it, and its input gradient.
 
 One program owns one row, held in registers: forward reads the row once and takes the variance of the centred row.
-Memory traffic a row of d numbers of s bytes: forward 2 d s (x in, y out), with a bias 3 d s (x out as well), with
-a residual 4 d s; backward 3 d s, with accumulation 4 d s (dy, x, dx in; dx out). gamma, beta and the bias stay in the
-caches; the statistics are 8 bytes a row. Both are bound by memory: sixteen numbers a thread and one to four warps a row leave room for 32 rows on
-a multiprocessor, about 32 KB in flight in fp16. Predicted: 80 to 90 % of the memory's bandwidth from some ten thousand
-rows on, and below a thousand rows the time of a launch.
+Memory traffic a row of d numbers of s bytes: forward 2 d s (x in, y out), with a bias 3 d s (x out as well), with a
+residual 4 d s; backward 3 d s, with accumulation 4 d s (dy, x, dx in; dx out). gamma, beta and the bias stay in the
+caches; the statistics are 8 bytes a row. Both are bound by memory: sixteen numbers a thread and one to four warps a row
+leave room for 32 rows on a multiprocessor, about 32 KB in flight in fp16. Predicted: 80 to 90 % of the memory's
+bandwidth from some ten thousand rows on, and below a thousand rows the time of a launch.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ def test_cosine_logits(buffers, dtype, tolerance, batch, k, width, fp32_image):
     d_features = buffers.result(batch, k, width, dtype=dtype)
     head.head_bwd(features, image, scale, logits, inverse_norms, d_logits, d_features)
     assert_close(d_features, exact.grad, tolerance, "d_features")
+    head.head_bwd(features, image, scale, logits, inverse_norms, d_logits, features)
+    assert torch.equal(features, d_features)
 
 
 # One block of classes, one more than a block, several, a single class; one image and more.
