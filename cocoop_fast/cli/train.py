@@ -86,11 +86,18 @@ def command(
     model: Annotated[
         str | None,
         _option(
-            WHAT, "--model", help="open_clip architecture, or OpenAI's name such as ViT-B/16. Default: demo."
+            WHAT,
+            "--model",
+            help="open_clip architecture, OpenAI's name such as ViT-B/16, or hf-hub:OWNER/NAME. Default: demo.",
         ),
     ] = None,
     pretrained: Annotated[
-        str | None, _option(WHAT, "--pretrained", help="open_clip tag of the weights, or a local file.")
+        str | None,
+        _option(
+            WHAT,
+            "--pretrained",
+            help="open_clip tag of the weights, hf-hub:OWNER/NAME, or a file of open_clip or OpenAI.",
+        ),
     ] = None,
     ctx_init: Annotated[
         str | None,

@@ -17,7 +17,8 @@ from cocoop_fast.config import DataConfig, Method, PromptConfig, RunConfig, Subs
 from cocoop_fast.data import Dataset, load_dataset
 from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.data.check import check_images
-from cocoop_fast.data.few_shot import sample_shots, select_classes
+from cocoop_fast.data.few_shot import select_classes
+from cocoop_fast.data.few_shot_files import few_shot_sample, write_few_shot
 from cocoop_fast.data.transforms import Normalize, TrainTransform
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.classifier import PromptClassifier
@@ -25,11 +26,12 @@ from cocoop_fast.evaluation.evaluate import Features, encode_test_images, evalua
 from cocoop_fast.evaluation.feature_cache import TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics, harmonic_mean
 from cocoop_fast.load_clip import LoadedClip, load_clip
-from cocoop_fast.methods import build_model
+from cocoop_fast.methods import LinearProbe, build_model, knows_other_classes
 from cocoop_fast.model import PromptedCLIP
 from cocoop_fast.training import checkpoint, reference_checkpoint, rng
 from cocoop_fast.training.checkpoint import Checkpoint
 from cocoop_fast.training.observer import EvaluationInfo, Observer, Observers, RunInfo
+from cocoop_fast.training.probe import fit_probe
 from cocoop_fast.training.recipe import resolve, with_method
 from cocoop_fast.training.run_directory import RunDirectory, check_same_run, open_run, read_run
 from cocoop_fast.training.run_log import RunLog
@@ -101,6 +103,7 @@ def run(
     plans = [resolved] + [
         resolve(with_method(config, method, output_dir / method), dataset) for method in others
     ]
+    _refuse_untrainable(plans, dataset)
     material = _Material(resolved, dataset, observer, shared)
     if overwrite or any(RunDirectory(cast(Path, plan.output_dir)).results() is None for plan in plans):
         material.check([plan.prompt for plan in plans])
@@ -115,6 +118,15 @@ def run(
             {**(directories[0].results() or {}), "rows": [row.to_mapping() for row in rows]}
         )
     return Results(tuple(rows), output_dir)
+
+
+def _refuse_untrainable(plans: list[RunConfig], dataset: Dataset) -> None:
+    learners = [plan.prompt.method for plan in plans if plan.optim.epochs]
+    if learners and dataset.test_only:
+        raise UserError(
+            f"{dataset.name} has test images only, so {learners[0]} cannot be trained on it; train on another data set "
+            "and evaluate there, or use --method zeroshot."
+        )
 
 
 def evaluate_run(
@@ -151,7 +163,8 @@ def evaluate_run(
         config = replace(config, data=data, prompt=replace(config.prompt, template=template))
     if reference_checkpoint is not None:
         return evaluate_reference(config, reference_checkpoint, subset=subset, observer=observer)
-    return _evaluate(config, newest.parameters, str(run_dir), subset, observer, shared)
+    trained = tuple(newest.classnames)
+    return _evaluate(config, newest.parameters, str(run_dir), subset, observer, shared, trained)
 
 
 def evaluate_reference(
@@ -189,9 +202,14 @@ class _Material:
         return load_clip(config) if self._shared is None else self._shared.clip(config)
 
     @cached_property
+    def drawn(self) -> Dataset:
+        """All classes, few-shot sampled."""
+        return few_shot_sample(self._dataset, self._config.data, self._config.seed, self._observer.on_message)
+
+    @cached_property
     def sampled(self) -> Dataset:
-        """All classes, few-shot sampled, its images checked. Validation images are not used."""
-        sampled = sample_shots(self._dataset, self._config.data.shots, self._config.seed)
+        """The same with only the images that are used, checked. Validation images are not used."""
+        sampled = self.drawn
         subset = self._config.data.subset
         used = select_classes(sampled, subset)
         shown = {sample.source for sample in used.train}
@@ -221,7 +239,7 @@ class _Material:
     def check(self, prompts: list[PromptConfig]) -> None:
         """Find whatever is wrong with model, images, prompts and class names before anything is written."""
         for prompt in prompts:
-            for subset in self.subsets:
+            for subset in self.tested(prompt):
                 self.model(prompt, subset)
 
     def model(self, prompt: PromptConfig, subset: Subset) -> PromptedCLIP:
@@ -233,6 +251,16 @@ class _Material:
     def subsets(self) -> tuple[Subset, ...]:
         """Sets of classes to evaluate on."""
         return ("base", "new") if self._config.data.subset == "base" else (self._config.data.subset,)
+
+    def tested(self, prompt: PromptConfig) -> tuple[Subset, ...]:
+        """Those of them that a method can be evaluated on."""
+        return self.subsets if knows_other_classes(prompt) else (self._config.data.subset,)
+
+    @property
+    def validation(self) -> Dataset:
+        """The few-shot validation images of the classes that are trained on; none if they are the test images."""
+        classes = select_classes(self.drawn, self._config.data.subset)
+        return classes.with_splits(train=(), test=(), val=() if classes.val_is_test else classes.val)
 
     def classes(self, subset: Subset) -> Dataset:
         """The data of one set of classes, relabelled."""
@@ -273,16 +301,20 @@ def _run_method(config: RunConfig, directory: RunDirectory, material: _Material,
         return Row.from_mapping(finished["rows"][0])
     observer = Observers(RunLog(directory.path, config.print_freq, config.data.subset), observer)
     train = material.classes(config.data.subset)
+    if config.data.shots and not train.test_only:
+        write_few_shot(directory.few_shot, material.drawn, config.data.shots, config.seed)
     rng.seed_everything(config.seed)
     model = material.model(config.prompt, config.data.subset)
-    optimizer, seconds = _train(config, directory, model, train, material.clip, observer)
+    optimizer, seconds = _train(config, directory, model, train, material, observer)
     learned = checkpoint.learned_parameters(model)
-    metrics = _measure(config, material, learned, str(directory.path), material.subsets, observer)
-    if learned:
+    subsets = material.tested(config.prompt)
+    metrics = _measure(config, material, learned, str(directory.path), subsets, observer)
+    if "ctx" in learned:
         accuracy = metrics[config.data.subset].accuracy
         reference_checkpoint.save(directory.prompt_learner, model, config.optim, optimizer, accuracy)
     row = _row(config, metrics, seconds)
-    directory.write_results({"rows": [row.to_mapping()], "evaluations": _summaries(metrics)})
+    evaluations = {subset: one.summary() for subset, one in metrics.items()}
+    directory.write_results({"rows": [row.to_mapping()], "evaluations": evaluations})
     observer.on_run_end(directory.path)
     return row
 
@@ -292,11 +324,11 @@ def _train(
     directory: RunDirectory,
     model: PromptClassifier,
     train: Dataset,
-    clip: LoadedClip,
+    material: _Material,
     observer: Observer,
 ) -> tuple[dict[str, Any], float]:
     """Train from the newest checkpoint, or from the start. Returns the optimizer's state and the seconds."""
-    mapping = to_mapping(config)
+    mapping, clip = to_mapping(config), material.clip
     size = sum(parameter.numel() for parameter in model.prompt_learner.parameters())
     fingerprint = _fingerprint(train)
     batches = TrainBatches(
@@ -363,6 +395,8 @@ def _train(
         observer.on_checkpoint(checkpoint.save(directory.checkpoints, state))
 
     if resumed is None:
+        if isinstance(model, LinearProbe):
+            trainer.seconds = fit_probe(model, clip, train, material.validation, config, observer)
         save()  # a directory that cannot be written is noticed now, and zero-shot CLIP has its class names
     trainer.fit(save=save, save_every=config.checkpoint_steps)
     observer.on_training_end(trainer.seconds)
@@ -385,6 +419,7 @@ def _evaluate(
     subset: Subset | None,
     observer: Observer | None,
     shared: Shared | None = None,
+    trained: tuple[str, ...] | None = None,
 ) -> dict[str, Metrics]:
     observer = observer or Observer()
     if shared is None:
@@ -395,7 +430,14 @@ def _evaluate(
     if subset is not None:
         config = replace(config, data=replace(config.data, subset=subset))
     material = _Material(config, dataset, observer, shared)
-    subsets = material.subsets if subset is None else (subset,)
+    subsets = material.tested(config.prompt) if subset is None else (subset,)
+    if trained is not None and not knows_other_classes(config.prompt):
+        for one in subsets:
+            if select_classes(dataset, one).classnames != trained:
+                raise UserError(
+                    f"What this {config.prompt.method} model learned belongs to the {len(trained)} classes that it "
+                    f"was trained on, so it cannot be evaluated on {one} classes of {dataset.name}."
+                )
     return _measure(config, material, parameters, where, subsets, observer)
 
 
@@ -446,14 +488,6 @@ def _row(config: RunConfig, metrics: dict[str, Metrics], seconds: float) -> Row:
         train_seconds=seconds,
         output_dir=cast(Path, config.output_dir),
     )
-
-
-def _summaries(metrics: dict[str, Metrics]) -> dict[str, dict[str, Any]]:
-    """Metrics for ``results.json``, without the confusion matrix (a million numbers for ImageNet)."""
-    return {
-        subset: {name: value for name, value in one.to_mapping().items() if name != "confusion"}
-        for subset, one in metrics.items()
-    }
 
 
 def _fingerprint(dataset: Dataset) -> str:

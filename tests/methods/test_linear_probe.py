@@ -97,7 +97,10 @@ def test_a_run(tmp_path, monkeypatch):
     assert set(load_newest(tmp_path / "run" / "checkpoints").parameters) == {"weight", "bias"}
     assert not (tmp_path / "run" / "prompt_learner").exists()
     assert experiment.evaluate_run(tmp_path / "run")["base"].accuracy == row.base
-    with pytest.raises(UserError, match="cannot be evaluated on new classes"):
+    with pytest.raises(
+        UserError,
+        match="5 classes that it was trained on, so it cannot be evaluated on new classes of digits",
+    ):
         experiment.evaluate_run(tmp_path / "run", subset="new")
     assert len(Predictor.from_run(tmp_path / "run").classnames) == 5
 
@@ -113,5 +116,5 @@ def test_contexts_of_single_classes_are_tested_on_them_alone(tmp_path, monkeypat
     )
     (row,) = experiment.run(config).rows
     assert row.base is not None and row.new is None
-    with pytest.raises(UserError, match="cannot be evaluated on all classes"):
+    with pytest.raises(UserError, match="cannot be evaluated on all classes of digits"):
         experiment.evaluate_run(tmp_path / "run", subset="all")
