@@ -162,6 +162,32 @@ class ClassTree:
         self.parent, self.depth, self.above = _tensors(parent, depth, above)
         self.subtree_end, self.eot = _tensors(_subtree_ends(parent), index[eot])
 
+    def subtree(self, nodes: Tensor) -> ClassTree:
+        """The tree of those classes whose EOT is among some of the nodes. Its context vectors are those of this tree.
+
+        Args:
+            nodes: (n,) int64, ascending; with each node also its ancestors.
+        """
+        part = ClassTree.__new__(ClassTree)
+        part.n_slots, part.class_specific = self.n_slots, self.class_specific
+        part.n_ctx, part.sos, part.constants = self.n_ctx, self.sos, self.constants
+        index = torch.full((len(self) + 1,), -1)  # the last entry serves parent -1
+        index[nodes] = torch.arange(len(nodes))
+        part.token, part.slot, part.depth, part.above = (
+            column[nodes] for column in (self.token, self.slot, self.depth, self.above)
+        )
+        part.parent = index[self.parent[nodes]]
+        (part.subtree_end,) = _tensors(_subtree_ends(part.parent.numpy()))
+        eot = index[self.eot]
+        part.eot = eot[eot >= 0]
+        part.n_classes = len(part.eot)
+        return part
+
+    def ancestors(self, nodes: Tensor) -> Tensor:
+        """The nodes and all that lie above them, ascending."""
+        rows = self.path[nodes]
+        return rows[rows >= 0].unique()
+
     def __len__(self) -> int:
         """N, the number of nodes."""
         return len(self.token)

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip import Affine, TextBlock
+from cocoop_fast.clip import Affine, TextBlock, TextWeights
 from cocoop_fast.cpu_linear import FrozenLinear, LibraryLinear, frozen_linear
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops import cpu_kernels as cpu
+from cocoop_fast.tower_buffers import Buffers, Statistics
 from cocoop_fast.tower_rows import TowerConstants
 
 # Rows that go together from one attention to the next. Fewer, and each weight is read too often; more, and the widest
@@ -42,19 +43,17 @@ class CpuTower:
 
     Args:
         constants: what the model and the class list fix.
+        workspace: of another tower over the same weights, to share its memory. Default: a new one.
     """
 
-    def __init__(self, constants: TowerConstants) -> None:
+    def __init__(self, constants: TowerConstants, workspace: Workspace | None = None) -> None:
         self.constants = constants
         tree = constants.tree
         self.all_rows = cpu.TreeAttention(tree)
         self.eot_rows = cpu.TreeAttention(tree, queries=tree.leaves)
         self.leaf_rows = tree.n_ctx + tree.leaves  # among the R rows of an image
-        blocks = constants.weights.blocks
-        self.linears = [_block_linears(block, layer, len(blocks) - 1) for layer, block in enumerate(blocks)]
-        self.scratch = Buffers()
-        self.free: list[Activations] = []  # sets of saved activations that no graph needs any more
-        self.lock = threading.Lock()  # the scratch buffers serve one pass at a time
+        self.workspace = workspace or Workspace(constants.weights)
+        self.linears, self.scratch = self.workspace.linears, self.workspace.scratch
 
     def encode(self, ctx: Tensor) -> Tensor:
         """(B, M, d) contexts to (B, Q, E) text features of the tree's leaves."""
@@ -62,16 +61,31 @@ class CpuTower:
         if torch.is_grad_enabled() and ctx.requires_grad:
             features: Tensor = _Encode.apply(ctx, self)
             return features
-        with self.lock, torch.no_grad(), _float32():
+        with self.workspace.lock, torch.no_grad(), _float32():
             return _forward(self, ctx, Activations(self, len(ctx), self.scratch))
 
-    def borrow(self, batch: int) -> Activations:
-        """A set of buffers for the activations of `batch` images, to be kept until backward is done."""
-        while self.free:
-            activations = self.free.pop()
-            if activations.batch == batch:
-                return activations
-        return Activations(self, batch)
+    def for_part(self, constants: TowerConstants) -> CpuTower:
+        """A tower of the same weights for another tree, which uses the same memory."""
+        return CpuTower(constants, self.workspace)
+
+
+class Workspace:
+    """What towers over the same weights share: the linear layers, and the memory of their passes."""
+
+    def __init__(self, weights: TextWeights) -> None:
+        last = len(weights.blocks) - 1
+        self.linears = [_block_linears(block, layer, last) for layer, block in enumerate(weights.blocks)]
+        self.scratch = CpuBuffers()
+        self.free: list[
+            list[CpuBuffers]
+        ] = []  # by layer: memory of saved activations that no graph needs any more
+        self.lock = threading.Lock()  # the scratch buffers serve one pass at a time
+
+    def borrow(self) -> Lease:
+        """Memory for the activations of a pass, to be kept until its backward is done."""
+        return Lease(
+            self, self.free.pop() if self.free else [CpuBuffers() for _ in range(len(self.linears) + 1)]
+        )
 
 
 @dataclass(frozen=True)
@@ -103,13 +117,15 @@ def _block_linears(block: TextBlock, layer: int, last: int) -> BlockLinears:
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(node: Any, ctx: Tensor, tower: CpuTower) -> Tensor:
-        activations = tower.borrow(len(ctx))
-        with tower.lock, _float32():
+        lease = tower.workspace.borrow()
+        activations = Activations(tower, len(ctx), lease.memory)
+        with tower.workspace.lock, _float32():
             features = _forward(tower, ctx, activations)
-        # Autograd drops a saved tensor as soon as the graph is done with: its owner then gives the buffers back.
+        # Autograd drops a saved tensor as soon as the graph is done with: its lease then gives the memory back.
         owner = torch.empty(0)
-        owner.lease = _Lease(tower, activations)  # type: ignore[attr-defined]
+        owner.lease = lease  # type: ignore[attr-defined]
         node.save_for_backward(owner)
+        node.tower, node.activations = tower, activations
         return features
 
     @staticmethod
@@ -119,10 +135,9 @@ class _Encode(torch.autograd.Function):
                 "The CPU engine has no second derivative (create_graph=True); "
                 "build the model with backend='torch' for it."
             )
-        (owner,) = node.saved_tensors
-        lease: _Lease = owner.lease
-        with lease.tower.lock, _float32():
-            return _backward(lease.tower, grad_features, lease.activations), None
+        _ = node.saved_tensors  # torch refuses a second backward over a graph that was not retained
+        with node.tower.workspace.lock, _float32():
+            return _backward(node.tower, grad_features, node.activations), None
 
 
 def _float32() -> torch.autocast:
@@ -130,38 +145,25 @@ def _float32() -> torch.autocast:
     return torch.autocast("cpu", enabled=False)
 
 
-class _Lease:
-    """Gives a set of activation buffers back to its tower when the last reference to it goes."""
+class Lease:
+    """Memory of a workspace, given back when the last reference to the lease goes."""
 
-    def __init__(self, tower: CpuTower, activations: Activations) -> None:
-        self.tower, self.activations = tower, activations
+    def __init__(self, workspace: Workspace, memory: list[CpuBuffers]) -> None:
+        self._workspace, self.memory = workspace, memory
 
     def __del__(self) -> None:
-        self.tower.free.append(self.activations)
+        self._workspace.free.append(self.memory)
 
 
-class Buffers:
-    """Named float32 buffers that grow when they must, and are otherwise the same memory again and again."""
+class CpuBuffers(Buffers):
+    """Float32 buffers on the CPU."""
 
     def __init__(self) -> None:
-        self._storage: dict[str, Tensor] = {}
-
-    def get(self, name: str, *shape: int) -> Tensor:
-        """A contiguous view of the named buffer; its content is whatever was there."""
-        size = 1
-        for extent in shape:
-            size *= extent
-        storage = self._storage.get(name)
-        if storage is None or storage.numel() < size:
-            storage = self._storage[name] = torch.empty(size)
-        return storage[:size].view(shape)
+        super().__init__(torch.float32, torch.device("cpu"))
 
     def get_rows(self, name: str, rows: int, width: int) -> Tensor:
         """A (rows, width) view whose rows lie as a linear layer reads them fastest."""
         return self.get(name, rows, width + ROW_PADDING)[:, :width]
-
-
-Statistics = tuple[Tensor, Tensor]
 
 
 class LayerActivations:
@@ -185,21 +187,24 @@ class Activations:
     Args:
         tower: gives the sizes.
         batch: B.
-        shared: for a pass without backward: buffers that all layers use in turn. Otherwise each has its own.
+        memory: for a pass without backward buffers that all layers use in turn; else one for each layer, and one
+            for what follows them.
     """
 
-    def __init__(self, tower: CpuTower, batch: int, shared: Buffers | None = None) -> None:
+    def __init__(self, tower: CpuTower, batch: int, memory: CpuBuffers | list[CpuBuffers]) -> None:
         w = tower.constants.weights
         self.batch = batch
-        self.keeps = shared is None
+        self.keeps = isinstance(memory, list)
         leaves = batch * len(tower.leaf_rows)
-        self.x_out = (shared or Buffers()).get("x_leaf", leaves, w.width)
+        *of_layers, of_end = memory if isinstance(memory, list) else [memory] * (len(w.blocks) + 1)
+        self.x_out = of_end.get("x_leaf", leaves, w.width)
         self.stats_out = _statistics(leaves)
         self.layers = [
-            self._layer(tower, layer, block, shared or Buffers()) for layer, block in enumerate(w.blocks)
+            self._layer(tower, layer, block, own)
+            for layer, (block, own) in enumerate(zip(w.blocks, of_layers, strict=True))
         ]
 
-    def _layer(self, tower: CpuTower, layer: int, block: TextBlock, own: Buffers) -> LayerActivations:
+    def _layer(self, tower: CpuTower, layer: int, block: TextBlock, own: CpuBuffers) -> LayerActivations:
         c, batch, d = tower.constants, self.batch, tower.constants.weights.width
         first, last = layer == 0, layer == len(c.weights.blocks) - 1
         rows = batch * (c.tree.n_ctx if first else c.tree.rows)
@@ -265,7 +270,7 @@ def _forward(tower: CpuTower, ctx: Tensor, acts: Activations) -> Tensor:
     return features.view(batch, -1, features.shape[1])
 
 
-def _layer_norm(s: Buffers, x: Tensor, norm: Affine, stats: Statistics, panel: slice) -> Tensor:
+def _layer_norm(s: CpuBuffers, x: Tensor, norm: Affine, stats: Statistics, panel: slice) -> Tensor:
     """LN(x) of the panel."""
     rows = x[panel]
     normed = s.get_rows("h", *rows.shape)
@@ -281,7 +286,7 @@ def _project_qkv(tower: CpuTower, acts: Activations, layer: int, panel: slice) -
     tower.linears[layer].qkv.forward(normed, a.qkv[panel])
 
 
-def _project_leaf_queries(s: Buffers, a: LayerActivations, ln_1: Affine, leaf_q: FrozenLinear) -> None:
+def _project_leaf_queries(s: CpuBuffers, a: LayerActivations, ln_1: Affine, leaf_q: FrozenLinear) -> None:
     """q = W_q LN_1(x) + b_q of the EOT rows, which x_mid holds until attention is added to it."""
     assert isinstance(a.q, Tensor)
     normed = _layer_norm(s, a.x_mid, ln_1, a.stats_q, slice(0, len(a.x_mid)))

@@ -20,6 +20,7 @@ from cocoop_fast.cpu_tower import CpuTower
 from cocoop_fast.errors import UserError
 from cocoop_fast.gpu_tower import GpuTower, tower_on
 from cocoop_fast.ops.dispatch import Backend, select_backend
+from cocoop_fast.streaming import MemoryBudget, encode_in_pieces
 from cocoop_fast.torch_tower import TorchTower
 from cocoop_fast.tower_rows import TowerConstants, compute_constants, finish_block, project, qkv_rows
 
@@ -31,10 +32,6 @@ TOWERS: dict[str, Callable[[TowerConstants], Tower]] = {
     "cuda": partial(tower_on, "cuda"),
 }
 
-# Without gradients nothing is kept, so images go through in groups of about this many rows: large enough for
-# full GEMM speed, small enough that a test batch of 100 images and 1000 classes needs no memory of its own.
-ROWS_PER_INFERENCE_PASS = 8192
-
 
 class TreeTextEncoder(nn.Module):
     """Text features of K prompts for B contexts, sharing every row that is shared.
@@ -45,14 +42,25 @@ class TreeTextEncoder(nn.Module):
         backend: "auto" or the name of a backend of :mod:`cocoop_fast.ops.dispatch`. Trees of other than the
             standard shape, and deep prompts, are always computed by "torch"; a warning says so where another
             backend was named.
+        memory_budget: bytes, or text like "256MB", for all that a step allocates above the loaded model. What does
+            not fit goes through the tower in pieces, see :mod:`cocoop_fast.streaming`. None: most of what is free.
 
     Raises:
-        UserError: an unsupported text tower or backend, or a tree that does not fit the tower's context length.
+        UserError: an unsupported text tower or backend, a tree that does not fit the tower's context length, or a
+            budget that is no amount of memory.
     """
 
-    def __init__(self, clip_model: ClipModel, tree: ClassTree, *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        clip_model: ClipModel,
+        tree: ClassTree,
+        *,
+        backend: str = "auto",
+        memory_budget: int | str | None = None,
+    ) -> None:
         super().__init__()
         self.frozen = FrozenCLIP(clip_model)
+        self.memory = MemoryBudget(memory_budget)
         self._explicit_backend = backend
         self.set_tree(tree)
         if not tree.is_standard and backend not in ("auto", self.backend.name):
@@ -94,14 +102,29 @@ class TreeTextEncoder(nn.Module):
         rows = [one.flatten(-3, -2) if self.tree.class_specific else one for one in (ctx, *deep)]
         rows = rows if batched else [one[None] for one in rows]
         tower = self._current_tower(deep=bool(deep))
-        if torch.is_grad_enabled() and any(one.requires_grad for one in rows):
-            leaves = _encode(tower, rows)
-        else:
-            group = max(1, ROWS_PER_INFERENCE_PASS // self.tree.rows)
-            parts = zip(*(one.split(group) for one in rows), strict=True)
-            leaves = torch.cat([_encode(tower, part) for part in parts])
-        features = leaves[:, tower.constants.leaf_of_class]
+        features = encode_in_pieces(tower, rows, self.memory)[:, tower.constants.leaf_of_class]
         return features if batched else features[0]
+
+    def encode_classes(self, ctx: Tensor, classes: Tensor) -> Tensor:
+        """Encode the prompts of some classes alone.
+
+        Args:
+            ctx: (B, M, d) or (B, K, M, d) context vectors, as in :meth:`forward`.
+            classes: (n,) int64, ascending.
+
+        Returns:
+            (B, n, E) text features, not normalised.
+        """
+        rows = [ctx.flatten(-3, -2) if self.tree.class_specific else ctx]
+        tower = self._current_tower(deep=False)
+        leaves = self.tree.leaf_of_class[classes.cpu()]
+        part = self.tree.subtree(self.tree.ancestors(self.tree.leaves[leaves.unique()]))
+        constants = tower.constants.part(part)
+        features = encode_in_pieces(tower.for_part(constants), rows, self.memory)
+        # The subtree has every class that ends in one of its leaves: of duplicate names, those not asked for too.
+        kept = torch.isin(self.tree.leaf_of_class, leaves.unique()).nonzero()[:, 0]
+        asked = torch.searchsorted(kept, classes.cpu()).to(features.device)
+        return features[:, constants.leaf_of_class[asked]]
 
     def extra_repr(self) -> str:
         return f"{self.tree}, backend={self.backend.name}"
@@ -164,12 +187,6 @@ class TreeTextEncoder(nn.Module):
         if self._deep_tower is None:
             self._deep_tower = TorchTower(self._tower.constants)
         return self._deep_tower
-
-
-def _encode(tower: Tower, rows: Sequence[Tensor]) -> Tensor:
-    """A context, and its deep prompts if there are any, to the features of the leaves."""
-    ctx, *deep = rows
-    return tower.encode(ctx, deep) if isinstance(tower, TorchTower) else tower.encode(ctx)
 
 
 class TextEncoder(nn.Module):

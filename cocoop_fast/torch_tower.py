@@ -30,6 +30,10 @@ class TorchTower:
     def __init__(self, constants: TowerConstants) -> None:
         self.constants = constants
 
+    def for_part(self, constants: TowerConstants) -> TorchTower:
+        """A tower of the same weights for another tree."""
+        return TorchTower(constants)
+
     def encode(self, ctx: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
         """(B, S, d) contexts to (B, K', E) text features of the tree's leaves.
 

@@ -57,8 +57,6 @@ class TowerConstants:
     learnable: Tensor  # (S,) rows that are context vectors
     slots: Tensor  # (S,) which ones
     positions: Tensor  # (S, d) their position embeddings
-    node_rows: Tensor  # (T, d) layer-0 input of the tokens: token + position embedding
-    node_qkv: tuple[Tensor, Tensor, Tensor]  # (T, H, D) each: layer 0's query, key, value of the tokens
     fixed_kv: tuple[
         tuple[Tensor, Tensor], ...
     ]  # (1 + C, H, D): key and value of SOS and the constants, by layer
@@ -66,32 +64,57 @@ class TowerConstants:
     leaf_of_class: Tensor  # (K,)
 
     @cached_property
+    def node_rows(self) -> Tensor:
+        """(T, d): layer-0 input of the tokens, token + position embedding."""
+        tokens = self.tree.slot < 0
+        return _embed(self.weights, self.tree.token[tokens], _node_places(self.tree)[tokens])
+
+    @cached_property
+    def node_qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, H, D) each: layer 0's query, key and value of the tokens."""
+        with torch.no_grad(), torch.autocast(self.weights.device.type, enabled=False):
+            return qkv_rows(self.node_rows, self.weights.blocks[0], self.weights.heads)
+
+    def part(self, tree: ClassTree) -> TowerConstants:
+        """The same for a subtree of the tree, by :meth:`ClassTree.subtree`."""
+        return compute_constants(self.weights, tree, self.fixed_kv)
+
+    @cached_property
     def sos_kv(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """(H, D) key and value of SOS in each layer."""
         return tuple((k[0], v[0]) for k, v in self.fixed_kv)
 
 
-def compute_constants(weights: TextWeights, tree: ClassTree) -> TowerConstants:
-    """Evaluate the rows that no context reaches, and the other tokens up to layer 0's q, k and v."""
+def compute_constants(
+    weights: TextWeights, tree: ClassTree, fixed_kv: tuple[tuple[Tensor, Tensor], ...] | None = None
+) -> TowerConstants:
+    """Evaluate the rows that no context reaches; layer 0's constants follow when they are asked for.
+
+    Args:
+        weights: of the text tower.
+        tree: of the prompts.
+        fixed_kv: those rows' keys and values, if they are known.
+    """
     device = weights.device
     position = weights.positional_embedding.to(weights.dtype)
     slot = torch.cat([torch.arange(tree.n_ctx), tree.slot]).to(device)
-    place = torch.cat([1 + torch.arange(tree.n_ctx), 1 + tree.n_ctx + tree.depth]).to(device)
+    place = torch.cat([1 + torch.arange(tree.n_ctx), _node_places(tree)]).to(device)
     learnable = (slot >= 0).nonzero()[:, 0]
-    tokens = tree.slot < 0
-    node_rows = _embed(weights, tree.token[tokens], place[slot < 0])
     return TowerConstants(
         weights=weights,
         tree=tree,
         learnable=learnable,
         slots=slot[learnable],
         positions=position[place[learnable]],
-        node_rows=node_rows,
-        node_qkv=qkv_rows(node_rows, weights.blocks[0], weights.heads),
-        fixed_kv=_fixed_rows(weights, tree),
+        fixed_kv=_fixed_rows(weights, tree) if fixed_kv is None else fixed_kv,
         leaves=tree.leaves.to(device),
         leaf_of_class=tree.leaf_of_class.to(device),
     )
+
+
+def _node_places(tree: ClassTree) -> Tensor:
+    """(N,) positions of the nodes in their prompts."""
+    return 1 + tree.n_ctx + tree.depth
 
 
 def _fixed_rows(weights: TextWeights, tree: ClassTree) -> tuple[tuple[Tensor, Tensor], ...]:

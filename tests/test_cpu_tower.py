@@ -120,7 +120,7 @@ def test_without_gradients():
     with torch.no_grad():
         assert_close(engine(ctx), expected, 1e-5)
     assert_close(engine(ctx), expected, 1e-5)
-    assert not engine._tower.free, "buffers for backward were borrowed in vain"
+    assert not engine._tower.workspace.free, "buffers for backward were borrowed in vain"
 
 
 def test_strided_context():
@@ -151,10 +151,10 @@ def test_the_same_buffers_serve_every_step():
         loss = engine(ctx).square().sum()
         loss.backward()
         # `loss` lives on into the next step, as in every training loop.
-    assert len(engine._tower.free) == 1
+    assert len(engine._tower.workspace.free) == 1
     abandoned = engine(ctx).sum()
     del abandoned
-    assert len(engine._tower.free) == 1
+    assert len(engine._tower.workspace.free) == 1
 
 
 def test_no_allocation_of_activation_size_after_the_first_step():

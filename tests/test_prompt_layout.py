@@ -227,7 +227,7 @@ def test_groups_without_gradients(monkeypatch):
     encoder = TreeTextEncoder(model, tree)
     ctx, deep = (contexts("(B,M,d)", 3, seed).detach() for seed in range(2))
     expected = encoder(ctx, [deep])
-    monkeypatch.setattr("cocoop_fast.text_tower.ROWS_PER_INFERENCE_PASS", 2 * tree.rows)
+    monkeypatch.setattr("cocoop_fast.streaming.ROWS_PER_INFERENCE_PASS", 2 * tree.rows)
     assert_close(encoder(ctx, [deep]), expected, 1e-13)
 
 

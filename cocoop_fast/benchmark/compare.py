@@ -10,9 +10,10 @@ from cocoop_fast.benchmark import machine
 from cocoop_fast.benchmark.agreement import assert_same, check_against_oracle
 from cocoop_fast.benchmark.contestants import BY_NAME, Contestant, ModelRunner, Runner
 from cocoop_fast.benchmark.measure import Timing, interleave, seconds_of
-from cocoop_fast.benchmark.memory import available_memory, peak_memory
+from cocoop_fast.benchmark.memory import peak_memory
 from cocoop_fast.benchmark.problem import Problem
 from cocoop_fast.benchmark.work import Work
+from cocoop_fast.free_memory import available_memory
 
 MEMORY_SHARE = 0.8  # of what is available: more would swap
 

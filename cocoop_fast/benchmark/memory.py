@@ -44,15 +44,6 @@ def peak_memory(spec: ProblemSpec, contestant: str, action: str = "step", thread
     return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
 
 
-def available_memory() -> int | None:
-    """Bytes that can still be had, where the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return None
-
-
 def _main() -> None:
     request = json.load(sys.stdin)
     torch.set_num_threads(request["threads"])

@@ -184,7 +184,7 @@ def _setting(
 ) -> Setting:
     from cocoop_fast.plan.devices import ITEMSIZE, find_gpu
     from cocoop_fast.plan.predict import Setting
-    from cocoop_fast.text_tower import ROWS_PER_INFERENCE_PASS
+    from cocoop_fast.streaming import ROWS_PER_INFERENCE_PASS
 
     packs, process_bytes = False, 0
     found: Device

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cocoop_fast.benchmark.machine import describe_machine
 from cocoop_fast.benchmark.measure import interleave
-from cocoop_fast.benchmark.memory import available_memory, peak_memory
+from cocoop_fast.benchmark.memory import peak_memory
 from cocoop_fast.benchmark.problem import ProblemSpec, build_problem
 from cocoop_fast.class_tree import ClassTree
 from cocoop_fast.clip import Affine
@@ -28,6 +28,7 @@ from cocoop_fast.cpu_linear import FrozenLinear, PackedLinear, frozen_linear
 from cocoop_fast.cpu_tower import PANEL_ROWS, ROW_PADDING
 from cocoop_fast.errors import UserError
 from cocoop_fast.extension import extension_available
+from cocoop_fast.free_memory import available_memory
 from cocoop_fast.ops import cpu_kernels as cpu
 from cocoop_fast.ops.head import cosine_cross_entropy
 from cocoop_fast.plan import buffers

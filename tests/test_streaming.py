@@ -1,0 +1,186 @@
+"""Passes in pieces: what fits a memory budget, and the same features and gradients as in one piece."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comparison import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_clip
+
+from cocoop_fast import ClassTree, TreeTextEncoder, UserError
+from cocoop_fast.class_tree import ClassTree as Tree
+from cocoop_fast.extension import extension_available
+from cocoop_fast.streaming import MemoryBudget, Pieces, parse_bytes, shard
+
+SOS, EOT, M = 900, 999, 4
+NAMES = [[1 + i % 5, 10 + i // 5, *[3] * (i % 4)] for i in range(60)] + [[1, 10], [1, 10]]
+
+
+def tree_of(names, n_ctx=M):
+    ids = torch.zeros(len(names), 77, dtype=torch.int64)
+    for k, name in enumerate(names):
+        row = [SOS, *[7] * n_ctx, *name, EOT]
+        ids[k, : len(row)] = torch.tensor(row)
+    return ClassTree(ids, n_ctx)
+
+
+def encoder(dtype=torch.float32, backend="auto", memory_budget=None):
+    model = tiny_clip(dtype=dtype, vocab_size=1000)
+    return TreeTextEncoder(model, tree_of(NAMES), backend=backend, memory_budget=memory_budget)
+
+
+def features_and_gradient(encoder, ctx):
+    ctx = ctx.to(encoder.frozen.dtype).requires_grad_()
+    features = encoder(ctx)
+    probe = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(features)
+    (gradient,) = torch.autograd.grad((features * probe).sum(), ctx)
+    return features.detach(), gradient
+
+
+def context(batch):
+    return 0.5 * torch.randn(batch, M, 48, generator=torch.Generator().manual_seed(0))
+
+
+def in_pieces(encoder, monkeypatch, *, images, nodes):
+    """Make every pass of the encoder one over so many images and nodes."""
+    shards = () if nodes is None else shard(encoder.tree, nodes)
+    monkeypatch.setattr(
+        encoder.memory, "_decide", lambda tower, batch, keeps: Pieces(images, shards if images == 1 else ())
+    )
+    return max(1, len(shards))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize(("images", "nodes"), [(1, None), (2, None), (1, 40), (1, 7), (1, 1)])
+def test_the_same_in_pieces(backend, images, nodes, monkeypatch):
+    if backend == "cpu" and not extension_available():
+        pytest.skip("the C++ extension is not built")
+    dtype, tolerance = (torch.float64, 1e-13) if backend == "torch" else (torch.float32, 1e-6)
+    whole, parted = encoder(dtype, backend), encoder(dtype, backend)
+    pieces = in_pieces(parted, monkeypatch, images=images, nodes=nodes)
+    assert nodes is None or pieces >= min(60, len(parted.tree) // nodes)
+    expected_features, expected_gradient = features_and_gradient(whole, context(3))
+    features, gradient = features_and_gradient(parted, context(3))
+    assert_close(features, expected_features, tolerance, "features")
+    assert_close(gradient, expected_gradient, tolerance, "gradient")
+    with torch.no_grad():
+        assert_close(parted(context(3).to(dtype)), expected_features, tolerance, "without gradients")
+
+
+def test_the_same_bits_every_time(monkeypatch):
+    parted = encoder()
+    in_pieces(parted, monkeypatch, images=1, nodes=20)
+    first = features_and_gradient(parted, context(2))
+    again = features_and_gradient(parted, context(2))
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+
+
+def test_deep_prompts_in_pieces(monkeypatch):
+    whole, parted = encoder(torch.float64), encoder(torch.float64)
+    in_pieces(parted, monkeypatch, images=1, nodes=20)
+    results = []
+    for one in (whole, parted):
+        rows = [context(2).double().mul(scale).requires_grad_() for scale in (1.0, 0.7)]
+        features = one(rows[0], rows[1:])
+        results.append([features, *torch.autograd.grad(features.square().sum(), rows)])
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected, 1e-12)
+
+
+paths = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=6), min_size=1, max_size=30)
+
+
+@settings(deadline=None, max_examples=60)
+@given(names=paths, nodes=st.integers(1, 40))
+def test_shards_cover_the_tree(names, nodes):
+    tree = tree_of(names)
+    shards = shard(tree, nodes)
+    leaves = torch.cat([tree.leaves[part.leaves] for part in shards])
+    assert leaves.equal(tree.leaves)
+    assert sorted(k for part in shards for k in classes_of(part.tree)) == sorted(classes_of(tree))
+    for part in shards:
+        alone = len(part.tree.leaves) == 1
+        assert alone or len(part.tree) <= nodes
+        assert [name for name in classes_of(part.tree)]
+
+
+def classes_of(tree: Tree):
+    """Each class's tokens, by walking up from its EOT."""
+    found = []
+    for node in tree.eot.tolist():
+        name = []
+        while node >= 0:
+            name.append(int(tree.token[node]))
+            node = int(tree.parent[node])
+        found.append(tuple(reversed(name)))
+        assert len(name) <= tree.max_depth
+    return found
+
+
+def test_subtree_is_a_tree():
+    tree = tree_of(NAMES)
+    part = tree.subtree(tree.ancestors(tree.leaves[5:9]))
+    assert classes_of(part) == [name for name in classes_of(tree) if name in set(classes_of(part))]
+    for node in range(len(part)):
+        inside = [n for n in range(len(part)) if node in part.path[n].tolist()]
+        assert inside == list(range(node, int(part.subtree_end[node])))
+
+
+def test_budget_decides():
+    one = encoder(memory_budget=None)
+    tower = one._current_tower(deep=False)
+    unlimited = MemoryBudget(10**12)
+    assert unlimited.pieces(tower, 8, keeps=True) == Pieces(8)
+    seen = []
+    for budget in (40_000_000, 9_000_000, 6_000_000, 5_000_000, 4_500_000):
+        pieces = MemoryBudget(budget).pieces(tower, 64, keeps=True)
+        assert not pieces.shards or pieces.images == 1, "classes are parted after images"
+        seen.append((pieces.images, -len(pieces.shards)))
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0][0] > 1
+    assert seen[-1][1] < -1
+    with pytest.raises(UserError, match=r"budget of 1 MB is too small.* needs \d+ MB at least"):
+        MemoryBudget("1MB").pieces(tower, 64, keeps=True)
+
+
+def test_budget_is_obeyed_by_the_encoder():
+    """The first budget streams, and a lower one after running out of memory streams in more pieces."""
+    whole, small = encoder(), encoder(memory_budget="5MB")
+    for actual, expected in zip(
+        features_and_gradient(small, context(64)), features_and_gradient(whole, context(64)), strict=True
+    ):
+        assert_close(actual, expected, 1e-6)
+    before = small.memory.pieces(small._current_tower(deep=False), 64, keeps=True)
+    assert before.images < 64
+    generous = MemoryBudget(None)
+    generous.lower(needed=10_000_000)
+    assert generous.bytes == 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("256MB", 256_000_000), ("1.5 GiB", 3 * 2**29), ("4gb", 4 * 10**9), (12345, 12345), ("512", 512)],
+)
+def test_parse_bytes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3MB", "0", 0, -1, True, "5 bananas", "1e9"])
+def test_bad_budgets(text):
+    with pytest.raises(UserError, match="is not an amount of memory; give bytes, or say 256MB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("classes", [[0], [3, 7, 8, 40], [20, 61], list(range(62))])
+def test_encode_classes(classes):
+    one = encoder(torch.float64, "torch")
+    wanted = torch.tensor(classes)
+    ctx = context(2).double().requires_grad_()
+    full, some = one(ctx)[:, wanted], one.encode_classes(ctx, wanted)
+    assert_close(some, full, 1e-13)
+    probe = torch.randn_like(full)
+    (expected,) = torch.autograd.grad((full * probe).sum(), ctx)
+    (gradient,) = torch.autograd.grad((some * probe).sum(), ctx)
+    assert_close(gradient, expected, 1e-12)
