@@ -10,6 +10,7 @@ from typing import cast
 from cocoop_fast.config import DataConfig, Method, RunConfig, load_yaml, to_mapping
 from cocoop_fast.data import REGISTRY, Dataset
 from cocoop_fast.errors import UserError
+from cocoop_fast.methods import knows_other_classes
 from cocoop_fast.protocols.protocol import Protocol
 from cocoop_fast.training.recipe import resolve
 from cocoop_fast.training.run_directory import check_same_run
@@ -103,7 +104,9 @@ def make_cells(experiment: Experiment) -> tuple[Cell, ...]:
                     seed=seed,
                     output_dir=experiment.root / dataset / method / f"seed{seed}",
                 )
-                cells.append(Cell(dataset, method, seed, own, tests))
+                # A method that learns one context or weight a class has nothing to say about other classes.
+                beyond = tests if knows_other_classes(own.prompt) else ()
+                cells.append(Cell(dataset, method, seed, own, beyond))
     return tuple(cells)
 
 

@@ -133,7 +133,7 @@ def _published(experiment: Experiment, dataset: str, method: str, metric: str) -
 
 
 def shown(mean: float, std: float | None) -> str:
-    """``97.50`` or ``97.50 ± 0.31``."""
+    """``97.50`` or ``97.50±0.31``."""
     if not math.isfinite(mean):
         return "-"
-    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+    return f"{mean:.2f}" if std is None else f"{mean:.2f}±{std:.2f}"

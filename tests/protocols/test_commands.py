@@ -52,7 +52,7 @@ def test_run_prints_the_table_and_writes_the_files(tmp_path, capsys, tiny):
     assert err == ""
     results = json.loads((tmp_path / "results.json").read_text())
     for entry in results["table"]:
-        assert f"{entry['mean']:.2f} ± {entry['std']:.2f}" in out
+        assert f"{entry['mean']:.2f}±{entry['std']:.2f}" in out
     assert [cell["status"] for cell in results["cells"]] == ["finished"] * 4
     assert {p.name for p in tmp_path.iterdir()} == {
         "digits",

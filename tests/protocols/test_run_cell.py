@@ -286,6 +286,29 @@ def test_cross_dataset(tmp_path, encoded):
     )
 
 
+@pytest.mark.parametrize("method", ["linear-probe", "coop"])
+def test_what_is_learned_a_class_is_tested_on_no_other_class(tmp_path, method):
+    fields = {
+        "methods": (method,),
+        "seeds": (1,),
+        "config": {"prompt__csc": method == "coop", "prompt__ctx_init": ""},
+    }
+    base2new = small_experiment(tmp_path, all_classes=True, **fields)
+    [outcome] = run_all(base2new)
+    assert (outcome.status, list(outcome.accuracy)) == ("finished", ["base"]), outcome.error
+    assert [e.metric for e in make_table(base2new, [outcome])] == ["base"]
+    transfer = small_experiment(
+        tmp_path,
+        "cross-dataset",
+        data=folders(tmp_path, "one", "two"),
+        source="one",
+        root=tmp_path / "transfer",
+        **fields,
+    )
+    [outcome] = run_all(transfer)
+    assert (outcome.status, list(outcome.accuracy)) == ("finished", ["one"]), outcome.error
+
+
 def test_zero_shot_takes_the_target_s_template_unless_one_was_given(tmp_path, monkeypatch):
     seen = []
     original = experiment_module.build_model

@@ -169,4 +169,4 @@ def test_files(two_sets):
         rows = list(csv.DictReader(file))
     assert len(rows) == len(results["table"]) == 9
     assert float(rows[0]["mean"]) == 93.0 and rows[0]["published"] == ""
-    assert "| pets | cocoop | 93.00 ± 2.45 | 60.00 ± 4.90 |" in (experiment.root / "table.md").read_text()
+    assert "| pets | cocoop | 93.00±2.45 | 60.00±4.90 |" in (experiment.root / "table.md").read_text()
