@@ -109,22 +109,21 @@ class TreeTextEncoder(nn.Module):
         """Encode the prompts of some classes alone.
 
         Args:
-            ctx: (B, M, d) or (B, K, M, d) context vectors, as in :meth:`forward`.
-            classes: (n,) int64, ascending.
+            ctx: as in :meth:`forward`.
+            classes: (n,) int64.
 
         Returns:
-            (B, n, E) text features, not normalised.
+            (B, n, E) text features, not normalised; (n, E) from contexts without B.
         """
-        rows = [ctx.flatten(-3, -2) if self.tree.class_specific else ctx]
+        batched = self._is_batched(ctx)
+        rows = ctx.flatten(-3, -2) if self.tree.class_specific else ctx
+        leaves, asked = self.tree.leaf_of_class[classes.cpu()].unique(return_inverse=True)
         tower = self._current_tower(deep=False)
-        leaves = self.tree.leaf_of_class[classes.cpu()]
-        part = self.tree.subtree(self.tree.ancestors(self.tree.leaves[leaves.unique()]))
-        constants = tower.constants.part(part)
-        features = encode_in_pieces(tower.for_part(constants), rows, self.memory)
-        # The subtree has every class that ends in one of its leaves: of duplicate names, those not asked for too.
-        kept = torch.isin(self.tree.leaf_of_class, leaves.unique()).nonzero()[:, 0]
-        asked = torch.searchsorted(kept, classes.cpu()).to(features.device)
-        return features[:, constants.leaf_of_class[asked]]
+        part = self.tree.subtree(self.tree.ancestors(self.tree.leaves[leaves]))
+        features = encode_in_pieces(
+            tower.for_part(tower.constants.part(part)), [rows if batched else rows[None]], self.memory
+        )[:, asked.to(rows.device)]
+        return features if batched else features[0]
 
     def extra_repr(self) -> str:
         return f"{self.tree}, backend={self.backend.name}"

@@ -103,7 +103,7 @@ def test_shards_cover_the_tree(names, nodes):
     for part in shards:
         alone = len(part.tree.leaves) == 1
         assert alone or len(part.tree) <= nodes
-        assert [name for name in classes_of(part.tree)]
+        assert list(classes_of(part.tree))
 
 
 def classes_of(tree: Tree):

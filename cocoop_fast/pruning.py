@@ -1,0 +1,124 @@
+"""Tail pruning: backward through the classes that matter to the loss, with a bound on what is left out.
+
+The gradient of an image's loss is a sum over the classes, weighted by p_k - y_k: 2 (1 - p_label) in absolute value
+together. CLIP's logit scale makes the softmax peaked, so most classes have next to no weight. Classes whose
+probabilities add up to at most tau (1 - p_label) are left out: at most a tau / 2 share of the weights.
+
+The pass over all classes then saves nothing. Backward goes through the rows of the classes kept, with a forward of
+their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cocoop_fast.errors import UserError
+from cocoop_fast.ops.head import cosine_logits_ref
+from cocoop_fast.text_tower import TreeTextEncoder
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a step left out."""
+
+    classes_kept: int  # backward went through them
+    share_left_out: float  # of the weights |p_k - y_k| of the gradient, the mean over the images
+
+
+def check_prune_mass(tau: float) -> float:
+    """
+    Raises:
+        UserError: not in 0 <= tau < 1.
+    """
+    if not 0 <= tau < 1:
+        raise UserError(f"`prune_mass` must be at least 0 (exact) and below 1, got {tau}.")
+    return float(tau)
+
+
+def classes_to_keep(probabilities: Tensor, label: Tensor, tau: float) -> Tensor:
+    """The label and the likeliest classes of each image, so that those left out have at most tau (1 - p_label).
+
+    Args:
+        probabilities: (B, K), each row summing to one.
+        label: (B,) int64.
+        tau: the mass that may be left out, as a share of what the label does not have.
+
+    Returns:
+        (B, K) bool.
+    """
+    others = probabilities.double().scatter(1, label[:, None], 0.0)
+    ascending, order = others.sort(dim=1)
+    allowed = tau * others.sum(dim=1, keepdim=True)
+    left_out = ascending.cumsum(dim=1) <= allowed
+    keep = torch.ones_like(left_out).scatter(1, order, ~left_out)
+    return keep.scatter(1, label[:, None], True)
+
+
+def pruned_cross_entropy(
+    encoder: TreeTextEncoder,
+    contexts: Tensor,
+    image_features: Tensor,
+    logit_scale: Tensor,
+    label: Tensor,
+    tau: float,
+) -> tuple[Tensor, Tensor, Pruned]:
+    """The mean cross-entropy over all classes, with the gradient of the classes worth it.
+
+    A class that one image keeps serves the others of the batch too.
+
+    Args:
+        encoder: of the K prompts.
+        contexts: (M, d) or (B, M, d), or with K classes' own (K, M, d) or (B, K, M, d). The loss is differentiated
+            by it alone.
+        image_features: (B, E) of unit length.
+        logit_scale: scalar, the log of the scale.
+        label: (B,) int64.
+        tau: see :func:`classes_to_keep`; the exact gradient is what 0 stands for elsewhere.
+
+    Returns:
+        The scalar loss, the logits (B, K), detached, and what was left out.
+    """
+    with torch.no_grad():
+        logits = cosine_logits_ref(image_features, _batched(encoder(contexts.detach())), logit_scale)
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), label)
+        probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
+        classes = classes_to_keep(probabilities, label, tau).any(dim=0).nonzero()[:, 0]
+        weights = (probabilities - F.one_hot(label, logits.shape[1])) / len(label)  # d loss / d logits
+        kept = weights[:, classes]
+        all_weights = weights.abs().sum(dim=1)
+        left_out = (all_weights - kept.abs().sum(dim=1)).clamp(min=0) / all_weights.clamp(min=1e-30)
+    leaf = contexts.detach().requires_grad_()
+    with torch.enable_grad():
+        text = _batched(encoder.encode_classes(leaf, classes))
+        kept_logits = cosine_logits_ref(image_features.detach(), text, logit_scale.detach())
+        (gradient,) = torch.autograd.grad((kept_logits * kept.to(kept_logits.dtype)).sum(), leaf)
+    return (
+        _WithGradient.apply(contexts, loss, gradient),
+        logits,
+        Pruned(len(classes), float(left_out.mean())),
+    )
+
+
+def _batched(features: Tensor) -> Tensor:
+    """(K, E) features, the same for all images, as (1, K, E)."""
+    return features if features.ndim == 3 else features[None]
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient is known."""
+
+    @staticmethod
+    def forward(node: Any, contexts: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        node.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(node: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = node.saved_tensors
+        return gradient * grad_loss.to(gradient.dtype), None, None

@@ -1,0 +1,109 @@
+"""Tail pruning: what is kept, the bound on what is left out, and the gradient that remains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_streaming import M, encoder
+
+from cocoop_fast import UserError
+from cocoop_fast.ops.head import cosine_logits_ref
+from cocoop_fast.pruning import check_prune_mass, classes_to_keep, pruned_cross_entropy
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    batch=st.integers(1, 4),
+    k=st.integers(1, 30),
+    tau=st.floats(0, 0.99),
+    sharpness=st.floats(0, 40),
+    seed=st.integers(0, 2**31),
+)
+def test_what_is_left_out_is_bounded_and_the_least(batch, k, tau, sharpness, seed):
+    generator = torch.Generator().manual_seed(seed)
+    p = (sharpness * torch.randn(batch, k, generator=generator, dtype=torch.float64)).softmax(dim=1)
+    label = torch.randint(k, (batch,), generator=generator)
+    keep = classes_to_keep(p, label, tau)
+    for row, own, kept in zip(p.tolist(), label.tolist(), keep.tolist(), strict=True):
+        assert kept[own]
+        others = [q for i, q in enumerate(row) if i != own]
+        allowed = tau * sum(others)
+        left = [row[i] for i in range(k) if not kept[i]]
+        assert sum(left) <= allowed * (1 + 1e-12)
+        kept_others = [row[i] for i in range(k) if kept[i] and i != own]
+        if left and kept_others:
+            assert max(left) <= min(kept_others), "a likelier class was left out"
+        if kept_others:
+            assert sum(left) + min(kept_others) > allowed * (1 - 1e-12), "one more could have been left out"
+
+
+def problem(batch, scale, dtype=torch.float64):
+    one = encoder(dtype, "torch" if dtype == torch.float64 else "auto")
+    generator = torch.Generator().manual_seed(2)
+    ctx = 0.5 * torch.randn(batch, M, 48, generator=generator).to(dtype)
+    image = F.normalize(torch.randn(batch, 64, generator=generator).to(dtype), dim=-1)
+    label = torch.randint(62, (batch,), generator=generator)
+    return one, ctx, image, torch.tensor(scale, dtype=dtype).log(), label
+
+
+def exact(one, ctx, image, scale, label):
+    ctx = ctx.clone().requires_grad_()
+    logits = cosine_logits_ref(image, one(ctx), scale)
+    loss = F.cross_entropy(logits, label)
+    return loss.detach(), logits.detach(), torch.autograd.grad(loss, ctx)[0]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_exact_where_nothing_is_left_out(batch):
+    one, ctx, image, scale, label = problem(batch, 2.0)
+    loss, logits, gradient = exact(one, ctx, image, scale, label)
+    leaf = ctx.clone().requires_grad_()
+    actual, actual_logits, pruned = pruned_cross_entropy(one, leaf, image, scale, label, 1e-9)
+    assert pruned.classes_kept == 62
+    assert pruned.share_left_out == 0
+    assert_close(actual.detach(), loss, 1e-13)
+    assert_close(actual_logits, logits, 1e-13)
+    assert_close(torch.autograd.grad(3 * actual, leaf)[0], 3 * gradient, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tau", [0.001, 0.01, 0.1])
+def test_the_gradient_of_what_is_kept(tau, dtype):
+    """It equals the exact gradient of the kept classes' weights, and the share left out obeys the bound."""
+    one, ctx, image, scale, label = problem(2, 150.0, dtype)
+    loss, logits, _ = exact(one, ctx, image, scale, label)
+    leaf = ctx.clone().requires_grad_()
+    actual, _, pruned = pruned_cross_entropy(one, leaf, image, scale, label, tau)
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+    assert_close(actual.detach(), loss, tolerance)
+    assert 2 <= pruned.classes_kept < 62
+    assert 0 < pruned.share_left_out <= tau / 2 + 1e-9
+
+    p = logits.double().softmax(dim=1)
+    keep = classes_to_keep(p, label, tau).any(dim=0)
+    weights = torch.where(keep, (p - F.one_hot(label, 62)) / 2, 0.0).to(dtype)
+    again = ctx.clone().requires_grad_()
+    (expected,) = torch.autograd.grad((cosine_logits_ref(image, one(again), scale) * weights).sum(), again)
+    assert_close(torch.autograd.grad(actual, leaf)[0], expected, tolerance)
+
+
+def test_together_with_streaming():
+    one, ctx, image, scale, label = problem(3, 150.0, torch.float32)
+    small = encoder(memory_budget="5MB")
+    results = []
+    for each in (one, small):
+        leaf = ctx.clone().requires_grad_()
+        loss, logits, _pruned = pruned_cross_entropy(each, leaf, image, scale, label, 0.01)
+        results.append([loss.detach(), logits, torch.autograd.grad(loss, leaf)[0]])
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("tau", [-0.1, 1, 1.5, float("nan")])
+def test_bad_prune_mass(tau):
+    with pytest.raises(UserError, match="`prune_mass` must be at least 0"):
+        check_prune_mass(tau)
