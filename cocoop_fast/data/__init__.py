@@ -1,7 +1,8 @@
 """Data sets: lists of samples, few-shot and base/new selection, transforms and batches.
 
-May import ``config`` and ``errors`` only; ``training`` and ``evaluation`` import it.
-Read in this order: dataset, registry, (digits, image_folder, images), split, few_shot, check, transforms, batches.
+May import ``config``, ``errors`` and ``files`` only; ``training`` and ``evaluation`` import it.
+Read in this order: dataset, registry, (digits, image_folder, image_list, sets), images, split, split_file, few_shot,
+few_shot_files, reference_cache, check, transforms, batches; download and inventory serve the command line.
 """
 
 from cocoop_fast.data.dataset import Dataset, Sample

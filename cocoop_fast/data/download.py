@@ -31,7 +31,9 @@ def download(record: PublishedSet, root: Path) -> Path:
             the message says what to get and where to put it.
     """
     folder = root / record.folder
-    lacking = tuple(part for part in record.parts if not (folder / part.path).exists())
+    lacking = tuple(
+        part for part in _wanted(record, folder) if not (folder / part.path).exists() and _comes(record, part)
+    )
     if not lacking:
         return folder
     if record.download is None:
@@ -63,6 +65,19 @@ def download(record: PublishedSet, root: Path) -> Path:
             os.replace(staging / source, folder / target)
     shutil.rmtree(staging)
     return folder
+
+
+def _wanted(record: PublishedSet, folder: Path) -> tuple[Part, ...]:
+    """What is always needed, and what a missing split would be made from."""
+    has_split = record.split is not None and (folder / record.split.path).exists()
+    return record.parts if has_split else (*record.parts, *record.raw)
+
+
+def _comes(record: PublishedSet, part: Part) -> bool:
+    """Whether a download would bring a part (or would have to, if there were one)."""
+    if record.download is None:
+        return part in record.parts
+    return any(f"{part.path}/".startswith(f"{target}/") for _, target in record.download.moves)
 
 
 def by_hand(parts: tuple[Part, ...], folder: Path) -> str:

@@ -108,6 +108,7 @@ def _variant(
         counts=(0, 0, count),
         parts=(Part(images, source), _COPY),
         read=lambda path: read_wnids(path, images),
+        listed=False,
     )
 
 
@@ -127,6 +128,7 @@ IMAGENET = PublishedSet(
         _CLASSNAMES,
     ),
     read=read,
+    listed=False,
 )
 IMAGENET_V2 = PublishedSet(
     name="imagenetv2",
@@ -145,6 +147,7 @@ IMAGENET_V2 = PublishedSet(
         _COPY,
     ),
     read=read_v2,
+    listed=False,
 )
 IMAGENET_SKETCH = _variant(
     "imagenet_sketch",

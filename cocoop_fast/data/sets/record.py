@@ -62,6 +62,8 @@ class PublishedSet:
         read: from ``folder`` to samples without a split file; class names as the reference writes them.
         split: the published split file, for those sets that have one. If it is missing it is made by ``read``.
         raw: what ``read`` needs besides ``parts``.
+        listed: whether files name its images, rather than directories alone. Then no link may lead to an image
+            outside ``images``, which itself may be a link.
         template: the prompt of zero-shot CLIP (the reference's ``CUSTOM_TEMPLATES``).
         download: ``None`` if torchvision cannot bring the images.
     """
@@ -77,6 +79,7 @@ class PublishedSet:
     read: Callable[[Path], Splits]
     split: Part | None = None
     raw: tuple[Part, ...] = ()
+    listed: bool = True
     template: str = "a photo of a {}."
     download: TorchvisionDownload | None = None
 
@@ -119,18 +122,19 @@ def load(record: PublishedSet, config: DataConfig, *, keep_split: bool = True) -
     lacking = missing_parts(record, folder)
     if lacking:
         raise UserError(_what_is_missing(record, folder, lacking), exit_status=1)
-    listed = record.split is not None and (folder / record.split.path).exists()
-    raw = read_split(folder / record.split.path) if record.split and listed else record.read(folder)
-    classnames, splits = named_classes(raw, str(folder))
-    if record.split is not None and not listed and keep_split:
-        _keep(folder / record.split.path, raw)
+    split_file = None if record.split is None else folder / record.split.path
+    given = split_file is not None and split_file.exists()
+    raw = read_split(split_file) if split_file is not None and given else record.read(folder)
+    classnames, splits = named_classes(raw, str(split_file if given else folder))
+    if split_file is not None and not given and keep_split:
+        _keep(split_file, raw)
     return Dataset(
         name=record.name,
         classnames=classnames,
         train=splits.train,
         val=splits.val,
         test=splits.test,
-        read=FileReader(folder / record.images, confined=listed),  # others may have written a list
+        read=FileReader(folder / record.images, confined=record.listed),
         where=str(folder),
         template=record.template,
         few_shot_dir=folder / "split_fewshot",

@@ -398,6 +398,17 @@ def test_a_directory_of_the_layout_may_be_a_link(tmp_path):
         assert data.read(data.train[0]).size == (24, 18)
 
 
+def test_directories_of_imagenet_may_be_links(tmp_path):
+    WRITERS["imagenet"](tmp_path / "elsewhere")
+    images = tmp_path / "data/imagenet/images"
+    images.mkdir(parents=True)
+    for split in ("train", "val"):
+        (images / split).symlink_to(tmp_path / "elsewhere/imagenet/images" / split)
+    (tmp_path / "elsewhere/imagenet/classnames.txt").rename(tmp_path / "data/imagenet/classnames.txt")
+    data = load_dataset(DataConfig(name="imagenet", root=tmp_path / "data"))
+    assert data.read(data.train[0]).size == (24, 18)
+
+
 def test_a_split_that_cannot_be_kept_is_still_used(tmp_path, monkeypatch):
     WRITERS["dtd"](tmp_path)
     expected = load_dataset(DataConfig(name="dtd", root=tmp_path))
