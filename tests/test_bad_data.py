@@ -145,6 +145,7 @@ BAD = [
     ),
     Bad("an unknown set of the reference", "train -o out DATASET.NAME OfficeHome", "DATASET.NAME is 'OfficeHome'"),
     Bad("training on test images", train("imagenet_a"), "imagenet_a has test images only", disk=miniature("imagenet_a")),
+    Bad("a probe of test images", train("imagenet_a", "--method linear-probe"), "linear-probe cannot be trained on it", disk=miniature("imagenet_a")),
     # split files
     Bad("a split that is no JSON", train("dtd"), "Textures.json is not valid JSON (line 1)", FAILED, miniature("dtd", holding(DTD_SPLIT, "{"))),
     Bad("a split that is not text", train("dtd"), "Textures.json is not UTF-8 text", FAILED, miniature("dtd", holding(DTD_SPLIT, b"\xff\xfe"))),

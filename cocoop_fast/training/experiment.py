@@ -121,7 +121,7 @@ def run(
 
 
 def _refuse_untrainable(plans: list[RunConfig], dataset: Dataset) -> None:
-    learners = [plan.prompt.method for plan in plans if plan.optim.epochs]
+    learners = [plan.prompt.method for plan in plans if plan.prompt.method != "zeroshot"]
     if learners and dataset.test_only:
         raise UserError(
             f"{dataset.name} has test images only, so {learners[0]} cannot be trained on it; train on another data set "
@@ -301,8 +301,6 @@ def _run_method(config: RunConfig, directory: RunDirectory, material: _Material,
         return Row.from_mapping(finished["rows"][0])
     observer = Observers(RunLog(directory.path, config.print_freq, config.data.subset), observer)
     train = material.classes(config.data.subset)
-    if config.data.shots and not train.test_only:
-        write_few_shot(directory.few_shot, material.drawn, config.data.shots, config.seed)
     rng.seed_everything(config.seed)
     model = material.model(config.prompt, config.data.subset)
     optimizer, seconds = _train(config, directory, model, train, material, observer)
@@ -395,6 +393,8 @@ def _train(
         observer.on_checkpoint(checkpoint.save(directory.checkpoints, state))
 
     if resumed is None:
+        if config.data.shots and not train.test_only:
+            write_few_shot(directory.few_shot, material.drawn, config.data.shots, config.seed)
         if isinstance(model, LinearProbe):
             trainer.seconds = fit_probe(model, clip, train, material.validation, config, observer)
         save()  # a directory that cannot be written is noticed now, and zero-shot CLIP has its class names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_coop_trains_longer_on_more_shots(shots, epochs):
     assert config.prompt.ctx_init == "a photo of a"
 
 
+def test_coop_trains_as_long_on_imagenet_whatever_the_shots():
+    imagenet = replace(DIGITS, name="imagenet")
+    for shots in (1, 16):
+        config = from_mapping({"prompt": {"method": "coop"}, "data": {"shots": shots}})
+        assert resolve(config, imagenet).optim.epochs == 50
+    assert resolve(from_mapping({}), imagenet).optim.epochs == 10
+
+
 def test_zeroshot_trains_nothing():
     assert resolved(prompt={"method": "zeroshot"}, optim={"epochs": 7}).optim.epochs == 0
 
@@ -51,7 +60,7 @@ def test_what_is_given_stays():
     assert resolve(config, DIGITS) == config
 
 
-def test_only_names_of_pretrained_weights_stay_open():
+def test_only_places_of_weights_and_data_stay_open():
     open_fields = [
         f"{section}.{name}"
         for section, values in to_mapping(resolved()).items()
@@ -59,7 +68,7 @@ def test_only_names_of_pretrained_weights_stay_open():
         for name, value in values.items()
         if value is None
     ]
-    assert open_fields == ["model.pretrained", "data.root"]
+    assert open_fields == ["model.pretrained", "data.root", "data.few_shot"]
 
 
 def test_a_compared_method_has_its_own_recipe():
