@@ -28,24 +28,30 @@ from .variants import STORAGE, Variant
 ImageRows = Tensor | tuple[Tensor, Tensor]
 
 # Columns of a head that a program holds: the narrowest block that takes its size.
-HEAD_BLOCKS = (16, 32, 64, 128)
+HEAD_BLOCKS = (32, 64, 128)
 # Bytes of such a block -> warps in forward, in backward with one chunk a tile, and with more: the fewest whose registers
 # hold everything on every target.
-WARPS = {32: (1, 2, 2), 64: (1, 2, 2), 128: (1, 4, 4), 256: (4, 8, 4), 512: (8, 8, 8)}
+WARPS = {64: (1, 2, 2), 128: (1, 4, 4), 256: (4, 8, 4), 512: (8, 8, 8)}
 
 # Partials are summed in blocks of so many partials and columns.
 SUM_PARTIALS, SUM_COLUMNS, SUM_WARPS = 32, 64, 4
 
-# The interpreter multiplies the bits of bf16 operands as integers: there they are widened first.
+# Of bf16 the interpreter multiplies the bits as integers, and it cuts off instead of rounding: it gets wider operands.
 _WIDEN_BF16 = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def _operand(x, like):
+    """x in the type of the other operand."""
+    if _WIDEN_BF16 and like.dtype == tl.bfloat16:
+        return x.to(tl.float32)
+    return x.to(like.dtype)
 
 
 @triton.jit
 def _dot(a, b):
     """a b in fp32; fp32 operands are not rounded to TF32."""
-    if _WIDEN_BF16 and a.dtype == tl.bfloat16:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(_operand(a, a), _operand(b, b), input_precision="ieee")
 
 
 @triton.jit
@@ -148,7 +154,7 @@ def _tree_attention_fwd_kernel(
         weights = tl.exp2(scores - higher[:, None])
         fade = tl.exp2(highest - higher)
         total = total * fade + tl.sum(weights, axis=1)
-        result = result * fade[:, None] + _dot(weights.to(v.dtype), v)
+        result = result * fade[:, None] + _dot(_operand(weights, v), v)
         highest = higher
 
     o_pointers = o + image * stride_ob + query.to(tl.int64) * stride_or
@@ -161,7 +167,7 @@ def _slot_gradients(
     slot_partial, partials, dk, dv, stride_dkr, stride_dvr, columns, inside,
 ):  # fmt: skip
     """Stores dk = d_scores^T q and dv = weights^T d_o of these slots; returns dq = d_scores k."""
-    d_scores = d_scores.to(q.dtype)
+    d_scores = _operand(d_scores, q)
     partial = tl.load(slot_partial + slot)
     wanted = (row >= 0) & (row < rows_written)
     own = (wanted & (partial < 0))[:, None] & inside[None, :]
@@ -173,7 +179,7 @@ def _slot_gradients(
     slot_dk = _dot(tl.trans(d_scores), q)
     tl.store(dk + at_row * stride_dkr + at_column, slot_dk, mask=own)
     tl.store(partials + at_partial, slot_dk, mask=shared)
-    slot_dv = _dot(tl.trans(weights.to(d_o.dtype)), d_o)
+    slot_dv = _dot(tl.trans(_operand(weights, d_o)), d_o)
     tl.store(dv + at_row * stride_dvr + at_column, slot_dv, mask=own)
     tl.store(partials + at_partial + width, slot_dv, mask=shared)
     return _dot(d_scores, k)

@@ -138,8 +138,12 @@ def _rows_above(tree: Tree) -> list[int]:
 
 def _checked_queries(queries: Tensor, nodes: int) -> np.ndarray:
     asking = queries.cpu().numpy()
-    if asking.ndim != 1 or not len(asking) or (np.diff(asking) <= 0).any():
-        raise ValueError(f"`queries` must be strictly ascending nodes, got shape {tuple(asking.shape)}")
+    if asking.ndim != 1 or asking.dtype.kind != "i":
+        raise ValueError(
+            f"`queries` must be (Q,) integers, got {queries.dtype} of shape {tuple(queries.shape)}"
+        )
+    if not len(asking) or (np.diff(asking) <= 0).any():
+        raise ValueError(f"`queries` must be strictly ascending nodes, at least one, got {asking}")
     if asking[0] < 0 or asking[-1] >= nodes:
         raise ValueError(f"`queries` must be nodes 0 .. {nodes - 1}, got {asking[0]} .. {asking[-1]}")
     return asking
