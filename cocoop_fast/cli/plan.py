@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ from cocoop_fast.cli.bench import check_positive, class_names
 from cocoop_fast.errors import UserError
 
 if TYPE_CHECKING:
+    from cocoop_fast.class_tree import ClassTree
     from cocoop_fast.plan.devices import Device
     from cocoop_fast.plan.predict import Model, Prediction, Schedule, Setting
     from cocoop_fast.plan.sizes import RowCounts
@@ -31,7 +32,6 @@ All GPUs of the table: [cyan]cocoop-fast plan --list-devices[/cyan]
 
 WORKLOAD, SHOWN = "How much there is to do", "What is shown"
 THIS_MACHINE = ("this", "cpu", "cuda")
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def command(
@@ -98,6 +98,9 @@ def command(
         return
     check_positive(k=k, batch_size=batch_size, shots=shots, train_images=train_images)
     check_positive(epochs=epochs, test_images=test_images, threads=threads)
+    from cocoop_fast.plan.predict import Schedule, predict_dense, predict_tree
+    from cocoop_fast.streaming import parse_bytes
+
     limit = None if budget is None else parse_bytes(budget)
     names = class_names(classes, k)
     with output.only_json(json):
@@ -108,8 +111,6 @@ def command(
     limit = limit if limit is not None else setting.device.memory_bytes
     if limit is None:
         raise UserError("This system does not tell how much memory is available; give --budget.")
-    from cocoop_fast.plan.predict import Schedule, predict_dense, predict_tree
-
     schedule = Schedule(train_images or shots * counts.classes, epochs, test_images)
     predictions = {
         "tree": predict_tree(setting, schedule, limit),
@@ -121,19 +122,7 @@ def command(
         _print(setting, chosen, schedule, limit, predictions)
 
 
-def parse_bytes(text: str) -> int:
-    """ "8GB", "512 MiB" or plain bytes.
-
-    Raises:
-        UserError: something else.
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]I?B|)", text.strip().upper())
-    if match is None or not float(match[1]):
-        raise UserError(f"--budget is '{text}', but it must be an amount of memory such as 8GB or 512MiB.")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def _read(model: str, names: tuple[str, ...], ctx_init: str) -> tuple[Model, RowCounts, Any]:
+def _read(model: str, names: tuple[str, ...], ctx_init: str) -> tuple[Model, RowCounts, ClassTree]:
     from cocoop_fast.class_tree import ClassTree
     from cocoop_fast.plan.model import describe_model
     from cocoop_fast.plan.sizes import RowCounts
@@ -175,12 +164,12 @@ def _is_cpu(device: str) -> bool:
 def _setting(
     model: Model,
     counts: RowCounts,
-    tree: Any,
+    tree: ClassTree,
     batch: int,
     precision: str,
     device: str,
     threads: int | None,
-    tell: Any,
+    tell: Callable[[str], None],
 ) -> Setting:
     from cocoop_fast.plan.devices import ITEMSIZE, find_gpu
     from cocoop_fast.plan.predict import Setting
@@ -299,7 +288,10 @@ def _print(
         "backward from the image features on. Reading and augmenting images is not part of any figure."
     )
     if not tree["fits"]:
-        print(f"This batch does not fit: it needs {readable_bytes(tree['memory_bytes'])}.")
+        print(
+            f"This batch does not fit at once: that needs {readable_bytes(tree['memory_bytes'])}. "
+            "In pieces it costs one more forward pass."
+        )
     for name, value in setting.device.rates().items():
         print(f"{name.capitalize()}: {value}.")
 

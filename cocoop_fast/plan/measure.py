@@ -55,6 +55,7 @@ Shape: TypeAlias = tuple[int, int, bool]  # inner, columns, backward
 
 
 def shape_of(product: Product) -> Shape:
+    """What decides a product's rate besides its rows."""
     return product.inner, product.columns, product.backward
 
 
@@ -63,6 +64,7 @@ class Machine:
     """This machine, as measured."""
 
     name: str
+    threads: int
     memory_bytes: int | None  # available when it was measured
     products: dict[Shape, tuple[tuple[int, float], ...]]  # FLOP/s at row counts, ascending
     kernels: dict[str, float]  # elements a second, by kind
@@ -77,7 +79,7 @@ class Machine:
             "measured products": f"{min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s",
             "copy": f"{self.copy_bandwidth / 1e9:.1f} GB/s",
             "copy into new memory": f"{self.fresh_bandwidth / 1e9:.1f} GB/s",
-            "threads": str(torch.get_num_threads()),
+            "threads": str(self.threads),
         }
 
     def seconds(self, operation: Operation, itemsize: int, *, eager: bool = False) -> float:
@@ -155,6 +157,7 @@ def measure_cpu(
             products.setdefault(shape_of(item.product), []).append((item.product.rows, rates[name]))
     return Machine(
         name=str(describe_machine()["processor"]),
+        threads=torch.get_num_threads(),
         memory_bytes=available_memory(),
         products={shape: tuple(sorted(rows)) for shape, rows in products.items()},
         kernels={name: rates[name] for name, item in work.items() if item.is_kernel},

@@ -45,7 +45,9 @@ def _without_weights(name: str) -> Any:
             f"A plan needs no weights: instead of '{name}' name the open_clip architecture itself."
         )
     if "hf_model_name" in (open_clip.get_model_config(name) or {}).get("text_cfg", {}):
-        raise UserError(f"The text tower of {name} is a Hugging Face model; use a CLIP model of open_clip or OpenAI.")
+        raise UserError(
+            f"The text tower of {name} is a Hugging Face model; use a CLIP model of open_clip or OpenAI."
+        )
     logging.disable(logging.WARNING)  # open_clip's, that no weights are loaded: none are wanted
     try:
         with META:

@@ -57,7 +57,7 @@ def panel_rows(request, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_training_step_keeps_and_uses_what_is_listed(tree, panel_rows, layers, batch):
     tower, sizes = tower_after(tree, layers=layers, batch=batch, backward=True)
-    (kept,) = tower.free
+    kept = cpu_tower.Activations(tower, batch, [cpu_tower.CpuBuffers() for _ in range(layers + 1)])
     constants = {tensor.untyped_storage().data_ptr() for tensor in tower.constants.node_qkv}
     held = {a: size for a, size in storages(kept, *kept.layers).items() if a not in constants}
     leaf_queries = tree.leaves.numel() * sizes.width * 4 if layers == 1 else 0  # constants of a single layer

@@ -24,6 +24,7 @@ needs_extension = pytest.mark.skipif(not extension_available(), reason="the C++ 
 
 MACHINE = Machine(
     name="made up",
+    threads=1,
     memory_bytes=10**9,
     products={(512, 512, False): ((10, 1e9), (1000, 3e9)), (512, 512, True): ((100, 2e9),)},
     kernels={"layer_norm_fwd": 1e8},
