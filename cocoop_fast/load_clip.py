@@ -12,10 +12,12 @@ from open_clip.model import convert_weights_to_lp
 from open_clip.transformer import LayerNorm, LayerNormFp32
 from torch import nn
 
+from cocoop_fast.clip import FrozenCLIP
 from cocoop_fast.clip_weights import FOLDER, HUB, SUFFIXES, create_clip
 from cocoop_fast.config import ModelConfig
 from cocoop_fast.demo_clip import known_token_ids, load_demo_clip
 from cocoop_fast.errors import UserError
+from cocoop_fast.prompt_tokens import tokenizer
 
 _LOW_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -72,7 +74,8 @@ def load_clip(config: ModelConfig) -> LoadedClip:
     which only benchmarks want); or ``name`` is a hub name or folder that holds both.
 
     Raises:
-        UserError: unknown architecture or tag, no weights named, or weights that cannot be read.
+        UserError: unknown architecture or tag, no weights named, weights that cannot be read, or a text tower
+            that is not causal, EOT-pooled and over CLIP's own vocabulary.
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
@@ -84,6 +87,7 @@ def load_clip(config: ModelConfig) -> LoadedClip:
         model = load_demo_clip()
     else:
         model = _load_open_clip(config.name, config.pretrained)
+        _check_text_tower(model, config.name)
     if precision in _LOW_PRECISION:
         _to_low_precision(model, _LOW_PRECISION[precision])
     model = model.to(device).eval().requires_grad_(False)
@@ -144,6 +148,15 @@ def _check_weights(name: str, pretrained: str | None) -> None:
     elif pretrained not in tags:
         raise UserError(
             f"The model '{name}' has no weights tagged '{pretrained}'; the tags are: {', '.join(tags) or 'none'}."
+        )
+
+
+def _check_text_tower(model: nn.Module, name: str) -> None:
+    vocab_size, ours = FrozenCLIP(model).vocab_size, tokenizer().vocab_size
+    if vocab_size != ours:
+        raise UserError(
+            f"The text tower of '{name}' knows {vocab_size} tokens, so it was not trained with CLIP's tokenizer, "
+            f"which has {ours}; use a CLIP model with that tokenizer."
         )
 
 

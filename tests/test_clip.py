@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import open_clip
 import pytest
 import torch
@@ -68,3 +70,34 @@ def test_siglip_is_refused():
     )
     with pytest.raises(UserError, match="pools by 'last'"):
         FrozenCLIP(model)
+
+
+def test_every_architecture_of_open_clip_is_read_or_refused_with_a_sentence():
+    """All text towers that open_clip builds itself, with one layer and few words."""
+    vision = {"layers": 1, "width": 16, "head_width": 16, "patch_size": 16, "image_size": 32}
+    verdicts: dict[str, bool] = {}
+    read: dict[str, bool] = {}
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        text = {**config["text_cfg"], "layers": 1, "vocab_size": 100}
+        if "hf_model_name" in text:
+            continue
+        names = ("hf_tokenizer_name", "tokenizer_kwargs")  # not the tower's
+        text = {key: value for key, value in text.items() if key not in names}
+        custom, quick_gelu = config.get("custom_text", False), config.get("quick_gelu", False)
+        key = json.dumps([text, custom, quick_gelu], sort_keys=True)
+        if key not in verdicts:
+            kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+            model = kind(config["embed_dim"], dict(vision), text, quick_gelu=quick_gelu)
+            try:
+                verdicts[key] = FrozenCLIP(model).width == text["width"]
+            except UserError:
+                verdicts[key] = False
+        read[name] = verdicts[key]
+    vits = ("B-32", "B-16", "L-14", "L-14-336", "H-14", "g-14", "bigG-14")
+    for name in ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", *(f"ViT-{size}" for size in vits)):
+        assert read[name], name
+        assert read.get(f"{name}-quickgelu", True), name
+    for name in read:
+        if "SigLIP" in name or "CLIPA" in name or name.startswith("coca"):
+            assert not read[name], name

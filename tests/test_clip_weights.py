@@ -174,6 +174,15 @@ def test_a_hub(tmp_path, monkeypatch):
         load_clip(ModelConfig(name="hf-hub:someone/tiny", device="cpu"))
 
 
+def test_another_tokenizer_is_refused(tmp_path):
+    write_folder(tmp_path)
+    config = {**CONFIGS["tiny-vit"], "text_cfg": {**TEXT, "vocab_size": 100}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file(tiny_clip(vocab_size=100).state_dict(), tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match="knows 100 tokens, so it was not trained with CLIP's tokenizer"):
+        load_clip(ModelConfig(name=f"local-dir:{tmp_path}", device="cpu"))
+
+
 @pytest.mark.parametrize(("width", "heads", "embed_dim"), [(640, 10, 640), (768, 12, 512), (256, 8, 96)])
 def test_widths_and_heads(width, heads, embed_dim):
     """RN50x4's and others': nothing takes 512 dimensions or heads of 64 for granted."""
