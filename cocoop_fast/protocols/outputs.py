@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cocoop_fast.config import to_mapping
+from cocoop_fast.config import flatten, to_mapping
 from cocoop_fast.files import write_atomically, write_json
 from cocoop_fast.protocols.cells import Experiment
 from cocoop_fast.protocols.published import published_setting
@@ -108,7 +108,6 @@ def _csv(entries: Sequence[Entry]) -> str:
 
 
 def _mapping(experiment: Experiment, outcomes: Sequence[Outcome], entries: Sequence[Entry]) -> dict[str, Any]:
-    config = to_mapping(experiment.config)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -118,7 +117,7 @@ def _mapping(experiment: Experiment, outcomes: Sequence[Outcome], entries: Seque
         "methods": list(experiment.methods),
         "seeds": list(experiment.seeds),
         "all_classes": experiment.all_classes,
-        "config": {name: value for name, value in config.items() if name not in ("seed", "output_dir")},
+        "config": _common(experiment),
         "cells": [
             {
                 "dataset": outcome.cell.dataset,
@@ -145,6 +144,13 @@ def _mapping(experiment: Experiment, outcomes: Sequence[Outcome], entries: Seque
             for entry in entries
         ],
     }
+
+
+def _common(experiment: Experiment) -> dict[str, Any]:
+    """The configuration without what is decided cell by cell."""
+    by_cell = {"seed", "output_dir", "prompt.method", "data.name", "data.root", "data.subset"}
+    fields = flatten(to_mapping(experiment.config))
+    return {name: value for name, value in fields if name not in by_cell}
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cocoop_fast.config import to_mapping
 from cocoop_fast.errors import UserError
 from cocoop_fast.files import write_json
 from cocoop_fast.protocols.cells import Cell, Test
@@ -107,9 +106,13 @@ def _run_test(cell: Cell, test: Test, shared: Shared, observer: Observer) -> flo
 
 def _describe(cell: Cell, test: Test) -> dict[str, Any]:
     """All that decides the result of a test, except the run itself; a place of files does not."""
-    data = to_mapping(replace(cell.config, data=test.data))["data"]
-    kept = {name: value for name, value in data.items() if name not in ("root", "workers", "shots")}
-    return {"data": kept, "template": cell.config.prompt.template}
+    data = test.data
+    return {
+        "dataset": data.name,
+        "subset": data.subset,
+        "skip_bad_images": data.skip_bad_images,
+        "template": cell.config.prompt.template,
+    }
 
 
 def _read(path: Path) -> dict[str, Any] | None:

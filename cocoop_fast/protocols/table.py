@@ -19,7 +19,7 @@ from cocoop_fast.protocols.published import Published, published_results
 from cocoop_fast.protocols.run_cell import Outcome
 
 AVERAGE = "average"
-BY_SEED = dict[int, float]
+BySeed = dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Entry:
     metric: str
     mean: float
     std: float | None
-    seeds: BY_SEED
+    seeds: BySeed
     published: Published | None
 
 
@@ -70,11 +70,9 @@ def _row_names(experiment: Experiment) -> tuple[str, ...]:
     return tuple(dict.fromkeys((experiment.source, *experiment.datasets)))
 
 
-def _collect(
-    experiment: Experiment, outcomes: Sequence[Outcome]
-) -> dict[tuple[str, str], dict[str, BY_SEED]]:
+def _collect(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[tuple[str, str], dict[str, BySeed]]:
     """Accuracy by (data set, method), then metric, then seed."""
-    found: dict[tuple[str, str], dict[str, BY_SEED]] = {}
+    found: dict[tuple[str, str], dict[str, BySeed]] = {}
     for outcome in outcomes:
         cell = outcome.cell
         for tested_on, value in (outcome.accuracy or {}).items():
@@ -86,7 +84,7 @@ def _collect(
     return found
 
 
-def _average(measured: Sequence[dict[str, BY_SEED]], seeds: Sequence[int]) -> dict[str, BY_SEED]:
+def _average(measured: Sequence[dict[str, BySeed]], seeds: Sequence[int]) -> dict[str, BySeed]:
     """Means over data sets, by metric and seed; nothing for a single data set, or where something is missing."""
     if len(measured) < 2:
         return {}
@@ -98,7 +96,7 @@ def _average(measured: Sequence[dict[str, BY_SEED]], seeds: Sequence[int]) -> di
     }
 
 
-def _entries(experiment: Experiment, dataset: str, method: str, accuracy: dict[str, BY_SEED]) -> list[Entry]:
+def _entries(experiment: Experiment, dataset: str, method: str, accuracy: dict[str, BySeed]) -> list[Entry]:
     means = {metric: float(np.mean(list(values.values()))) for metric, values in accuracy.items()}
     by_seed = dict(accuracy)
     if "base" in accuracy and "new" in accuracy:

@@ -184,7 +184,7 @@ def test_changed_settings_are_refused_and_redone(tmp_path, capsys, tiny):
     )
     assert "--redo-changed" in err and len(err.splitlines()) == 1
     assert cli.run([*call, "--redo-changed", "--json", "optim.epochs", "2"]) == 0
-    assert result(capsys)["config"]["optim"]["epochs"] == 2
+    assert result(capsys)["config"]["optim.epochs"] == 2
     assert cli.run([*call, "--overwrite", "optim.epochs", "1"]) == 0
 
 
