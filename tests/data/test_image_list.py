@@ -1,0 +1,159 @@
+"""Your own images in a CSV or JSON file: every form, and every way it can be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from miniature_sets import write_jpegs
+
+from cocoop_fast import UserError
+from cocoop_fast.cli import configuration
+from cocoop_fast.config import DataConfig
+from cocoop_fast.data import load_dataset
+
+
+def load(path):
+    return load_dataset(DataConfig(name="list", root=path))
+
+
+def rows(split=None):
+    """Ten images of each of two classes."""
+    return [
+        {"path": f"{name}/{i}.jpg", "classname": name} | ({} if split is None else {"split": split(i)})
+        for name in ("wolf", "red_fox")
+        for i in range(10)
+    ]
+
+
+def as_csv(path, values):
+    lines = [",".join(values[0]), *(",".join(map(str, row.values())) for row in values)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def as_json(path, values):
+    path.write_text(json.dumps(values))
+    return path
+
+
+WRITE = {".csv": as_csv, ".json": as_json}
+
+
+@pytest.mark.parametrize("ending", WRITE)
+def test_without_splits_each_class_is_cut(tmp_path, ending):
+    data = load(WRITE[ending](tmp_path / f"list{ending}", rows()))
+    assert data.classnames == ("red fox", "wolf")  # numbered by name
+    for split, count in (("train", 5), ("val", 2), ("test", 3)):
+        assert Counter(s.classname for s in getattr(data, split)) == {"red fox": count, "wolf": count}
+    write_jpegs(tmp_path / "wolf", [f"{i}.jpg" for i in range(10)])
+    wolf = next(s for s in data.train if s.classname == "wolf")
+    assert data.read(wolf).size == (24, 18)
+
+
+@pytest.mark.parametrize("ending", WRITE)
+def test_given_splits_and_labels(tmp_path, ending):
+    values = rows(lambda i: "train" if i < 6 else "test")
+    for row in values:
+        row["label"] = 0 if row["classname"] == "wolf" else 1
+    data = load(WRITE[ending](tmp_path / f"list{ending}", values))
+    assert data.classnames == ("wolf", "red fox")
+    assert (len(data.train), len(data.val), len(data.test)) == (12, 0, 8)
+    assert data.train[0].source == "wolf/0.jpg"
+
+
+def test_val_stands_in_for_a_missing_test(tmp_path):
+    data = load(as_csv(tmp_path / "list.csv", rows(lambda i: "train" if i < 6 else "val")))
+    assert data.test == data.val and len(data.test) == 8
+
+
+def test_a_published_split_file_is_a_list(tmp_path):
+    split = {"train": [["a/1.jpg", 1, "b_c"], ["a/2.jpg", 0, "a"]], "val": [], "test": [["a/3.jpg", 0, "a"]]}
+    data = load(as_json(tmp_path / "split.json", split))
+    assert data.classnames == ("a", "b c") and data.test[0].source == "a/3.jpg"
+
+
+def test_a_list_as_spreadsheets_write_it(tmp_path):
+    path = tmp_path / "list.csv"
+    lines = [
+        "classname,path",
+        '"cat, tabby",a\\1.jpg',
+        '"cat, tabby",a\\2.jpg',
+        "dog,b\\1.jpg",
+        "dog,b\\2.jpg",
+    ]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, "", ""]).encode())
+    data = load(path)
+    assert data.classnames == ("cat, tabby", "dog")
+    assert {s.source for s in (*data.train, *data.test)} == {"a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"}
+
+
+def test_the_file_alone_says_that_it_is_a_list(tmp_path):
+    for name, expected in (("photos.csv", "list"), ("split.JSON", "list"), ("photos", "folder")):
+        built = configuration.build(options={"data.root": ("--root", tmp_path / name)})
+        assert built.config.data.name == expected
+
+
+CSV = {
+    "file,classname\na,b": r"begins with \['file', 'classname'\], but needs a header",
+    "path,label\na,b": "needs a header `path,classname`",
+    "path,classname,weight\na,b,1": "needs a header",
+    "path,classname\na/1.jpg": r"image 1 \(a/1.jpg\) has no classname",
+    "path,classname\na/1.jpg,a,b,c": "image 1 is .* not one with the fields",
+    "path,classname\n../1.jpg,a": r"list\.csv: image 1: '\.\./1\.jpg' does not stay below",
+    "path,classname\n/etc/passwd,a": "is an absolute path",
+    "path,classname": "lists no images",
+    "": "is empty",
+    "path,classname,label\na,x,0\nb,y,": "gives some images a label and others none",
+    "path,classname,split\na,x,train\nb,y,": "gives some images a split and others none",
+    "path,classname,split\na,x,training": "has the split 'training', not one of train, val, test",
+    "path,classname,label\na,x,one": "has the label 'one', not an integer from 0",
+    "path,classname,label\na,x,1\nb,x,1\nc,y,2\nd,y,2": "no image has the label 0",
+    "path,classname,label\na,x,0\nb,y,0": "label 0 is both 'x' and 'y'",
+    "path,classname\na,x\nb,x": "has one class",
+    "path,classname\na,x\nb,x\nc,y": "Class 'y' has one image",
+    "path,classname,split\na,x,train\nb,y,train": "images to train on and to test on",
+    "path,classname,split\na,x,test\nb,y,test": "images to train on and to test on",
+}
+
+
+@pytest.mark.parametrize("content", CSV)
+def test_csv_files_that_are_refused(tmp_path, content):
+    path = tmp_path / "list.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=CSV[content]):
+        load(path)
+
+
+JSON = {
+    "3": "holds neither a list of images nor a split",
+    "[]": "lists no images",
+    "[3]": "image 1 is 3, not one with the fields",
+    '[{"path": 3, "classname": "a"}]': "3 is not a path",
+    '[{"path": "a.jpg"}]': "has no classname",
+    '[{"path": "a.jpg", "classname": "a", "label": 1.5}]': "has the label 1.5",
+    '[{"path": "a.jpg", "classname": "a", "label": true}]': "has the label True",
+    '{"a": ["a.jpg"]}': "must hold train, val and test lists",
+    "[{]": "not valid JSON",
+}
+
+
+@pytest.mark.parametrize("content", JSON)
+def test_json_files_that_are_refused(tmp_path, content):
+    path = tmp_path / "list.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=JSON[content]):
+        load(path)
+
+
+def test_what_is_no_list(tmp_path):
+    with pytest.raises(UserError, match=r"needs data\.root"):
+        load(None)
+    with pytest.raises(UserError, match=r"reads \.csv and \.json files"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        load(tmp_path / "none.csv")
+    (tmp_path / "list.csv").write_bytes(b"path,classname\n\xff,a")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        load(tmp_path / "list.csv")
