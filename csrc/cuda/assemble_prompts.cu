@@ -1,10 +1,19 @@
-// From learned context and Meta-Net bias to the first layer's rows, and to dense prompts.
+// From learned context and Meta-Net bias to the first layer's rows, normalised, and to dense prompts.
+//
+// `assemble_prompts`: a block of 128 threads owns a row of the result, and keeps it in shared memory between its sums
+// and its normalisation: 2 d s bytes a row of d numbers of s bytes, as the inputs, which many rows read, come from the
+// caches. Its gradient: a thread owns four columns of one sum, over the images or over the context tokens, in ascending
+// order; every row is read twice, 2 d s bytes. With B M rows in all, both cost a launch.
+//
+// `assemble_dense`: a thread owns 16 bytes of a class's prompt, which it reads once and writes for all images: d s bytes
+// a row out, and of the sources, which all images share, B times less in. Predicted: 90 % of the memory's bandwidth.
 #include "cuda/device.cuh"
 
 namespace cocoop_fast {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 8;  // on a multiprocessor, which lets a thread have 64 registers: with fewer it would spill
 constexpr int kWide = 4;  // numbers that a thread takes at a time, where addresses and sizes are multiples of that
 
 // The sum of x over the block's threads, for all of them. `sums`: a float for each warp.
@@ -21,7 +30,7 @@ __device__ inline float block_sum(float x, float* sums) {
 // x[b, m] = ctx[m] + bias[b] + position[m],  y = LN(x). A block owns a row, which it keeps in shared memory; there a
 // thread reads what it wrote itself, kWidth numbers at a time. LN is that of the row as it is stored.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) assemble_prompts_fwd_kernel(AssemblePromptsFwd a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) assemble_prompts_fwd_kernel(AssemblePromptsFwd a) {
     const int64_t m = blockIdx.x, b = blockIdx.y;
     float* row = reinterpret_cast<float*>(shared_memory);
     float* sums = row + a.d;
@@ -67,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) assemble_prompts_fwd_kernel(Assemble
 
 // d_ctx[m] = sum_b dx[b, m],  d_bias[b] = sum_m dx[b, m], in ascending order. A thread owns kWidth numbers of a result.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) assemble_prompts_bwd_kernel(AssemblePromptsBwd a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) assemble_prompts_bwd_kernel(AssemblePromptsBwd a) {
     const int at = (blockIdx.y * kThreads + threadIdx.x) * kWidth;
     if (at >= a.d) return;
     const bool of_ctx = int(blockIdx.x) < a.n_ctx;
@@ -87,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) assemble_prompts_bwd_kernel(Assemble
 // out[b, k] = prefix[k], context[b], suffix[k], in units of as many bytes as the addresses allow. A thread owns a unit
 // of class k's prompt in all images, so what they share is read once.
 template <class Unit>
-__global__ void __launch_bounds__(kThreads) assemble_dense_kernel(AssembleDense a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) assemble_dense_kernel(AssembleDense a) {
     const int64_t units = a.row_bytes / sizeof(Unit), k = blockIdx.x;  // units of a row
     const int64_t i = int64_t(blockIdx.y) * kThreads + threadIdx.x;
     if (i >= a.length * units) return;

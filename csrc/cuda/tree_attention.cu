@@ -4,9 +4,17 @@
 //   dp_s = do . v_s,  ds_s = p_s (dp_s - sum_t p_t dp_t) / sqrt(D)
 //   dq = sum_s ds_s k_s,  dk_j = sum_i ds_ij q_i,  dv_j = sum_i p_ij do_i           i: the rows that read key j
 //
-// A warp has a query row (or a key) of one head. Its lanes stand in groups of kGroup, each lane with eight of the
-// head's numbers, so that one load of a warp fetches a key for every group. The rows that read a node's key are its
-// descendants, a contiguous range: every gradient is a sum that one warp adds in a fixed order, without atomics.
+// A warp has a query row (or a key) of one head. Its lanes stand in groups, each lane with eight of the head's numbers,
+// so that one load of a warp fetches a key for every group. Eight warps with neighbouring rows share SOS and the context
+// in shared memory. The rows that read a node's key are its descendants, a contiguous range: every gradient is a sum
+// that one warp adds in a fixed order, without atomics; the readers of a key that many rows read are cut into parts of
+// 64, whose sums are added in their order.
+//
+// Memory traffic a row of d numbers of s bytes: forward 4 d s (q, k, v in, o out). Backward 7 d s (q, k, v, grad o in;
+// dq, dk, dv out), 16 bytes for each key and head that the row reads (its probability and the gradient of its score,
+// written and read once), and what comes from the L2 cache: q and grad o once more for every node above the row and
+// for every context token. Predicted: forward 70 % of the bandwidth from some thousand rows on, backward half of it;
+// below, the time of a launch.
 #include <type_traits>
 
 #include "cuda/device.cuh"
@@ -14,10 +22,14 @@
 namespace cocoop_fast {
 namespace {
 
-constexpr int kVector = 8;  // numbers that a lane has of its group's row: 16 bytes, or 32 in float32
+constexpr int kVector = 8;         // numbers that a lane has of its group's row: 16 bytes, or 32 in float32
 constexpr int kRowsPerBlock = 8;   // query rows, a warp each, that share the prefix keys in shared memory
 constexpr int kTasksPerBlock = 4;  // keys or parts of their readers, a warp each
 constexpr int kMostStaged = 20;    // prefix keys in shared memory at a time
+
+// Blocks on a multiprocessor, the second launch bound: it lets a thread have 80 registers. Without it the compiler spills
+// some to local memory for the sake of more warps.
+constexpr int kRowBlocks = 3, kTaskBlocks = 6;
 
 struct Place {
     int lane, warp;
@@ -168,7 +180,7 @@ __device__ inline float score_scale(const AttentionFwd& a) { return 1.0f / sqrtf
 
 // A warp owns o of its row and head. Each group has a running softmax over its share of the keys.
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kRowsPerBlock* kWarp) tree_attention_fwd_kernel(AttentionFwd a) {
+__global__ void __launch_bounds__(kRowsPerBlock* kWarp, kRowBlocks) tree_attention_fwd_kernel(AttentionFwd a) {
     const Place p = find_place<kGroup>(a.head_size);
     const QueryRow row = find_query_row(a.plan, blockIdx.x * kRowsPerBlock + p.warp);
     const float scale = score_scale(a);
@@ -197,7 +209,7 @@ __global__ void __launch_bounds__(kRowsPerBlock* kWarp) tree_attention_fwd_kerne
 
 // A warp owns the weights of its row and head, and dq.
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kRowsPerBlock* kWarp) tree_attention_bwd_query_kernel(AttentionBwd a) {
+__global__ void __launch_bounds__(kRowsPerBlock* kWarp, kRowBlocks) tree_attention_bwd_query_kernel(AttentionBwd a) {
     const AttentionFwd& f = a.fwd;
     const Place p = find_place<kGroup>(f.head_size);
     const QueryRow row = find_query_row(f.plan, blockIdx.x * kRowsPerBlock + p.warp);
@@ -272,7 +284,7 @@ __device__ inline void store_key_gradients(const AttentionBwd& a, const Place& p
 
 // A warp owns the sum over a task's rows.
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kTasksPerBlock* kWarp) tree_attention_bwd_key_kernel(AttentionBwd a) {
+__global__ void __launch_bounds__(kTasksPerBlock* kWarp, kTaskBlocks) tree_attention_bwd_key_kernel(AttentionBwd a) {
     const AttentionFwd& f = a.fwd;
     const Place p = find_place<kGroup>(f.head_size);
     const int number = blockIdx.x * kTasksPerBlock + p.warp;
@@ -292,7 +304,7 @@ __global__ void __launch_bounds__(kTasksPerBlock* kWarp) tree_attention_bwd_key_
 
 // A warp owns the gradients of a key that has several partial sums.
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kTasksPerBlock* kWarp) tree_attention_bwd_reduce_kernel(AttentionBwd a) {
+__global__ void __launch_bounds__(kTasksPerBlock* kWarp, kTaskBlocks) tree_attention_bwd_reduce_kernel(AttentionBwd a) {
     const AttentionFwd& f = a.fwd;
     const Place p = find_place<kGroup>(f.head_size);
     const int number = blockIdx.x * kTasksPerBlock + p.warp;
