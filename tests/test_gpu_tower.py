@@ -1,0 +1,261 @@
+"""The GPU engine with Triton's kernels against the torch tower in float64: features, gradients, memory, launches."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from attention_cases import tree_of
+from comparison import assert_close
+from tiny_models import IMAGE_SIZE, tiny_clip
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cocoop_fast import CustomCLIP, TreeTextEncoder, UserError
+from cocoop_fast.ops.dispatch import BACKENDS, select_backend
+from cocoop_fast.prompt_learner import reference_cfg
+from cocoop_fast.tower_rows import compute_constants
+
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TWIN = {"vocab_size": 1000, "width": 32, "heads": 2, "embed_dim": 24}
+NAMES = [[5, 3], [1, 2], [1], [1, 2, 4], [5, 3]]
+
+
+def encoders(names=NAMES, n_ctx=2, dtype=torch.float32, **options):
+    """The engine in this type, its twin in float64 with the same weights."""
+    tree = tree_of(names, n_ctx)
+    model = tiny_clip(dtype=dtype, **{**TWIN, **options}).to(DEVICE)
+    twin = tiny_clip(dtype=dtype, **{**TWIN, **options}).double()
+    return TreeTextEncoder(model, tree, backend="triton"), TreeTextEncoder(twin, tree, backend="torch")
+
+
+def context(batch, n_ctx=2, width=32, seed=0):
+    return 0.5 * torch.randn(batch, n_ctx, width, generator=torch.Generator().manual_seed(seed))
+
+
+def features_and_gradient(encoder, ctx):
+    ctx = ctx.detach().clone().requires_grad_()
+    features = encoder(ctx)
+    probe = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features)
+    (gradient,) = torch.autograd.grad((features * probe).sum(), ctx)
+    return features.detach(), gradient
+
+
+def compare(engine, twin, ctx, tolerance):
+    features, gradient = features_and_gradient(engine, ctx.to(DEVICE))
+    expected_features, expected_gradient = features_and_gradient(twin, ctx.double())
+    assert_close(features.cpu(), expected_features, tolerance, "features")
+    assert_close(gradient.cpu(), expected_gradient, 2 * tolerance, "gradient of ctx")
+    assert gradient.dtype == ctx.dtype
+
+
+@pytest.mark.parametrize(
+    "layers, n_ctx, batch, quick_gelu", [(1, 3, 2, True), (2, 1, 1, False), (3, 2, 3, True)]
+)
+def test_equals_the_twin(layers, n_ctx, batch, quick_gelu):
+    engine, twin = encoders(n_ctx=n_ctx, layers=layers, quick_gelu=quick_gelu)
+    compare(engine, twin, context(batch, n_ctx), 1e-5)
+
+
+def test_trees_of_several_tiles():
+    engine, twin = encoders([[1, k] for k in range(2, 20)] + [[3] * 9], layers=2, heads=1, width=24)
+    compare(engine, twin, context(1, width=24), 1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
+def test_half_precision(dtype, tolerance):
+    """Contexts are float32 master copies; a number has 11 bits in float16, 8 in bfloat16."""
+    engine, twin = encoders(dtype=dtype, layers=2)
+    compare(engine, twin, context(2), tolerance)
+    assert engine(context(1).to(DEVICE)).dtype == dtype
+
+
+def test_float16_rows_with_the_layer_norms_of_openai_in_float32():
+    engine, twin = encoders(dtype=torch.float16, layers=2)
+    for module in engine.frozen._text.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()
+    compare(engine, twin, context(1), 5e-3)
+
+
+def test_without_gradients():
+    engine, twin = encoders(layers=2)
+    expected = twin(context(2).double())
+    for _ in range(2):  # the second pass is over the first one's memory
+        with torch.no_grad():
+            assert_close(engine(context(2).to(DEVICE)).cpu(), expected, 1e-5)
+    assert not engine._tower.workspace.training.free, "memory for backward was borrowed in vain"
+
+
+def test_batch_size_may_change():
+    engine, twin = encoders(layers=2)
+    for batch in (2, 1, 2):
+        compare(engine, twin, context(batch, seed=batch), 1e-5)
+    assert len(engine._tower.workspace.training.free) == 1
+
+
+def test_towers_of_two_trees_share_their_memory():
+    engine, twin = encoders(layers=1)
+    other, other_twin = encoders([[9], [8, 7]], layers=1)
+    weights = engine.frozen.text_weights()
+    other.frozen = engine.frozen
+    other._tower = engine._current_tower(deep=False).for_part(compute_constants(weights, other.tree))
+    for _ in range(2):
+        compare(other, other_twin, context(2), 1e-5)
+        compare(engine, twin, context(2), 1e-5)
+    assert len(engine._tower.workspace.training.free) == 1
+
+
+def test_two_graphs_at_once_and_a_graph_used_twice():
+    engine, _ = encoders([[1], [2]], layers=2, heads=1)
+    one, other = (context(1, seed=seed).to(DEVICE).requires_grad_() for seed in (1, 2))
+    alone = [features_and_gradient(engine, ctx)[1] for ctx in (one, other)]
+    probe = torch.randn(1, 2, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    losses = [(engine(ctx) * probe).sum() for ctx in (one, other)]
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(losses[0], one, retain_graph=True)
+        assert gradient.equal(alone[0])
+    assert torch.autograd.grad(losses[1], other)[0].equal(alone[1])
+    torch.autograd.grad(losses[0], one)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(losses[0], one)
+
+
+def test_a_recorded_pass_has_memory_of_its_own(monkeypatch):
+    """A graph writes into its memory at every replay: no other pass may have it, nor may it have another's."""
+    engine, _ = encoders(layers=1)
+    features_and_gradient(engine, context(1).to(DEVICE))
+    (pooled,) = engine._tower.workspace.training.free
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    lease = engine._tower.workspace.training.borrow()
+    assert lease.memory is not pooled
+    del lease
+    assert engine._tower.workspace.training.free == [pooled]
+
+
+def test_second_derivatives_are_refused():
+    engine, _ = encoders(layers=1)
+    ctx = context(1).to(DEVICE).requires_grad_()
+    with pytest.raises(UserError, match="no second derivative"):
+        torch.autograd.grad(engine(ctx).sum(), ctx, create_graph=True)
+
+
+def test_autocast_ends_at_the_door():
+    engine, _ = encoders(layers=1)
+    ctx = context(1).to(DEVICE)
+    features, gradient = features_and_gradient(engine, ctx)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        again = features_and_gradient(engine, ctx)
+    assert again[0].equal(features)
+    assert again[1].equal(gradient)
+
+
+# Launches
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be given: Triton's kernels, and torch's operations but for views and allocations."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.in_kernel = False
+        launch = interpreter.GridExecutor.__call__
+
+        def counted(executor, *arguments, **options):
+            self.count[executor.fn.__name__] += 1
+            self.in_kernel = True
+            try:
+                launch(executor, *arguments, **options)
+            finally:
+                self.in_kernel = False
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        returns = operation._schema.returns
+        view = any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
+        name = operation.overloadpacket.__name__
+        if not (self.in_kernel or view or name.startswith("empty")):
+            self.count[name] += 1
+            # A GEMM that adds a matrix would copy it into its result first: a launch that no count of calls shows.
+            assert name != "addmm" or arguments[0].ndim == 1, "a bias is a vector"
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted in the interpreter")
+@pytest.mark.parametrize("layers", [2, 3])
+def test_launches(monkeypatch, layers):
+    """8 a layer forward and at most 9 backward, and 5 each that come once: exactly these, no copy beside them."""
+    engine, _ = encoders([[k, 1] for k in range(2, 10)], layers=layers, heads=1)
+    ctx = context(1).requires_grad_()
+    features_and_gradient(engine, ctx)  # the first pass lays the memory out
+    tower = engine._current_tower(deep=False)
+    with Launches(monkeypatch) as forward:
+        features = tower.encode(ctx)
+    once = {"add": 1, "_move_rows_kernel": 2}  # the context's positions; the EOT rows of the last layer
+    of_layers = {
+        "_layer_norm_fwd_kernel": 2 * layers + 1,
+        "_tree_attention_fwd_kernel": layers,
+        "_activation_fwd_kernel": layers,
+        "mm": 3 * layers,
+        "addmm": layers + 1,  # with the bias; the last is the projection
+    }
+    assert forward.count == of_layers | once
+    assert forward.count.total() == 8 * layers + 5
+
+    grad = torch.ones_like(features)
+    monkeypatch.undo()
+    with Launches(monkeypatch) as backward:
+        torch.autograd.grad(features, ctx, grad)
+    assert len(tower.all_rows.plan.summed_row), "the rows should fill more than one tile"
+    summed = layers - (len(tower.eot_rows.plan.summed_row) == 0)
+    of_layers = {
+        "_layer_norm_bwd_kernel": 2 * layers + 1,
+        "_tree_attention_bwd_kernel": layers,
+        "_sum_partials_kernel": summed,
+        "_activation_bwd_kernel": layers,
+        "mm": 4 * layers + 1,
+    }
+    once = {"copy_": 1, "_move_rows_kernel": 2}  # the gradient's own memory and type; the EOT rows
+    assert backward.count == of_layers | once
+    assert backward.count.total() <= 9 * layers + 5
+
+
+# The whole model, and the choice of the backend
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("fp16", 1e-2)])
+def test_model(precision, tolerance):
+    dtype = torch.float32 if precision == "fp32" else torch.float16
+    cfg = reference_cfg(ctx_init="", n_ctx=2, precision=precision, image_size=IMAGE_SIZE)
+    options = {"layers": 2, "width": 32, "heads": 2, "embed_dim": 24}
+    features = torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
+    label = torch.tensor([2, 0])
+    results = []
+    for backend, model_type, device in (("triton", dtype, DEVICE), ("torch", torch.float64, "cpu")):
+        torch.manual_seed(0)
+        clip = tiny_clip(dtype=dtype, **options).to(device, model_type)
+        model = CustomCLIP(cfg, ["cat", "dog", "tabby cat"], clip, backend=backend).to(device)
+        loss = model.forward_features(features.to(device), label.to(device))
+        loss.backward()
+        learned = dict(model.prompt_learner.named_parameters())
+        results.append((loss, {name: one.grad for name, one in learned.items()}))
+    (loss, gradients), (expected_loss, expected_gradients) = results
+    assert loss.dtype == torch.float32, "a float16 loss could not be scaled"
+    assert_close(loss.cpu(), expected_loss, tolerance, "loss")
+    for name, expected in expected_gradients.items():
+        assert_close(gradients[name].cpu(), expected, 2 * tolerance, name)
+
+
+def test_the_interpreter_serves_only_who_names_it():
+    (triton,) = (backend for backend in BACKENDS if backend.name == "triton")
+    half = torch.float16
+    assert triton.refusal(torch.device("cuda"), half) is None
+    assert triton.refusal(torch.device("cuda"), torch.float64) == "it does not compute in torch.float64"
+    if DEVICE.type == "cpu":
+        assert select_backend(DEVICE, half, "triton") is triton
+        assert select_backend(DEVICE, half).name == "torch"
