@@ -1,8 +1,8 @@
 """The text transformer over tree rows on a GPU: fused kernels between the vendor's GEMMs, backward by hand.
 
 What is saved and why backward is so short is said in :mod:`cocoop_fast.cpu_tower`; here the rows and the weights may be
-float16, bfloat16 or float32 (statistics always float32), and what costs is the number of launches: 8 a layer forward,
-9 backward. A GEMM that adds a residual would copy it into its result first, so the LayerNorm behind it adds residual and
+float16, bfloat16 or float32 (statistics always float32), and what costs is the number of launches: 8 a layer forward and
+9 backward, and 5 each that come once. A GEMM that adds a residual would copy it into its result first, so the LayerNorm behind it adds residual and
 bias. Nothing waits for the device or depends on its results, so that a whole step can be recorded as a CUDA graph.
 
 In the last layer the GEMMs of query, key and value take all rows: queries of the EOT rows alone would save half a
@@ -180,7 +180,8 @@ class Activations:
         queries = batch * (len(c.leaves) if last else c.tree.rows)
         a = LayerActivations()
         a.x_mid = own.get("x_mid", queries, d)
-        a.u = own.get("u", queries, c.weights.blocks[layer].fc.weight.shape[0])
+        # Without backward, the activation takes the place of what it is of.
+        a.u = own.get("u" if memory.keeps else "g", queries, c.weights.blocks[layer].fc.weight.shape[0])
         a.stats_1 = memory.statistics_of(f"x {layer}", rows)
         a.stats_2 = memory.statistics_of(f"x_mid {layer}", queries)
         a.qkv = own.get("qkv", rows, 3 * d)
