@@ -2,8 +2,9 @@
 
 What is saved and why backward is so short is said in :mod:`cocoop_fast.cpu_tower`; here the rows and the weights may be
 float16, bfloat16 or float32 (statistics always float32), and what costs is the number of launches: 8 a layer forward and
-9 backward, and 5 each that come once. A GEMM that adds a residual would copy it into its result first, so the LayerNorm behind it adds residual and
-bias. Nothing waits for the device or depends on its results, so that a whole step can be recorded as a CUDA graph.
+9 backward, and 5 each that come once. A GEMM that adds a residual would copy it into its result first, so the LayerNorm
+behind it adds residual and bias. Nothing waits for the device or depends on its results, so that a whole step can be
+recorded as a CUDA graph.
 
 In the last layer the GEMMs of query, key and value take all rows: queries of the EOT rows alone would save half a
 percent of the multiplications and cost three launches. All that follows is for the EOT rows alone.
