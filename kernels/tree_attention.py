@@ -186,7 +186,15 @@ def _slot_gradients(
 
 
 @triton.jit(
-    do_not_specialize=["q_ctx_rows", "n_ctx", "heads", "queries_written", "rows_written", "n_partials"]
+    do_not_specialize=[
+        "q_ctx_rows",
+        "n_ctx",
+        "heads",
+        "queries_written",
+        "rows_written",
+        "n_partials",
+        "width",
+    ]
 )
 def _tree_attention_bwd_kernel(
     d_o,
