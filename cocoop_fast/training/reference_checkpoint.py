@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cocoop_fast.clip import ClipModel, FrozenCLIP
 from cocoop_fast.config import OptimConfig
+from cocoop_fast.context_learner import ContextLearner
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.files import write_atomically
 from cocoop_fast.torch_archive import read_archive
-from cocoop_fast.training.schedule import learning_rate
+from cocoop_fast.training.schedule import reference_state
 
 _TOKEN_BUFFERS = ("token_prefix", "token_suffix")  # constants of CLIP and the class names
 
@@ -29,10 +31,12 @@ class ReferenceCheckpoint:
     """What can be used of the reference's file.
 
     ``parameters`` are the learned ones by name: ``ctx`` (M, d) and, for CoCoOp, ``meta_net.linear1.weight``
-    and so on. ``epoch`` is the number of epochs trained.
+    and so on. ``momentum`` has, by the same names, what SGD accumulated; it is ``None`` if another optimizer was used
+    or none was saved. ``epoch`` is the number of epochs trained.
     """
 
     parameters: dict[str, Tensor]
+    momentum: dict[str, Tensor] | None
     epoch: int
     path: Path
 
@@ -65,12 +69,14 @@ def load(path: Path) -> ReferenceCheckpoint:
             exit_status=1,
         )
     epoch = content.get("epoch")
+    parameters = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name not in _TOKEN_BUFFERS
+    }
     return ReferenceCheckpoint(
-        parameters={
-            name: value
-            for name, value in state.items()
-            if isinstance(value, Tensor) and name not in _TOKEN_BUFFERS
-        },
+        parameters=parameters,
+        momentum=_momentum(content.get("optimizer"), parameters),
         epoch=epoch if isinstance(epoch, int) else 0,
         path=path,
     )
@@ -82,11 +88,13 @@ def save(
     optim: OptimConfig,
     optimizer: dict[str, Any],
     accuracy: float | None,
+    epochs: int | None = None,
 ) -> Path:
     """Write ``folder/model.pth.tar-<epochs>`` and the text file ``checkpoint``, as the reference's trainer does.
 
-    The scheduler is stored as plain numbers, which the reference's resume accepts, and which keeps the file
-    readable by ``torch.load`` with its safe default.
+    The scheduler is stored as plain numbers, which keeps the file readable by ``torch.load`` with its safe default.
+    The reference reads such a file of a finished run as it is; to train on from one it needs
+    :mod:`cocoop_fast.integrations.dassl`.
 
     Args:
         folder: ``<output>/prompt_learner``.
@@ -94,24 +102,20 @@ def save(
         optim: resolved.
         optimizer: a torch state dict.
         accuracy: of the last evaluation, in percent.
+        epochs: trained so far; ``None``: all of them.
 
     Returns:
         The checkpoint's path.
     """
-    epochs = optim.epochs or 0
-    rate = learning_rate(optim, epochs + 1)
+    if epochs is None:
+        epochs = optim.epochs or 0
     content = {
         "state_dict": OrderedDict(
             (name, tensor.detach().cpu()) for name, tensor in model.prompt_learner.state_dict().items()
         ),
         "epoch": epochs,
         "optimizer": optimizer,
-        "scheduler": {
-            "base_lrs": [optim.lr],
-            "last_epoch": epochs,
-            "_step_count": epochs + 1,
-            "_last_lr": [rate],
-        },
+        "scheduler": reference_state(optim, epochs),
         "val_result": accuracy,
     }
     path = folder / f"model.pth.tar-{epochs}"
@@ -119,6 +123,37 @@ def save(
     write_atomically(path, lambda file: torch.save(content, file))
     write_atomically(folder / "checkpoint", lambda file: file.write(f"{path.name}\n".encode()))
     return path
+
+
+def token_buffers(learner: ContextLearner, clip_model: ClipModel) -> dict[str, Tensor]:
+    """What the reference's state dicts hold besides what is learned: the embeddings of all other tokens.
+
+    Returns:
+        ``token_prefix`` (K, 1, d) and ``token_suffix`` (K, L - 1 - M, d), of the model's dtype.
+    """
+    weights = FrozenCLIP(clip_model).text_weights()
+    tokens = learner.tokenized_prompts.to(weights.device)
+    embedding = weights.token_embedding[tokens].to(weights.dtype)
+    return {
+        "token_prefix": embedding[:, :1].clone(),
+        "token_suffix": embedding[:, 1 + learner.n_ctx :].clone(),
+    }
+
+
+def _momentum(optimizer: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """An optimizer's state dict numbers the parameters in the order in which the module, and its state dict, has them."""
+    state = optimizer.get("state") if isinstance(optimizer, dict) else None
+    if not isinstance(state, dict) or set(state) != set(range(len(parameters))):
+        return None
+    found = {}
+    for (name, value), own in zip(
+        parameters.items(), (state[i] for i in range(len(parameters))), strict=True
+    ):
+        buffer = own.get("momentum_buffer") if isinstance(own, dict) else None
+        if not isinstance(buffer, Tensor) or buffer.shape != value.shape:
+            return None
+        found[name] = buffer
+    return found
 
 
 def _find(path: Path) -> Path:

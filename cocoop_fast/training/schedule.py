@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from cocoop_fast.config import OptimConfig
 
@@ -19,3 +20,22 @@ def learning_rate(optim: OptimConfig, epoch: int) -> float:
         return optim.warmup_lr
     cosine_epoch = epoch - 1 - optim.warmup_epochs
     return 0.5 * optim.lr * (1.0 + math.cos(math.pi * cosine_epoch / (optim.epochs or 1)))
+
+
+def reference_state(optim: OptimConfig, epochs: int) -> dict[str, Any]:
+    """Where the reference's scheduler stands after so many epochs, in plain numbers.
+
+    Its warm-up scheduler counts up to the warm-up's end; from there on only the cosine that follows it counts. The
+    reference itself stores that one as an object with an optimizer in it, whose rate is what moves after its resume
+    (the run's own rate stays as it is). Without a warm-up there is the cosine alone.
+    """
+    warm, after = min(epochs, optim.warmup_epochs), max(epochs - optim.warmup_epochs, 0)
+    rate = [learning_rate(optim, epochs + 1)]
+    cosine = _scheduler_state(optim, after, rate if epochs >= optim.warmup_epochs else [optim.lr])
+    if not optim.warmup_epochs:
+        return cosine
+    return {**_scheduler_state(optim, warm, rate), "successor": cosine}
+
+
+def _scheduler_state(optim: OptimConfig, steps: int, rate: list[float]) -> dict[str, Any]:
+    return {"base_lrs": [optim.lr], "last_epoch": steps, "_step_count": steps + 1, "_last_lr": rate}

@@ -1,0 +1,116 @@
+"""What keeps Dassl from running on a current PyTorch, or makes it go wrong there. Each is repaired only where it is found.
+
+1. Its warm-up scheduler passes ``verbose`` to torch's, which no longer takes it: no trainer can be built.
+2. That scheduler saves the one that follows it as an object, with a copy of the optimizer. After a resume the copy's
+   learning rate moves and the run's own does not. (And what holds objects, a safe loader refuses.)
+3. ``load_checkpoint`` lets ``torch.load`` run whatever code a file names, or fails where that is refused by default.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from cocoop_fast.torch_archive import InertObject, read_archive
+
+# Where a scheduler stands. Everything else it has comes from the configuration.
+_POSITION = ("last_epoch", "_step_count", "_last_lr")
+
+
+def repair_dassl() -> tuple[str, ...]:
+    """Repair what needs it in the Dassl that is imported; one line for each repair."""
+    schedulers = importlib.import_module("dassl.optim.lr_scheduler")
+    torchtools = importlib.import_module("dassl.utils.torchtools")
+    base = schedulers._BaseWarmupScheduler
+    done = []
+    if not _can_be_built(schedulers.ConstantWarmupScheduler):
+        base.__init__ = _init_warmup
+        done.append("warm-up scheduler: built without `verbose`, which this PyTorch does not take")
+    if _saves_an_object(schedulers.ConstantWarmupScheduler):
+        base.state_dict = _warmup_state
+        base.load_state_dict = _load_warmup_state
+        done.append("resume: the learning rate goes on along its schedule")
+    _replace_everywhere(torchtools.load_checkpoint, _safe_load(torchtools.load_checkpoint))
+    done.append("load_checkpoint: files are read without running code in them")
+    return tuple(done)
+
+
+# -- the warm-up scheduler ---------------------------------------------------------------------------------------
+
+
+def _make(warmup: Any) -> Any:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    return warmup(optimizer, CosineAnnealingLR(optimizer, 1), 1, 0.1)
+
+
+def _can_be_built(warmup: Any) -> bool:
+    try:
+        _make(warmup)
+    except TypeError:
+        return False
+    return True
+
+
+def _saves_an_object(warmup: Any) -> bool:
+    return any(isinstance(value, LRScheduler) for value in _make(warmup).state_dict().values())
+
+
+def _init_warmup(
+    self: Any, optimizer: Any, successor: Any, warmup_epoch: int, last_epoch: int = -1, verbose: bool = False
+) -> None:
+    self.successor, self.warmup_epoch = successor, warmup_epoch
+    LRScheduler.__init__(self, optimizer, last_epoch)
+
+
+def _warmup_state(self: Any) -> dict[str, Any]:
+    return {**LRScheduler.state_dict(self), "successor": self.successor.state_dict()}
+
+
+def _load_warmup_state(self: Any, state: Mapping[str, Any]) -> None:
+    """From a state of ours, or from one whose successor was an object.
+
+    The run's learning rate is set, too: a file that was written after a resume has a frozen one in its optimizer.
+    """
+    _set_position(self, state)
+    successor = state.get("successor", {})
+    if isinstance(successor, InertObject):
+        successor = successor.state
+    elif not isinstance(successor, Mapping):
+        successor = vars(successor)
+    _set_position(self.successor, successor)
+    for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+        group["lr"] = rate
+
+
+def _set_position(scheduler: Any, state: Mapping[str, Any]) -> None:
+    vars(scheduler).update({name: state[name] for name in _POSITION if name in state})
+
+
+# -- reading files -----------------------------------------------------------------------------------------------
+
+
+def _safe_load(load_checkpoint: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def load(fpath: Any) -> Any:
+        """A checkpoint, on the CPU: whoever loads a state dict from it moves it."""
+        if fpath is None or not Path(fpath).is_file():
+            return load_checkpoint(fpath)  # for its own messages
+        if zipfile.is_zipfile(fpath):
+            return read_archive(Path(fpath))
+        return torch.load(fpath, map_location="cpu", weights_only=True)  # PyTorch's format before 1.6
+
+    return load
+
+
+def _replace_everywhere(old: Any, new: Any) -> None:
+    """In every module that has imported a function by name."""
+    for module in list(sys.modules.values()):
+        for name, value in list(vars(module).items()) if module is not None else ():
+            if value is old:
+                setattr(module, name, new)
