@@ -25,6 +25,7 @@ ClassPosition = Literal["end", "middle", "front"]
 Ensemble = Literal["none", "select", "imagenet"]
 Precision = Literal["auto", "fp32", "fp16", "bf16", "amp"]
 Subset = Literal["base", "new", "all"]
+OnNonfinite = Literal["stop", "skip"]
 
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -42,6 +43,7 @@ class ModelConfig:
     pretrained: str | None = None  # an open_clip tag, a hub name or a local file
     precision: Precision = "auto"  # auto: fp32 on a CPU, fp16 on a GPU
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
+    memory_budget: str | None = None  # for what a step allocates, e.g. "4GB"; None: most of what is free
     device: str = "auto"
     cuda_graph: bool = True  # on a GPU: record a training step once and replay it
 
@@ -70,6 +72,7 @@ class DataConfig:
     subset: Subset = "base"  # classes that are trained on
     workers: Count = 0
     skip_bad_images: bool = False
+    cache_views: Count = 0  # train on so many fixed augmented views of an image, encoded once; 0: new ones each epoch
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -88,6 +91,10 @@ class OptimConfig:
     momentum: Probability = 0.9
     weight_decay: NotNegative = 5e-4
     master_weights: bool = True  # what is learned is kept in fp32, whatever the precision
+    prune_mass: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # share of the wrong classes' probability left out of backward
+    )
+    on_nonfinite: OnNonfinite = "stop"  # at a step whose loss or gradient is not finite
     batch_size: AtLeastOne | None = None  # CoCoOp 1, CoOp 32
     epochs: Count | None = None  # CoCoOp 10, CoOp 200; 0 for zero-shot alone
     warmup_epochs: Count = 1

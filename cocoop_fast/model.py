@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,16 @@ from cocoop_fast.context_learner import Learner
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.head import cosine_cross_entropy, cosine_logits_ref
 from cocoop_fast.prompt_learner import PromptLearner
+from cocoop_fast.pruning import Pruned, check_prune_mass, pruned_cross_entropy
 from cocoop_fast.text_tower import TextEncoder, TreeTextEncoder
+
+
+class EngineOptions(TypedDict, total=False):
+    """How text is computed; the same for every learned prompt."""
+
+    backend: str  # "auto", or a backend of `cocoop_fast.ops.dispatch`
+    memory_budget: int | str | None  # see `cocoop_fast.streaming`
+    prune_mass: float  # tau of `cocoop_fast.pruning`; 0 is exact
 
 
 class PromptedCLIP(nn.Module):
@@ -25,6 +34,7 @@ class PromptedCLIP(nn.Module):
     """
 
     prompt_learner: nn.Module
+    pruned: Pruned | None = None  # what the last training step left out of its gradient, if it was asked to
 
     def __init__(self, clip_model: ClipModel, n_classes: int, *, backend: str = "auto") -> None:
         super().__init__()
@@ -78,9 +88,7 @@ class PromptedCLIP(nn.Module):
         Values are checked where they lie on the CPU. On a GPU the host would have to wait for them: there features
         that are not finite give a loss that is not, and labels out of range are the caller's to prevent.
         """
-        self._check_features(image_features)
-        self._check_labels(label, len(image_features))
-        image_features = self._normalise(image_features)
+        image_features = self._checked(image_features, label)
         text_features = self.text_features(image_features)
         return cosine_cross_entropy(image_features, text_features, self.logit_scale, label, self.backend)
 
@@ -89,6 +97,12 @@ class PromptedCLIP(nn.Module):
         self._check_features(image_features)
         image_features = self._normalise(image_features)
         return cosine_logits_ref(image_features, self.text_features(image_features), self.logit_scale)
+
+    def _checked(self, image_features: Tensor, label: Tensor) -> Tensor:
+        """Unit-length image features, after a look at them and the labels."""
+        self._check_features(image_features)
+        self._check_labels(label, len(image_features))
+        return self._normalise(image_features)
 
     def _normalise(self, image_features: Tensor) -> Tensor:
         image_features = image_features.to(self.dtype)
@@ -126,19 +140,43 @@ class LearnedPromptCLIP(PromptedCLIP):
         clip_model: an open_clip or OpenAI CLIP with a causal, EOT-pooled text tower.
         learner: what is learned.
         backend: "auto", or a backend of :mod:`cocoop_fast.ops.dispatch`.
+        memory_budget: bytes, or text like "256MB", for all that a step allocates above the loaded model; None: most
+            of what is free. What does not fit is computed in pieces, with the same result.
+        prune_mass: tau: in training, backward leaves out classes that have at most a share tau of the probability
+            that the label does not have. 0 is exact; `pruned` says what was left out.
 
     Raises:
-        UserError: an unsupported model or backend, or prompts that do not fit the text tower.
+        UserError: an unsupported model or backend, prompts that do not fit the text tower, or a budget or tau out
+            of range.
     """
 
     prompt_learner: Learner
 
-    def __init__(self, clip_model: ClipModel, learner: Learner, *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        clip_model: ClipModel,
+        learner: Learner,
+        *,
+        backend: str = "auto",
+        memory_budget: int | str | None = None,
+        prune_mass: float = 0.0,
+    ) -> None:
         super().__init__(clip_model, len(learner.layout.symbols), backend=backend)
         self.prompt_learner = learner
+        self.prune_mass = check_prune_mass(prune_mass)
         self.tree_encoder = TreeTextEncoder(
-            clip_model, ClassTree.from_layout(learner.layout), backend=backend
+            clip_model, ClassTree.from_layout(learner.layout), backend=backend, memory_budget=memory_budget
         )
+
+    def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        if not (self.prune_mass and torch.is_grad_enabled()):
+            return super().loss_and_logits(image_features, label)
+        image_features = self._checked(image_features, label)
+        contexts = self.prompt_learner.contexts(image_features)
+        loss, logits, self.pruned = pruned_cross_entropy(
+            self.tree_encoder, contexts, image_features, self.logit_scale, label, self.prune_mass
+        )
+        return loss, logits
 
     def text_features(self, image_features: Tensor) -> Tensor:
         features = self.tree_encoder(self.prompt_learner.contexts(image_features))
@@ -157,18 +195,31 @@ class CustomCLIP(LearnedPromptCLIP):
         cfg: see :class:`PromptLearner`.
         classnames: K class names.
         clip_model: an open_clip or OpenAI CLIP with a causal, EOT-pooled text tower.
-        backend: "auto", or a backend of :mod:`cocoop_fast.ops.dispatch`.
+        backend, memory_budget, prune_mass: see :class:`LearnedPromptCLIP`.
 
     Raises:
-        UserError: an unsupported model, class list or backend.
+        UserError: an unsupported model, class list or backend, or a budget or tau out of range.
     """
 
     prompt_learner: PromptLearner
 
     def __init__(
-        self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel, *, backend: str = "auto"
+        self,
+        cfg: Any,
+        classnames: Sequence[str],
+        clip_model: ClipModel,
+        *,
+        backend: str = "auto",
+        memory_budget: int | str | None = None,
+        prune_mass: float = 0.0,
     ) -> None:
-        super().__init__(clip_model, PromptLearner(cfg, classnames, clip_model), backend=backend)
+        super().__init__(
+            clip_model,
+            PromptLearner(cfg, classnames, clip_model),
+            backend=backend,
+            memory_budget=memory_budget,
+            prune_mass=prune_mass,
+        )
         self.text_encoder = TextEncoder(clip_model)
 
     @property

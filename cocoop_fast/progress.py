@@ -54,6 +54,7 @@ class Lines(Observer):
                 f"{self._method}: epoch {info.epoch}/{info.epochs}, loss {info.loss:.4f}, "
                 f"accuracy {info.accuracy:.1f} %, {_rate(info.images_per_second)}"
                 + (f", {_skipped(info.skipped_steps)}" if info.skipped_steps else "")
+                + ("" if info.classes_kept is None else f", {_pruned(info)}")
             )
 
     def on_evaluation_end(self, info: EvaluationInfo) -> None:
@@ -153,6 +154,10 @@ def _describe(info: RunInfo) -> str:
 
 def _rate(images_per_second: float) -> str:
     return f"{images_per_second:.{0 if images_per_second >= 10 else 2}f} images/s"
+
+
+def _pruned(info: EpochInfo) -> str:
+    return f"backward through {info.classes_kept:.0f} classes, {info.share_left_out:.2%} left out"
 
 
 def _skipped(steps: int) -> str:

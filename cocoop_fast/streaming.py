@@ -3,7 +3,7 @@
 Only what is saved for backward grows with the rows. Where it does not fit, the first pass over the tree saves nothing,
 and backward goes through it again in pieces, each with a forward of its own: first image by image, then shards of
 consecutive classes. A shard brings the context rows and the rows above its classes along; what the pieces say about
-the context is added up in their order. One more forward is the price: three passes instead of two.
+the context is added up in a fixed order. One more forward is the price: three passes instead of two.
 """
 
 from __future__ import annotations
@@ -136,10 +136,23 @@ class MemoryBudget:
             known[batch, keeps] = self._decide(tower, batch, keeps)
         return known[batch, keeps]
 
-    def lower(self, needed: int) -> None:
-        """After running out of memory: from now on half of what was allowed, or of what was needed."""
-        self.bytes = (self.bytes or needed) // 2
+    def lower(self, tower: Tower, batch: int) -> None:
+        """After a step ran out of memory: from now on pieces of half the size that it had.
+
+        Args:
+            tower: whose tree it is.
+            batch: B.
+
+        Raises:
+            UserError: not even one class of one image fits that.
+        """
+        tree, use = tower.constants.tree, _MemoryUse(tower, keeps=True)
+        pieces = self.pieces(tower, batch, keeps=True)
+        largest = max((use.of(part.tree, 1) for part in pieces.shards), default=use.of(tree, pieces.images))
+        self.bytes = use.fixed(tree, batch) + largest // 2
         self._known.clear()
+        for keeps in (True, False):
+            self.pieces(tower, batch, keeps=keeps)
 
     def _decide(self, tower: Tower, batch: int, keeps: bool) -> Pieces:
         tree, use = tower.constants.tree, _MemoryUse(tower, keeps)
@@ -243,18 +256,24 @@ class _InPieces(torch.autograd.Function):
 
 @torch.no_grad()
 def _forward(tower: Tower, pieces: Pieces, rows: Sequence[Tensor]) -> Tensor:
-    by_images = []
-    for images in pieces.of(len(rows[0])):
+    batch, weights = len(rows[0]), tower.constants.weights
+    shape = batch, len(tower.constants.leaves), weights.projection.weight.shape[1]
+    features = torch.empty(shape, dtype=weights.dtype, device=weights.device)
+    for images in pieces.of(batch):
         own = [one[images] for one in rows]
-        by_images.append(torch.cat([_encode(part, own) for part, _ in _towers(tower, pieces)], dim=1))
-    return torch.cat(by_images)
+        for part, leaves in _towers(tower, pieces):
+            features[images, leaves] = _encode(part, own)
+    return features
 
 
 def _towers(tower: Tower, pieces: Pieces) -> Iterator[tuple[Tower, slice]]:
-    """A tower for each shard in turn, made when it is needed: its constants are not kept."""
+    """A tower for each shard, made when it is needed: its constants are not kept.
+
+    The largest comes first: the towers' memory grows to its size once, and not again and again.
+    """
     if not pieces.shards:
         yield tower, slice(None)
-    for part in pieces.shards:
+    for part in sorted(pieces.shards, key=lambda part: -len(part.tree)):
         yield tower.for_part(tower.constants.part(part.tree)), part.leaves
 
 

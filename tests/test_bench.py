@@ -18,7 +18,7 @@ from cocoop_fast.benchmark.floor import GemmFloor
 from cocoop_fast.benchmark.measure import Timing, interleave
 from cocoop_fast.benchmark.memory import peak_memory
 from cocoop_fast.benchmark.problem import ProblemSpec, build_problem, imagenet_names
-from cocoop_fast.benchmark.work import gemm_flops, saved_by_engine, tree_flops
+from cocoop_fast.benchmark.work import gemm_flops, tree_flops
 from cocoop_fast.extension import extension_available
 
 ROOT = Path(__file__).parents[1]
@@ -109,21 +109,6 @@ def test_the_flops_of_the_tree_are_those_that_the_engine_computes(problem):
         sum(op.flops for name, op in found.ops.items() if f"×{len(problem.tokens)}" not in name[-4:]) / 2
     )
     assert counted == pytest.approx(2 * tree_flops(problem.weights, problem.tree, 2), rel=0.01)
-
-
-@needs_extension
-def test_the_bytes_saved_are_those_that_the_engine_keeps(problem):
-    model = field.BY_NAME["engine"].build(problem).model
-    loss = model.forward_features(problem.features, problem.labels)
-    loss.backward()
-    (kept,) = model.tree_encoder._tower.free
-    tensors = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for a in kept.layers
-        for t in vars(a).values()
-        if isinstance(t, torch.Tensor)
-    }
-    assert sum(tensors.values()) == pytest.approx(saved_by_engine(problem.weights, problem.tree, 2), rel=0.3)
 
 
 def test_percentiles():
@@ -291,4 +276,4 @@ def test_the_comparison_of_products(capsys, tmp_path):
     found = json.loads(path.read_text())
     assert {row["schedule"] for row in found["schedules"]} == {"whole layers", "2 panels", "panels of 128"}
     assert {row["variant"] for row in found["products"]} >= {"mm", "transposed copy"}
-    assert "GFLOP/s of one product" in capsys.readouterr().out
+    assert "GFLOP/s of one" in capsys.readouterr().out

@@ -9,9 +9,11 @@ from comparison import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_streaming import M, encoder
+from tiny_models import IMAGE_SIZE, tiny_clip
 
-from cocoop_fast import UserError
+from cocoop_fast import CustomCLIP, UserError
 from cocoop_fast.ops.head import cosine_logits_ref
+from cocoop_fast.prompt_learner import reference_cfg
 from cocoop_fast.pruning import check_prune_mass, classes_to_keep, pruned_cross_entropy
 
 
@@ -107,3 +109,31 @@ def test_together_with_streaming():
 def test_bad_prune_mass(tau):
     with pytest.raises(UserError, match="`prune_mass` must be at least 0"):
         check_prune_mass(tau)
+
+
+def test_the_model_prunes_in_training_alone():
+    cfg = reference_cfg(ctx_init="a photo of a", n_ctx=4, precision="fp32", image_size=IMAGE_SIZE)
+    names = [f"thing {i}" for i in range(30)]
+    torch.manual_seed(0)
+    clip = tiny_clip()
+    exact_model = CustomCLIP(cfg, names, clip)
+    pruned_model = CustomCLIP(cfg, names, clip, prune_mass=0.2, memory_budget="2GB")
+    pruned_model.prompt_learner.load_state_dict(exact_model.prompt_learner.state_dict())
+    features, label = torch.randn(4, 64), torch.tensor([0, 5, 9, 29])
+    losses = [model.forward_features(features, label) for model in (exact_model, pruned_model)]
+    assert_close(losses[1].detach(), losses[0].detach(), 1e-5)
+    assert exact_model.pruned is None
+    assert pruned_model.pruned is not None
+    assert pruned_model.pruned.share_left_out <= 0.1
+    losses[1].backward()
+    assert pruned_model.prompt_learner.ctx.grad.abs().sum() > 0
+    for model in (exact_model, pruned_model):
+        model.prompt_learner.eval()
+    with torch.no_grad():
+        assert_close(
+            pruned_model.forward_features(features), exact_model.forward_features(features), 1e-5, "logits"
+        )
+    with pytest.raises(UserError, match="`prune_mass` must be"):
+        CustomCLIP(cfg, names, clip, prune_mass=1.0)
+    with pytest.raises(UserError, match="is not an amount of memory"):
+        CustomCLIP(cfg, names, clip, memory_budget="lots")

@@ -164,6 +164,24 @@ def command(
             MACHINE, "--backend", metavar="auto|torch|cpu|triton|cuda", help="Who computes. Default: auto."
         ),
     ] = None,
+    memory_budget: Annotated[
+        str | None,
+        _option(
+            MACHINE,
+            "--memory-budget",
+            metavar="<amount>",
+            help="For all that a step allocates, e.g. 4GB; the result is the same. Default: most of what is free.",
+        ),
+    ] = None,
+    prune_mass: Annotated[
+        float | None,
+        _option(
+            RECIPE,
+            "--prune-mass",
+            help="Leave the unlikeliest classes out of backward, up to this share of the wrong classes' probability. "
+            "Default: 0, exact.",
+        ),
+    ] = None,
     device: Annotated[
         str | None, _option(MACHINE, "--device", help="auto, cpu, cuda or cuda:N. Default: auto.")
     ] = None,
@@ -173,6 +191,24 @@ def command(
     skip_bad_images: Annotated[
         bool, _option(MACHINE, "--skip-bad-images", help="Leave images out that cannot be read, and say so.")
     ] = False,
+    cache_views: Annotated[
+        int | None,
+        _option(
+            MACHINE,
+            "--cache-views",
+            help="Train on so many fixed augmented views of each image, encoded once and kept on disk. "
+            "Default: 0, new views each epoch.",
+        ),
+    ] = None,
+    on_nonfinite: Annotated[
+        str | None,
+        _option(
+            MACHINE,
+            "--on-nonfinite",
+            metavar="stop|skip",
+            help="At a step whose loss or gradient is NaN or infinite. Default: stop.",
+        ),
+    ] = None,
     output_dir: Annotated[
         Path | None,
         _option(SHOWN, "--output-dir", "-o", help="Run directory. Default: output/DATASET/METHOD/seedSEED."),
@@ -215,8 +251,12 @@ def command(
             "optim.lr": ("--lr", lr),
             "model.precision": ("--precision", precision),
             "model.backend": ("--backend", backend),
+            "model.memory_budget": ("--memory-budget", memory_budget),
+            "optim.prune_mass": ("--prune-mass", prune_mass),
             "model.device": ("--device", device),
             "data.workers": ("--workers", workers),
+            "data.cache_views": ("--cache-views", cache_views),
+            "optim.on_nonfinite": ("--on-nonfinite", on_nonfinite),
             "data.skip_bad_images": ("--skip-bad-images", skip_bad_images or None),
             "output_dir": ("--output-dir", output_dir),
             "checkpoint_steps": ("--checkpoint-steps", checkpoint_steps),

@@ -55,7 +55,13 @@ class Predictor:
         config, newest = read_run(run_dir)
         clip = load_clip(replace(config.model, device=device or config.model.device))
         names = list(newest.classnames if classnames is None else classnames)
-        model = build_model(config.prompt, names, clip, backend=config.model.backend)
+        model = build_model(
+            config.prompt,
+            names,
+            clip,
+            backend=config.model.backend,
+            memory_budget=config.model.memory_budget,
+        )
         load_parameters(model, newest.parameters, str(run_dir))
         return cls(model, clip, names, config.eval_batch_size)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from typing_extensions import Unpack
+
 from cocoop_fast.config import PromptConfig
 from cocoop_fast.load_clip import LoadedClip
 from cocoop_fast.methods.coop import CoOp
@@ -14,7 +16,7 @@ from cocoop_fast.methods.linear_probe import LinearProbe
 from cocoop_fast.methods.meta_nets import MetaNetsCLIP
 from cocoop_fast.methods.templates import ensemble_templates
 from cocoop_fast.methods.zeroshot import ZeroShot
-from cocoop_fast.model import CustomCLIP, LearnedPromptCLIP, PromptedCLIP
+from cocoop_fast.model import CustomCLIP, EngineOptions, LearnedPromptCLIP, PromptedCLIP
 from cocoop_fast.prompt_learner import reference_cfg
 from cocoop_fast.prompt_tokens import warn_of_unknown_words
 
@@ -26,20 +28,28 @@ LEARNED: dict[str, Callable[..., LearnedPromptCLIP]] = {
 
 
 def build_model(
-    prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, *, backend: str = "auto"
+    prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, **engine: Unpack[EngineOptions]
 ) -> PromptedCLIP:
     """The model of a method over K class names, ready to train.
 
+    Args:
+        prompt: the method and its options.
+        classnames: K names.
+        clip: the frozen model.
+        engine: backend, memory_budget and prune_mass of :class:`LearnedPromptCLIP`; what learns no prompt needs none.
+
     Raises:
-        UserError: an unusable class list, context, template or backend.
+        UserError: an unusable class list, context, template, backend or budget.
     """
-    model = _build(prompt, classnames, clip, backend)
+    model = _build(prompt, classnames, clip, engine)
     if clip.known_tokens is not None:
         warn_of_unknown_words(classnames, clip.known_tokens)
     return model
 
 
-def _build(prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, backend: str) -> PromptedCLIP:
+def _build(
+    prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, engine: EngineOptions
+) -> PromptedCLIP:
     if prompt.method == "zeroshot":
         template = "a photo of a {}." if prompt.template is None else prompt.template
         return ZeroShot(ensemble_templates(prompt.ensemble, template), classnames, clip.model)
@@ -53,7 +63,7 @@ def _build(prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, ba
         csc=prompt.csc,
         class_position=prompt.class_position,
     )
-    return LEARNED[prompt.method](cfg, classnames, clip.model, backend=backend)
+    return LEARNED[prompt.method](cfg, classnames, clip.model, **engine)
 
 
 def knows_other_classes(prompt: PromptConfig) -> bool:

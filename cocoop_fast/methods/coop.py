@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from typing_extensions import Unpack
+
 from cocoop_fast.clip import ClipModel
 from cocoop_fast.context_learner import ContextLearner
-from cocoop_fast.model import LearnedPromptCLIP
+from cocoop_fast.model import EngineOptions, LearnedPromptCLIP
 
 
 class CoOp(LearnedPromptCLIP):
@@ -17,12 +19,12 @@ class CoOp(LearnedPromptCLIP):
 
     Args:
         cfg: with the options of :class:`ContextLearner` in ``TRAINER.COOP``.
-        classnames, clip_model, backend: as for :class:`cocoop_fast.CustomCLIP`.
+        classnames, clip_model, engine: as for :class:`cocoop_fast.CustomCLIP`.
     """
 
     prompt_learner: ContextLearner
 
     def __init__(
-        self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel, *, backend: str = "auto"
+        self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel, **engine: Unpack[EngineOptions]
     ) -> None:
-        super().__init__(clip_model, ContextLearner(cfg, classnames, clip_model), backend=backend)
+        super().__init__(clip_model, ContextLearner(cfg, classnames, clip_model), **engine)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from cocoop_fast.clip import ClipModel
 from cocoop_fast.context_learner import ContextLearner, master_dtype
-from cocoop_fast.model import LearnedPromptCLIP
+from cocoop_fast.model import EngineOptions, LearnedPromptCLIP
 from cocoop_fast.prompt_learner import MetaNet
 
 
@@ -40,12 +41,12 @@ class MetaNetsCLIP(LearnedPromptCLIP):
     """CoCoOp with M Meta-Nets.
 
     Args:
-        cfg, classnames, clip_model, backend: as for :class:`cocoop_fast.CustomCLIP`.
+        cfg, classnames, clip_model, engine: as for :class:`cocoop_fast.CustomCLIP`.
     """
 
     prompt_learner: MetaNetsLearner
 
     def __init__(
-        self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel, *, backend: str = "auto"
+        self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel, **engine: Unpack[EngineOptions]
     ) -> None:
-        super().__init__(clip_model, MetaNetsLearner(cfg, classnames, clip_model), backend=backend)
+        super().__init__(clip_model, MetaNetsLearner(cfg, classnames, clip_model), **engine)

@@ -245,7 +245,14 @@ class _Material:
     def model(self, prompt: PromptConfig, subset: Subset) -> PromptedCLIP:
         """An untrained model over one set of classes."""
         classnames = list(self.classes(subset).classnames)
-        return build_model(prompt, classnames, self.clip, backend=self._config.model.backend)
+        return build_model(
+            prompt,
+            classnames,
+            self.clip,
+            backend=self._config.model.backend,
+            memory_budget=self._config.model.memory_budget,
+            prune_mass=self._config.optim.prune_mass,
+        )
 
     @property
     def subsets(self) -> tuple[Subset, ...]:

@@ -43,6 +43,8 @@ class StepInfo:
     images_per_second: float  # mean over the steps this process has done
     eta_seconds: float
     skipped_steps: int = 0  # of the run, before this one, because float16 gradients overflowed
+    classes_kept: int | None = None  # with optim.prune_mass: backward went through them
+    share_left_out: float | None = None  # and this share of the gradient's weights was left out
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class EpochInfo:
     lr: float
     seconds: float
     images_per_second: float
+    classes_kept: float | None = None  # the mean of the steps', with optim.prune_mass
+    share_left_out: float | None = None  # likewise
     skipped_steps: int = 0  # of the run so far, because float16 gradients overflowed
 
 

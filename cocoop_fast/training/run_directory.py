@@ -4,6 +4,7 @@ config.yaml       the resolved configuration; written first, so a directory with
 log.txt           in the reference's wording; test_<subset>/log.txt for classes not trained on
 metrics.jsonl     the same and more, at full precision, one JSON object a line
 few_shot/         which images were drawn, of all classes
+views/            features of the fixed views, with data.cache_views
 checkpoints/      what is learned, and all that a resumed run needs
 prompt_learner/   the final model in the reference's format
 results.json      written last, so a directory with it is finished
@@ -31,10 +32,10 @@ from cocoop_fast.training.checkpoint import Checkpoint
 # trained on may not: checkpoints hold their fingerprint.)
 _FREE = (
     "output_dir", "print_freq", "checkpoint_steps", "eval_batch_size", "data.root", "data.few_shot", "data.workers",
-    "model.device", "model.backend", "model.cuda_graph",
+    "model.device", "model.backend", "model.memory_budget", "model.cuda_graph", "optim.on_nonfinite",
 )  # fmt: skip
 _OWN = (
-    "config.yaml", "log.txt", "metrics.jsonl", "few_shot", "checkpoints", "prompt_learner", "results.json",
+    "config.yaml", "log.txt", "metrics.jsonl", "few_shot", "views", "checkpoints", "prompt_learner", "results.json",
 )  # fmt: skip
 
 
@@ -51,6 +52,10 @@ class RunDirectory:
     @property
     def few_shot(self) -> Path:
         return self.path / "few_shot"
+
+    @property
+    def views(self) -> Path:
+        return self.path / "views"
 
     @property
     def prompt_learner(self) -> Path:

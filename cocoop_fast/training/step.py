@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import autocast
+from cocoop_fast.pruning import Pruned
 from cocoop_fast.training.precision import LossScaler
 
 
@@ -23,6 +24,7 @@ class StepResult(NamedTuple):
 
     report: Tensor
     gradients: tuple[Tensor | None, ...]
+    pruned: Pruned | None = None  # what was left out of the gradient
 
 
 Step = Callable[[Tensor, Tensor], StepResult]  # from features (B, E) and label (B,)
@@ -61,4 +63,4 @@ class LossAndGradients:
         correct = (logits.argmax(dim=1) == label).sum()
         wide = torch.promote_types(loss.dtype, torch.float32)
         report = torch.stack([value.detach().to(wide) for value in (loss, correct, self._scaler.current())])
-        return StepResult(report, own)
+        return StepResult(report, own, getattr(self._model, "pruned", None))

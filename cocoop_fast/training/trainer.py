@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from cocoop_fast.config import OptimConfig
 from cocoop_fast.data.batches import Batch, TrainBatches
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.classifier import PromptClassifier
+from cocoop_fast.pruning import Pruned
 from cocoop_fast.training.features import EncodedBatch, ImageFeatures
 from cocoop_fast.training.observer import EpochInfo, Observer, StepInfo
 from cocoop_fast.training.optimizer import build_optimizer
@@ -153,6 +155,8 @@ class Trainer:
                 lr=lr,
                 seconds=seconds,
                 images_per_second=totals.images / seconds,
+                classes_kept=fmean(p.classes_kept for p in totals.pruned) if totals.pruned else None,
+                share_left_out=fmean(p.share_left_out for p in totals.pruned) if totals.pruned else None,
                 skipped_steps=self.scaler.skipped,
             )
         )
@@ -163,6 +167,7 @@ class Trainer:
         They are looked at before the parameters change: without steps under way, a broken loss leaves no trace.
         """
         result = self._step(encoded.features, encoded.label)
+        launched.pruned = result.pruned
         self._reports.push(result.report, launched)
         read = [self._checked(step, *values) for step, values in self._reports.due()]
         for parameter, gradient in zip(self._parameters, result.gradients, strict=True):
@@ -195,7 +200,7 @@ class Trainer:
 
     def _tell(self, step: _LaunchedStep, totals: _Totals, clock: _Clock) -> None:
         images, total_steps = len(step.images.label), self.epochs * len(self.batches)
-        totals.add(step.loss, step.correct, images)
+        totals.add(step.loss, step.correct, images, step.pruned)
         steps_per_second = clock.rate(self.step)
         self.observer.on_step(
             StepInfo(
@@ -213,6 +218,8 @@ class Trainer:
                 images_per_second=steps_per_second * images,
                 eta_seconds=(total_steps - self.step) / steps_per_second,
                 skipped_steps=step.skipped_steps,
+                classes_kept=step.pruned.classes_kept if step.pruned else None,
+                share_left_out=step.pruned.share_left_out if step.pruned else None,
             )
         )
 
@@ -231,6 +238,7 @@ class _LaunchedStep:
     loss: float = 0.0
     correct: int = 0
     skipped_steps: int = 0
+    pruned: Pruned | None = None
 
 
 @dataclass
@@ -241,9 +249,11 @@ class _Totals:
     loss: float = 0.0
     correct: int = 0
     images: int = 0
+    pruned: list[Pruned] = field(default_factory=list)
 
-    def add(self, loss: float, correct: int, images: int) -> None:
+    def add(self, loss: float, correct: int, images: int, pruned: Pruned | None) -> None:
         self.steps += 1
+        self.pruned += [] if pruned is None else [pruned]
         self.loss += loss
         self.correct += correct
         self.images += images

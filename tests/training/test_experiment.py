@@ -290,7 +290,7 @@ def test_the_final_checkpoint_is_small(tmp_path):
     [
         ({"prompt__template": "a photo."}, ("zeroshot",), r"must contain \{\} once"),
         ({"prompt__ctx_init": "word " * 90}, (), "reads 77"),
-        ({"model__backend": "cuda"}, (), "'cuda' is not part of this version"),
+        ({"model__backend": "cuda"}, (), "'cuda' cannot be used here: it does not run on cpu"),
     ],
 )
 def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, fields, compare, message):
@@ -313,6 +313,6 @@ def test_a_name_of_the_new_classes_that_cannot_be_encoded_is_found_before_traini
 
 def test_overwriting_spares_a_run_until_its_successor_is_known_to_work(tmp_path):
     run(tiny_config(tmp_path))
-    with pytest.raises(UserError, match="'cuda' is not part"):
+    with pytest.raises(UserError, match="'cuda' cannot be used here"):
         run(tiny_config(tmp_path, model__backend="cuda"), overwrite=True)
     assert (tmp_path / "results.json").exists()

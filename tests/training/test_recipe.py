@@ -60,7 +60,7 @@ def test_what_is_given_stays():
     assert resolve(config, DIGITS) == config
 
 
-def test_only_places_of_weights_and_data_stay_open():
+def test_only_places_of_weights_and_data_and_free_memory_stay_open():
     open_fields = [
         f"{section}.{name}"
         for section, values in to_mapping(resolved()).items()
@@ -68,7 +68,7 @@ def test_only_places_of_weights_and_data_stay_open():
         for name, value in values.items()
         if value is None
     ]
-    assert open_fields == ["model.pretrained", "data.root", "data.few_shot"]
+    assert open_fields == ["model.pretrained", "model.memory_budget", "data.root", "data.few_shot"]
 
 
 def test_a_compared_method_has_its_own_recipe():
