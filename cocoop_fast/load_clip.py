@@ -89,7 +89,7 @@ def load_clip(config: ModelConfig) -> LoadedClip:
         model = _load_open_clip(config.name, config.pretrained)
         _check_text_tower(model, config.name)
     if precision in _LOW_PRECISION:
-        _to_low_precision(model, _LOW_PRECISION[precision])
+        to_low_precision(model, _LOW_PRECISION[precision])
     model = model.to(device).eval().requires_grad_(False)
     size = model.visual.image_size
     return LoadedClip(
@@ -160,7 +160,7 @@ def _check_text_tower(model: nn.Module, name: str) -> None:
         )
 
 
-def _to_low_precision(model: nn.Module, dtype: torch.dtype) -> None:
+def to_low_precision(model: nn.Module, dtype: torch.dtype) -> None:
     """OpenAI's manual mixed precision: matrix weights in `dtype`, LayerNorms computed in float32."""
     convert_weights_to_lp(model, dtype=dtype)
     for module in model.modules():

@@ -1,0 +1,179 @@
+"""The certificate: it passes what is equivalent, fails what is not, and says how far all of it is from float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from tiny_models import tiny_clip
+
+from cocoop_fast import cli, verify
+from cocoop_fast.benchmark import problem as problems
+from cocoop_fast.benchmark.problem import ProblemSpec, build_problem
+from cocoop_fast.reference import DensePromptedCLIP
+from cocoop_fast.verify import Contestant, Errors, Verdict, build_dense, contestants
+
+NAMES = ("cat", "big dog", "bullet train", "bullet", "sky blue")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return build_problem(ProblemSpec(classes=NAMES, batch=2), tiny_clip(layers=2))
+
+
+def test_every_backend_is_equivalent(problem):
+    asked = list(contestants(CPU, ("fp64", "fp32")))
+    verdicts = {
+        (v.contestant.name, v.contestant.precision): v for v in verify.verify(problem, asked, device=CPU)
+    }
+    assert {("torch", "fp64"), ("dense", "fp32"), ("torch", "fp32"), ("cpu", "fp32")} <= verdicts.keys()
+    assert ("dense", "fp64") not in verdicts and ("cpu", "fp64") not in verdicts
+    assert all(verdict.within for verdict in verdicts.values())
+    assert max(asdict(verdicts["torch", "fp64"].errors).values()) < 1e-11
+    for name in ("dense", "torch", "cpu"):
+        *errors, moved = asdict(verdicts[name, "fp32"].errors).values()
+        assert 0 < max(errors) < 1e-4
+        assert 0 < moved < 1e-2  # three steps of 0.002 are not far above what float32 resolves
+    assert verdicts["dense", "fp32"].allowed is None
+    bound, own = verdicts["cpu", "fp32"].allowed, verdicts["dense", "fp32"].errors
+    assert bound.gradients == max(1e-4, 4 * own.gradients)
+
+
+def test_bfloat16_is_compared_with_the_dense_path_in_bfloat16(problem):
+    asked = list(contestants(CPU, ("bf16",), ("torch",)))
+    dense, fast = verify.verify(problem, asked, device=CPU)
+    assert dense.contestant.dense and fast.contestant.name == "torch"
+    assert 1e-3 < dense.errors.logits < 0.1  # it does compute in bfloat16
+    assert fast.errors.logits < 0.1 and fast.allowed.logits == 4 * dense.errors.logits
+    assert fast.within
+    # Its parameters are bfloat16, which hardly see a step; ours are float32.
+    assert fast.errors.parameters < dense.errors.parameters
+
+
+def test_the_oracle_by_parts_is_the_oracle(problem, monkeypatch):
+    monkeypatch.setattr(verify, "_PROMPTS_AT_ONCE", 2)
+    by_parts = build_dense(problem)
+    whole = DensePromptedCLIP(problem.clip_model, NAMES)
+    whole.prompt_learner.load_state_dict(problem.learned)
+    results = []
+    for model in (by_parts, whole):
+        model.prompt_learner.train()
+        loss, logits = model.loss_and_logits(problem.features, problem.labels)
+        results.append([logits, *torch.autograd.grad(loss, list(model.prompt_learner.parameters()))])
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+class _Wrong:
+    """A contestant that is wrong in one way."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __call__(self, problem):
+        if self.how == "a weight":
+            problem.clip_model.transformer.resblocks[1].mlp.c_fc.weight[0] *= 1.01
+        model = build_dense(problem)
+        if self.how == "a class":
+            model.tokens[3] = model.tokens[0]
+            model.embedding[3] = model.embedding[0]
+        if self.how == "a gradient":
+            model.prompt_learner.ctx.register_hook(lambda gradient: gradient * 1.001)
+        if self.how == "not finite":
+            model.logit_scale.data.fill_(math.inf)
+        if self.how == "the start":
+            model.prompt_learner.meta_net.linear1.weight.data *= 1.01
+        return model
+
+
+@pytest.mark.parametrize("how", ["a weight", "a class", "a gradient", "not finite", "the start"])
+def test_what_is_not_equivalent_is_outside(problem, how):
+    wrong = Contestant("wrong", "fp32", _Wrong(how))
+    dense, verdict = verify.verify(
+        problem, [Contestant("dense", "fp32", build_dense, dense=True), wrong], device=CPU, steps=2
+    )
+    assert dense.within and not verdict.within
+    if how == "a gradient":  # which leaves the logits alone
+        assert verdict.errors.logits <= verdict.allowed.logits
+        assert verdict.errors.gradients > verdict.allowed.gradients
+
+
+def test_a_contestant_that_learns_something_else_is_an_error(problem):
+    def without_meta_net(problem):
+        return DensePromptedCLIP(problem.clip_model, NAMES, conditional=False)
+
+    with pytest.raises(ValueError, match="expected of"):
+        verify.verify(problem, [Contestant("coop", "fp32", without_meta_net)], device=CPU, steps=1)
+
+
+def test_not_a_number_is_outside():
+    bound = Errors(1.0, 1.0, 1.0, 1.0, 1.0)
+    contestant = Contestant("one", "fp32", build_dense)
+    assert Verdict(contestant, bound, bound).within
+    assert Verdict(contestant, replace(bound, losses=1.1), None).within
+    [(name, error, most)] = Verdict(contestant, replace(bound, losses=math.nan), bound).outside()
+    assert name == "losses" and math.isnan(error) and most == 1.0
+    assert not Verdict(contestant, replace(bound, losses=1.1), bound).within
+
+
+@pytest.fixture
+def tiny_model(monkeypatch):
+    monkeypatch.setattr(problems, "load_model", lambda spec: tiny_clip(layers=2))
+
+
+def test_the_command(tiny_model, capsys):
+    assert cli.run(["verify", "--k", "5", "--steps", "2", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "Equivalent" in out and "OUTSIDE" not in out
+    for word in ("dense", "torch", "fp64", "fp32", "Gradient"):
+        assert word in out
+    assert "verify: the dense oracle in fp64" in err
+
+    assert (
+        cli.run(["verify", "--k", "5", "--steps", "2", "--device", "cpu", "--json", "--backend", "torch"])
+        == 0
+    )
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == "" and found["within"] is True and found["classes"] == 5 and found["steps"] == 2
+    assert [(row["name"], row["precision"]) for row in found["rows"]] == [
+        ("torch", "fp64"),
+        ("dense", "fp32"),
+        ("torch", "fp32"),
+    ]
+    assert set(found["rows"][0]["errors"]) == {"logits", "loss", "gradients", "losses", "parameters"}
+
+
+def test_the_command_fails_when_it_should(tiny_model, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(verify, "_fast", lambda backend: _Wrong("a weight"))
+    names = tmp_path / "names.txt"
+    names.write_text("cat\nbig dog\n")
+    arguments = ["verify", "--classes", str(names), "--steps", "1", "--device", "cpu", "--quiet"]
+    assert cli.run(arguments) == 1
+    out, err = capsys.readouterr()
+    assert "NOT equivalent" in out and "OUTSIDE" in out and err == ""
+    assert "torch in fp64: logits is off by" in out
+    assert cli.run([*arguments, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["within"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--steps", "0"], "--steps is 0, but it must be positive"),
+        (["--pretrained", "openai"], "--pretrained needs the --model"),
+        (["--backend", "fast"], "--backend is 'fast', but it must be one of"),
+        (["--precision", "fp16"], "--precision is 'fp16', but on cpu it must be one of fp64, fp32"),
+        (["--backend", "cuda"], "No backend asked for computes in these precisions on cpu"),
+        (["--ctx-init", " "], "--ctx-init is empty"),
+        (["--ctx-init", "uncharacteristically a"], "some word has several tokens"),
+    ],
+)
+def test_bad_input(tiny_model, capsys, arguments, sentence):
+    assert cli.run(["verify", "--k", "3", "--device", "cpu", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and sentence in error
