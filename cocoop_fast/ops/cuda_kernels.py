@@ -88,9 +88,7 @@ class TreeAttention:
         inputs = self._inputs(q, k, v, sos_k, sos_v, heads, like)
         rows = _rows("o", o, like, like.batch, self.plan.n_queries, written=True)
         if like.batch:
-            load_cuda_extension().tree_attention_fwd(
-                **inputs, plan=self.plan.argument(), o=rows, **like.launch()
-            )
+            like.launch("tree_attention_fwd", **inputs, plan=self.plan.argument(), o=rows)
 
     def backward(
         self,
@@ -144,7 +142,8 @@ class TreeAttention:
         address = _dense("workspace", workspace, tuple(workspace.shape), like, torch.float32)
         _check_aligned("workspace", workspace)
         if like.batch:
-            load_cuda_extension().tree_attention_bwd(
+            like.launch(
+                "tree_attention_bwd",
                 **inputs,
                 **arguments,
                 plan=plan.argument(context_only),
@@ -153,7 +152,6 @@ class TreeAttention:
                 slots=plan.slots,
                 partials=address + 4 * self._weight_floats(like.batch, heads),
                 n_partials=plan.n_partials,
-                **like.launch(),
             )
 
     def _weight_floats(self, batch: int, heads: int) -> int:
@@ -276,14 +274,14 @@ def assemble_prompts_fwd(
         "rstd": _dense("rstd", rstd, (like.batch * m,), like, torch.float32),
     }
     if like.batch:
-        load_cuda_extension().assemble_prompts_fwd(
+        like.launch(
+            "assemble_prompts_fwd",
             **arguments,
             dtype=_DTYPES[like.dtype],
             batch=like.batch,
             n_ctx=m,
             d=d,
             eps=eps,
-            **like.launch(),
         )
 
 
@@ -301,7 +299,8 @@ def assemble_prompts_bwd(dx: Tensor, d_ctx: Tensor, d_bias: Tensor) -> None:
     _require(dx.ndim == 3, f"`dx` must have shape (B, M, d), got {tuple(dx.shape)}")
     like = _Like.of("dx", dx)
     m, d = dx.shape[1:]
-    load_cuda_extension().assemble_prompts_bwd(
+    like.launch(
+        "assemble_prompts_bwd",
         dx=_rows("dx", dx, like, like.batch, m, aligned=False),
         d_ctx=_array("d_ctx", d_ctx, (m, d), like),
         d_bias=_array("d_bias", d_bias, (like.batch, d), like),
@@ -309,7 +308,6 @@ def assemble_prompts_bwd(dx: Tensor, d_ctx: Tensor, d_bias: Tensor) -> None:
         batch=like.batch,
         n_ctx=m,
         d=d,
-        **like.launch(),
     )
 
 
@@ -337,14 +335,14 @@ def assemble_dense(context: Tensor, prefix: Tensor, suffix: Tensor, out: Tensor)
         "out": _dense("out", out, (batch, classes, length, d), like, like.dtype),
     }
     if out.numel():
-        load_cuda_extension().assemble_dense(
+        like.launch(
+            "assemble_dense",
             **addresses,
             batch=batch,
             n_classes=classes,
             n_ctx=m,
             length=length,
             row_bytes=d * context.element_size(),
-            **like.launch(),
         )
 
 
@@ -473,12 +471,14 @@ class _Like:
         _require(len(rows) <= most, f"`{name}` must have at most {most} images, got {len(rows)}")
         return cls(len(rows), rows.shape[2], rows.dtype, rows.device)
 
-    def launch(self) -> dict[str, int]:
-        """The device, and torch's current stream there."""
+    def launch(self, name: str, **arguments: object) -> None:
+        """Call a launcher of the extension on this device and torch's current stream there."""
+        launcher = getattr(load_cuda_extension(), name)
         if self.device.type != "cuda":
-            return {"device": 0, "stream": 0}
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        return {"device": index, "stream": torch.cuda.current_stream(index).cuda_stream}
+            launcher(**arguments, stream=0)
+            return
+        with torch.cuda.device(self.device):
+            launcher(**arguments, stream=torch.cuda.current_stream().cuda_stream)
 
 
 _Rows = tuple[int, int, int]  # address, strides of an image and of a row

@@ -110,7 +110,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) assemble_dense_kernel(Assem
         shared_by_images = static_cast<const Unit*>(a.suffix)[k * n_suffix + i - units - n_ctx];
     }
     for (int64_t b = 0; b < a.batch; b++) {
-        out[(b * a.n_classes + k) * a.length * units + i] = in_context ? context[b * n_ctx + i - units] : shared_by_images;
+        const Unit unit = in_context ? context[b * n_ctx + i - units] : shared_by_images;
+        out[(b * a.n_classes + k) * a.length * units + i] = unit;
     }
 }
 
@@ -152,8 +153,9 @@ extern "C" cudaError_t cocoop_fast_assemble_prompts_fwd(const AssemblePromptsFwd
     if (a->batch > kMaxGrid || a->d > kMaxWidth) return cudaErrorInvalidConfiguration;
     return with_type(a->dtype, [&](auto number) {
         using T = decltype(number);
-        const bool wide = a->d % kWide == 0 && aligned_rows(a->x, a->dtype) && aligned_rows(a->y, a->dtype) && aligned_array(a->ctx) &&
-                          aligned_array(a->bias) && aligned_array(a->position) && aligned_array(a->gamma) && aligned_array(a->beta);
+        const bool wide = a->d % kWide == 0 && aligned_rows(a->x, a->dtype) && aligned_rows(a->y, a->dtype) &&
+                          aligned_array(a->ctx) && aligned_array(a->bias) && aligned_array(a->position) &&
+                          aligned_array(a->gamma) && aligned_array(a->beta);
         const auto kernel = wide ? assemble_prompts_fwd_kernel<T, kWide> : assemble_prompts_fwd_kernel<T, 1>;
         return launch(kernel, grid, kThreads, shared_bytes, stream, *a);
     });
@@ -162,7 +164,8 @@ extern "C" cudaError_t cocoop_fast_assemble_prompts_fwd(const AssemblePromptsFwd
 extern "C" cudaError_t cocoop_fast_assemble_prompts_bwd(const AssemblePromptsBwd* a, cudaStream_t stream) {
     return with_type(a->dtype, [&](auto number) {
         using T = decltype(number);
-        const bool wide = a->d % kWide == 0 && aligned_rows(a->dx, a->dtype) && aligned_array(a->d_ctx) && aligned_array(a->d_bias);
+        const bool wide = a->d % kWide == 0 && aligned_rows(a->dx, a->dtype) && aligned_array(a->d_ctx) &&
+                          aligned_array(a->d_bias);
         const auto kernel = wide ? assemble_prompts_bwd_kernel<T, kWide> : assemble_prompts_bwd_kernel<T, 1>;
         const dim3 grid(a->n_ctx + a->batch, blocks_for(a->d, kThreads * (wide ? kWide : 1)));
         return launch(kernel, grid, kThreads, 0, stream, *a);

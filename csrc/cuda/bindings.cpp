@@ -1,9 +1,7 @@
 // The Python module cocoop_fast._cuda: the launchers of kernels.h. Addresses come as integers: of rows with their two
-// strides, of small arrays with their type. cocoop_fast/ops/cuda_kernels.py has checked what they are of.
+// strides, of small arrays with their type. cocoop_fast/ops/cuda_kernels.py has checked what is there.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -63,20 +61,13 @@ AttentionPlan plan(const PlanArgument& argument) {
             n_reduces};
 }
 
-void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-// Launches on `stream` of `device`, whatever the calling thread's current device, which it leaves as it was.
+// The device is the calling thread's current one, as torch left it: the driver's context is common to all runtimes.
 template <class Arguments>
-void run(cudaError_t (*launcher)(const Arguments*, cudaStream_t), const Arguments& arguments, int device,
-         Address stream) {
-    int before = 0;
-    check(cudaGetDevice(&before), "no current CUDA device");
-    if (before != device) check(cudaSetDevice(device), "the tensors' CUDA device cannot be used");
+void run(cudaError_t (*launcher)(const Arguments*, cudaStream_t), const Arguments& arguments, Address stream) {
     const cudaError_t status = launcher(&arguments, static_cast<cudaStream_t>(pointer(stream)));
-    if (before != device) cudaSetDevice(before);
-    check(status, "a CUDA kernel was not launched");
+    if (status != cudaSuccess) {
+        throw std::runtime_error(std::string("a CUDA kernel was not launched: ") + cudaGetErrorString(status));
+    }
 }
 
 AttentionFwd attention_inputs(const PlanArgument& plan_argument, int32_t dtype, int32_t batch, int32_t heads,
@@ -102,17 +93,17 @@ AttentionFwd attention_inputs(const PlanArgument& plan_argument, int32_t dtype, 
 
 void tree_attention_fwd(const PlanArgument& plan_argument, int32_t dtype, int32_t batch, int32_t heads,
                         int32_t head_size, const PartsArgument& q, const PartsArgument& k, const PartsArgument& v,
-                        Address sos_k, Address sos_v, const RowsArgument& o, int device, Address stream) {
+                        Address sos_k, Address sos_v, const RowsArgument& o, Address stream) {
     AttentionFwd a = attention_inputs(plan_argument, dtype, batch, heads, head_size, q, k, v, sos_k, sos_v);
     a.o = rows<OutRows>(o);
-    run(&cocoop_fast_tree_attention_fwd, a, device, stream);
+    run(&cocoop_fast_tree_attention_fwd, a, stream);
 }
 
 void tree_attention_bwd(const PlanArgument& plan_argument, int32_t dtype, int32_t batch, int32_t heads,
                         int32_t head_size, const PartsArgument& q, const PartsArgument& k, const PartsArgument& v,
                         Address sos_k, Address sos_v, const RowsArgument& grad_o, const RowsArgument& dq,
                         int32_t dq_rows, const RowsArgument& dk, const RowsArgument& dv, Address weights,
-                        int64_t slots, Address partials, int32_t n_partials, int device, Address stream) {
+                        int64_t slots, Address partials, int32_t n_partials, Address stream) {
     AttentionBwd a;
     a.fwd = attention_inputs(plan_argument, dtype, batch, heads, head_size, q, k, v, sos_k, sos_v);
     a.grad_o = rows<InRows>(grad_o);
@@ -124,13 +115,13 @@ void tree_attention_bwd(const PlanArgument& plan_argument, int32_t dtype, int32_
     a.slots = slots;
     a.partials = pointer<float>(partials);
     a.n_partials = n_partials;
-    run(&cocoop_fast_tree_attention_bwd, a, device, stream);
+    run(&cocoop_fast_tree_attention_bwd, a, stream);
 }
 
 void assemble_prompts_fwd(int32_t dtype, const ArrayArgument& ctx, const ArrayArgument& bias,
                           const ArrayArgument& position, const ArrayArgument& gamma, const ArrayArgument& beta,
                           const RowsArgument& x, const RowsArgument& y, Address mean, Address rstd, int32_t batch,
-                          int32_t n_ctx, int32_t d, float eps, int device, Address stream) {
+                          int32_t n_ctx, int32_t d, float eps, Address stream) {
     AssemblePromptsFwd a;
     a.dtype = dtype_of(dtype);
     a.ctx = array<InArray>(ctx);
@@ -146,12 +137,11 @@ void assemble_prompts_fwd(int32_t dtype, const ArrayArgument& ctx, const ArrayAr
     a.n_ctx = n_ctx;
     a.d = d;
     a.eps = eps;
-    run(&cocoop_fast_assemble_prompts_fwd, a, device, stream);
+    run(&cocoop_fast_assemble_prompts_fwd, a, stream);
 }
 
 void assemble_prompts_bwd(int32_t dtype, const RowsArgument& dx, const ArrayArgument& d_ctx,
-                          const ArrayArgument& d_bias, int32_t batch, int32_t n_ctx, int32_t d, int device,
-                          Address stream) {
+                          const ArrayArgument& d_bias, int32_t batch, int32_t n_ctx, int32_t d, Address stream) {
     AssemblePromptsBwd a;
     a.dtype = dtype_of(dtype);
     a.dx = rows<InRows>(dx);
@@ -160,11 +150,11 @@ void assemble_prompts_bwd(int32_t dtype, const RowsArgument& dx, const ArrayArgu
     a.batch = batch;
     a.n_ctx = n_ctx;
     a.d = d;
-    run(&cocoop_fast_assemble_prompts_bwd, a, device, stream);
+    run(&cocoop_fast_assemble_prompts_bwd, a, stream);
 }
 
 void assemble_dense(Address context, Address prefix, Address suffix, Address out, int32_t batch, int32_t n_classes,
-                    int32_t n_ctx, int32_t length, int64_t row_bytes, int device, Address stream) {
+                    int32_t n_ctx, int32_t length, int64_t row_bytes, Address stream) {
     AssembleDense a;
     a.context = pointer(context);
     a.prefix = pointer(prefix);
@@ -175,7 +165,7 @@ void assemble_dense(Address context, Address prefix, Address suffix, Address out
     a.n_ctx = n_ctx;
     a.length = length;
     a.row_bytes = row_bytes;
-    run(&cocoop_fast_assemble_dense, a, device, stream);
+    run(&cocoop_fast_assemble_dense, a, stream);
 }
 
 py::dict build_info() {
@@ -201,17 +191,17 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("build_info", &build_info,
           "How this module was compiled: the CUDA toolkit, and the compute capabilities in its machine code.");
     m.def("tree_attention_fwd", &tree_attention_fwd, arg("plan"), arg("dtype"), arg("batch"), arg("heads"),
-          arg("head_size"), arg("q"), arg("k"), arg("v"), arg("sos_k"), arg("sos_v"), arg("o"), arg("device"),
+          arg("head_size"), arg("q"), arg("k"), arg("v"), arg("sos_k"), arg("sos_v"), arg("o"),
           arg("stream"));
     m.def("tree_attention_bwd", &tree_attention_bwd, arg("plan"), arg("dtype"), arg("batch"), arg("heads"),
           arg("head_size"), arg("q"), arg("k"), arg("v"), arg("sos_k"), arg("sos_v"), arg("grad_o"), arg("dq"),
           arg("dq_rows"), arg("dk"), arg("dv"), arg("weights"), arg("slots"), arg("partials"), arg("n_partials"),
-          arg("device"), arg("stream"));
+          arg("stream"));
     m.def("assemble_prompts_fwd", &assemble_prompts_fwd, arg("dtype"), arg("ctx"), arg("bias"), arg("position"),
           arg("gamma"), arg("beta"), arg("x"), arg("y"), arg("mean"), arg("rstd"), arg("batch"), arg("n_ctx"),
-          arg("d"), arg("eps"), arg("device"), arg("stream"));
+          arg("d"), arg("eps"), arg("stream"));
     m.def("assemble_prompts_bwd", &assemble_prompts_bwd, arg("dtype"), arg("dx"), arg("d_ctx"), arg("d_bias"),
-          arg("batch"), arg("n_ctx"), arg("d"), arg("device"), arg("stream"));
+          arg("batch"), arg("n_ctx"), arg("d"), arg("stream"));
     m.def("assemble_dense", &assemble_dense, arg("context"), arg("prefix"), arg("suffix"), arg("out"), arg("batch"),
-          arg("n_classes"), arg("n_ctx"), arg("length"), arg("row_bytes"), arg("device"), arg("stream"));
+          arg("n_classes"), arg("n_ctx"), arg("length"), arg("row_bytes"), arg("stream"));
 }

@@ -27,8 +27,8 @@ constexpr int kRowsPerBlock = 8;   // query rows, a warp each, that share the pr
 constexpr int kTasksPerBlock = 4;  // keys or parts of their readers, a warp each
 constexpr int kMostStaged = 20;    // prefix keys in shared memory at a time
 
-// Blocks on a multiprocessor, the second launch bound: it lets a thread have 80 registers. Without it the compiler spills
-// some to local memory for the sake of more warps.
+// Blocks on a multiprocessor, the second launch bound: it lets a thread have 80 registers. Without it the compiler
+// spills some to local memory for the sake of more warps.
 constexpr int kRowBlocks = 3, kTaskBlocks = 6;
 
 struct Place {
@@ -188,7 +188,8 @@ __global__ void __launch_bounds__(kRowsPerBlock* kWarp, kRowBlocks) tree_attenti
     load_lane(p, row.exists, row.exists ? query_head<T>(a, p, row.row) : nullptr, q);
     float highest = -INFINITY, total = 0.0f;
     Stage<T> stage = empty_stage<T>(a);
-    visit_keys<T, kGroup>(a, p, row, stage, [&](int, bool seen, const float(&k)[kVector], const float(&v)[kVector]) {
+    using Numbers = const float(&)[kVector];
+    visit_keys<T, kGroup>(a, p, row, stage, [&](int, bool seen, Numbers k, Numbers v) {
         const float score = scale * sum_in_group<kGroup>(dot(q, k));
         if (!seen) return;
         const float now_highest = fmaxf(highest, score);
@@ -224,7 +225,8 @@ __global__ void __launch_bounds__(kRowsPerBlock* kWarp, kRowBlocks) tree_attenti
 
     // First (score, dp) of every slot; a group's lanes all have them, and the first writes.
     Stage<T> stage = empty_stage<T>(f);
-    visit_keys<T, kGroup>(f, p, row, stage, [&](int slot, bool seen, const float(&k)[kVector], const float(&v)[kVector]) {
+    using Numbers = const float(&)[kVector];
+    visit_keys<T, kGroup>(f, p, row, stage, [&](int slot, bool seen, Numbers k, Numbers v) {
         const float score = scale * sum_in_group<kGroup>(dot(q, k)), dp = sum_in_group<kGroup>(dot(grad_o, v));
         if (seen && p.column == 0) weights[slot] = make_float2(score, dp);
     });
@@ -249,7 +251,7 @@ __global__ void __launch_bounds__(kRowsPerBlock* kWarp, kRowBlocks) tree_attenti
 
     if (int(blockIdx.x) * kRowsPerBlock >= a.dq_rows) return;  // the whole block
     float dq[kVector] = {};
-    visit_keys<T, kGroup>(f, p, row, stage, [&](int slot, bool seen, const float(&k)[kVector], const float(&)[kVector]) {
+    visit_keys<T, kGroup>(f, p, row, stage, [&](int slot, bool seen, Numbers k, Numbers) {
         if (seen) add_scaled(weights[slot].y, k, dq);
     });
 #pragma unroll
