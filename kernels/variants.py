@@ -18,8 +18,9 @@ STORAGE = ("fp16", "bf16", "fp32")
 class Variant:
     """A kernel with everything fixed that its compiled form depends on, except the target.
 
-    Pointers count as aligned to 16 bytes, and integers named `stride_*` as multiples of 16: so it is for CLIP's widths,
-    and these are the forms with the widest loads and the most registers.
+    Pointers count as aligned to 16 bytes, and the integers named `width` and `stride_*` as multiples of 16 unless the
+    kernel asks for no specialisation by them: so it is for CLIP's widths, and these are the forms with the widest loads
+    and the most registers.
 
     Args:
         kernel: the `@triton.jit` function.

@@ -1,0 +1,88 @@
+"""Every variant of every Triton kernel compiles for every target, within its memories; and docs/kernels.md names them.
+
+Compilation runs in another process, as Triton is in its interpreter in this one.
+"""
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import cocoop_fast.kernels
+
+ROOT = Path(__file__).parents[2]
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@pytest.fixture(scope="module")
+def variants():
+    """Module name -> its variants."""
+    names = [module.name for module in pkgutil.iter_modules(cocoop_fast.kernels.__path__)]
+    modules = {name: importlib.import_module(f"cocoop_fast.kernels.{name}") for name in names}
+    return {name: module.VARIANTS for name, module in modules.items() if hasattr(module, "VARIANTS")}
+
+
+def compile_kernels(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "compile_kernels.py", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+@pytest.mark.slow
+def test_every_variant_compiles_for_every_target(variants, tmp_path):
+    """Its exit status says that nothing spills and that shared memory suffices; below, that nothing was left out."""
+    result = compile_kernels("--json", tmp_path / "resources.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((tmp_path / "resources.json").read_text())
+    compiled = Counter(
+        (one["module"], one["kernel"], one["dtype"], one["name"], one["target"]) for one in found
+    )
+    assert compiled == Counter(
+        (module, variant.kernel_name, variant.dtype, variant.name, target)
+        for module, own in variants.items()
+        for variant in own
+        for target in TARGETS
+    )
+    assert max(compiled.values()) == 1, "two variants have the same name"
+    assert all(0 < one["registers"] <= 512 for one in found)  # 255 on NVIDIA, 512 on AMD
+
+
+def test_what_must_not_pass_is_found():
+    targets = ("sm_90", "gfx942")
+    only = [argument for target in targets for argument in ("--target", target)]
+    result = compile_kernels("wasteful_kernels", "--jobs", "1", *only)
+    assert result.returncode == 1
+    for target in targets:
+        for problem in (
+            f"spilling fp32 for {target}: spills: [0-9]+ bytes of local memory",
+            f"greedy fp16 for {target}: needs [0-9]+ bytes of shared memory",
+            f"wrong fp32 for {target}: does not compile: .*undefined_name",
+        ):
+            assert re.search(f"^wasteful_kernels {problem}", result.stderr, re.M), result.stderr
+
+
+def test_the_page_is_up_to_date(variants):
+    """Its texts and its counts of variants, that is; the registers depend on the compilers' versions."""
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    remedy = "run python tools/make_kernels_page.py"
+    sections = dict(re.findall(r"^## (\w+) \(Triton [^)]*\)\n\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    assert set(sections) == set(variants), remedy
+    for name, own in variants.items():
+        docstring = importlib.import_module(f"cocoop_fast.kernels.{name}").__doc__
+        assert sections[name].startswith(docstring.strip()), f"{name}: {remedy}"
+        listed = re.findall(r"^\| `(\w+)` \| (\w+) \| (\d+) \|", sections[name], re.M)
+        counts = Counter((variant.kernel_name, variant.dtype) for variant in own)
+        assert {(kernel, dtype): int(count) for kernel, dtype, count in listed} == counts, f"{name}: {remedy}"

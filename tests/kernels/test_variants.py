@@ -1,0 +1,100 @@
+"""Whatever a launcher of a row kernel launches is among the VARIANTS that are compiled for every target."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cocoop_fast.kernels import activation, assemble_prompts, head, layer_norm, move_rows
+from cocoop_fast.kernels.variants import STORAGE
+
+WIDTHS = (1, 33, 512, 513, 640, 1024, 1025, 1280, 2048)
+
+
+@pytest.fixture
+def launched(monkeypatch, device):
+    """What the kernels are launched with, instead of launching them: (kernel, pointer types, constexprs, warps, stages)."""
+    seen = []
+    for module in (layer_norm, activation, assemble_prompts, head, move_rows):
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorder(kernel, seen))
+    return seen
+
+
+class Recorder:
+    def __init__(self, kernel, seen):
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid):
+        def launch(*arguments, num_warps, num_stages, **constexprs):
+            names = [name for name in self.kernel.arg_names if name not in constexprs]
+            pointers = {
+                name: type_name(value)
+                for name, value in zip(names, arguments, strict=True)
+                if isinstance(value, torch.Tensor)
+            }
+            self.seen.append(form(self.kernel, pointers, constexprs, num_warps, num_stages))
+
+        return launch
+
+
+def form(kernel, types, constexprs, num_warps, num_stages):
+    pointers = {name: kind for name, kind in types.items() if kind.startswith("*")}
+    return (
+        kernel.fn.__name__, frozenset(pointers.items()), frozenset(constexprs.items()), num_warps, num_stages,
+    )  # fmt: skip
+
+
+def type_name(tensor):
+    names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+    return names[tensor.dtype]
+
+
+def launch_all(device):
+    """Every launcher with every choice that it offers."""
+    dtypes = dict(zip(STORAGE, (torch.float16, torch.bfloat16, torch.float32), strict=True))
+    for dtype, width in itertools.product(dtypes.values(), WIDTHS):
+
+        def z(*shape, dtype=dtype):
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        def f(*shape):
+            return torch.zeros(*shape, device=device)
+
+        x, per_row, index = z(2, 3, width), f(6), torch.arange(2, device=device)
+        for own, flag in itertools.product(dict.fromkeys((dtype, torch.float32)), (False, True)):
+            w = z(width, dtype=own)
+            layer_norm.layer_norm_fwd(x, z(width) if flag else None, w, w, 1e-5, x, per_row, per_row)
+            if flag:
+                layer_norm.layer_norm_fwd(x, z(width), w, w, 1e-5, x, per_row, per_row, residual=x)
+            layer_norm.layer_norm_fwd(x, z(width), w, w, 1e-5, x, per_row, per_row, x)
+            layer_norm.layer_norm_bwd(x, x, w, per_row, per_row, x, accumulate=flag)
+            table, images = z(3, width, dtype=own), z(2, width, dtype=own)
+            assemble_prompts.assemble_prompts_fwd(table, images, table, w, w, 1e-5, x, x, per_row, per_row)
+            assemble_prompts.assemble_prompts_bwd(x, table, images)
+            pairs = f(2, 3)
+            head.head_fwd(x, images, f(1), pairs, pairs)
+            head.head_bwd(x, images, f(1), pairs, pairs, pairs, x)
+            for kind in activation.KINDS:
+                activation.activation_fwd(x, z(width) if flag else None, kind, x)
+                activation.activation_bwd(x, z(width) if flag else None, kind, x)
+            move_rows.scatter_rows(x[:, :2], index, x, accumulate=flag)
+        assemble_prompts.assemble_dense(z(2, 1, width), z(3, width), z(3, 2, width), z(2, 3, 4, width))
+        move_rows.gather_rows(x, index, x[:, :2])
+    for classes in (1, 3000):
+        pairs = f(2, classes)
+        head.cross_entropy_fwd(pairs, index, f(1))
+        head.cross_entropy_bwd(pairs, index, f(1), pairs)
+
+
+def test_every_launch_is_a_variant_and_every_variant_is_launched(launched, device):
+    launch_all(device)
+    listed = {
+        form(v.kernel, v.signature, v.constexprs, v.num_warps, v.num_stages)
+        for module in (layer_norm, activation, assemble_prompts, head, move_rows)
+        for v in module.VARIANTS
+    }
+    assert set(launched) == listed

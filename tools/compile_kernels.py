@@ -1,0 +1,160 @@
+"""Compile every variant of every Triton kernel for each GPU family, without one, and read what it uses from the result.
+
+    python tools/compile_kernels.py                                    all kernels
+    python tools/compile_kernels.py cocoop_fast.kernels.layer_norm     the kernels of these modules
+    python tools/compile_kernels.py --target sm_90 --target gfx942     for these alone
+    python tools/compile_kernels.py --json resources.json              the figures in a file, too
+
+A module of kernels is found by its being in cocoop_fast.kernels and having VARIANTS (cocoop_fast/kernels/variants.py).
+Exit status 1 if a variant does not compile, needs more shared memory than the GPU has, or spills registers to local
+memory. Triton must not be in its interpreter: TRITON_INTERPRET is removed from the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton loads
+
+import cocoop_fast.kernels
+import triton
+from cocoop_fast.kernels.variants import Variant
+from kernel_resources import Resources
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def kernel_modules() -> list[str]:
+    """The modules of cocoop_fast.kernels that have VARIANTS."""
+    package = cocoop_fast.kernels
+    names = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+    return [name for name in names if hasattr(importlib.import_module(name), "VARIANTS")]
+
+
+def compile_all(modules: Sequence[str], targets: Sequence[str], jobs: int) -> list[Resources]:
+    """Compile all variants of these modules for these targets, in `jobs` processes."""
+    work = [
+        (module, index, target)
+        for module in modules
+        for index in range(len(importlib.import_module(module).VARIANTS))
+        for target in targets
+    ]
+    with tempfile.TemporaryDirectory() as cache:  # an old result is no proof
+        prepare = partial(_prepare, cache)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, prepare) as pool:
+            return list(pool.map(_compile_one, *zip(*work, strict=True), chunksize=8))
+
+
+def _prepare(cache: str) -> None:
+    triton.knobs.cache.dir = cache
+    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")  # compiled as it would be launched
+
+
+def _compile_one(module: str, index: int, target: str) -> Resources:
+    variant: Variant = importlib.import_module(module).VARIANTS[index]
+    identity = (module.rpartition(".")[2], variant.kernel_name, variant.dtype, variant.name, target)
+    try:
+        compiled = compile_variant(variant, TARGETS[target])
+    except Exception as error:  # whatever the compilers raise, the others are still to be compiled
+        return Resources(*identity, failure=" ".join(f"{type(error).__name__}: {error}".split()))
+    return Resources(*identity, **_usage(compiled))
+
+
+def compile_variant(variant: Variant, target: GPUTarget) -> Any:
+    """Triton's CompiledKernel of a variant."""
+    names = list(variant.kernel.arg_names)
+    if missing := set(names) ^ (set(variant.signature) | set(variant.constexprs)):
+        raise ValueError(f"{variant}: not the arguments of the kernel: {', '.join(sorted(missing))}")
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, argument in enumerate(variant.kernel.params)
+        if _is_aligned(argument, variant.signature.get(argument.name, "constexpr"))
+    }
+    signature = {name: variant.signature.get(name, "constexpr") for name in names}
+    source = ASTSource(variant.kernel, signature, dict(variant.constexprs), aligned)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def _is_aligned(argument: Any, kind: str) -> bool:
+    """Whether a launch with CLIP's sizes tells the compiler that this argument is a multiple of 16."""
+    sizes = argument.name == "width" or argument.name.startswith("stride_")
+    return kind.startswith("*") or (sizes and kind != "constexpr" and not argument.do_not_specialize)
+
+
+def _usage(compiled: Any) -> dict[str, int]:
+    """Registers, shared memory and local memory, read from the machine code.
+
+    Local memory is NVIDIA's stack frame and local segment. It is AMD's private segment, and four bytes for each
+    spilled register, even one that went into another register.
+    """
+    if "cubin" in compiled.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+            listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", listing)}
+        registers, static = used["REG"], used["SHARED"]
+        local = used["STACK"] + used["LOCAL"]
+    else:
+        found = re.findall(
+            r"^ +\.(\w+): +(\d+)$", compiled.asm["amdgcn"], re.MULTILINE
+        )  # the YAML at the end
+        used = {name: int(value) for name, value in found}
+        registers, static = used["vgpr_count"], used["group_segment_fixed_size"]
+        local = used["private_segment_fixed_size"] + 4 * (used["vgpr_spill_count"] + used["sgpr_spill_count"])
+    dynamic = compiled.metadata.shared
+    return {"registers": registers, "shared_bytes": static + dynamic, "local_bytes": local}
+
+
+def report_problems(found: Iterable[Resources]) -> bool:
+    """Print what is wrong; whether anything is."""
+    wrong = [(one, one.problem()) for one in found if one.problem()]
+    for one, problem in wrong:
+        print(f"{one}: {problem}", file=sys.stderr)
+    return bool(wrong)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help="modules with VARIANTS; default: all")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only for this one; repeatable")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: the processors")
+    options = parser.parse_args()
+    found = compile_all(options.modules or kernel_modules(), options.target or list(TARGETS), options.jobs)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+    print(f"{len(found)} kernels compiled with Triton {triton.__version__}")
+    return int(report_problems(found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,123 @@
+"""Compile every GPU kernel for every target and write docs/kernels.md.
+
+    python tools/make_kernels_page.py              # some minutes
+
+The page has a section for each file of kernels. Its text is the docstring of the Triton module, which every module of
+kernels begins with: what one program owns, the memory traffic in bytes a row, and a prediction of the share of the
+memory's bandwidth that is reached. A new Triton module appears by having VARIANTS. Kernels of another compiler appear
+by a function in SOURCES that gives their sections, with their Resources as that compiler reports them.
+
+Nothing is written if a kernel does not compile, spills, or needs more shared memory than there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import compile_kernels
+import triton
+from kernel_resources import Resources
+
+PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
+
+INTRODUCTION = """# GPU kernels
+
+One section for each file of kernels: what one program (a block of threads) owns, its memory traffic, and what its
+compiled forms use. The tables were read from the machine code that the compilers make; no GPU is needed for that.
+**Every share of a bandwidth and every time on this page is a prediction**, made from the traffic and the arithmetic:
+nothing here was measured on a GPU.
+
+This page is generated: `python tools/make_kernels_page.py`. CI compiles all of it anew and fails where a kernel does
+not compile, spills registers to local memory or needs more shared memory than the GPU has.
+
+A cell shows, as the largest among the variants, the registers of a thread, the bytes of shared memory of a block (from
+sm_90 on with the 1024 that the system reserves) and the bytes of local memory of a thread, which is where registers are
+spilled to. B: images, K: classes, M: context tokens, R: rows of an image, d: width, E: embedding.
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one file of kernels.
+
+    Args:
+        title: its heading.
+        text: a paragraph or more: tile, traffic, prediction.
+        resources: of every variant for every target.
+    """
+
+    title: str
+    text: str
+    resources: Sequence[Resources]
+
+
+def triton_sections(jobs: int) -> list[Section]:
+    """One for each module of Triton kernels."""
+    modules = compile_kernels.kernel_modules()
+    found = compile_kernels.compile_all(modules, list(compile_kernels.TARGETS), jobs)
+    sections = []
+    for module in modules:
+        short = module.rpartition(".")[2]
+        text = inspect.getdoc(importlib.import_module(module)) or ""
+        own = [one for one in found if one.module == short]
+        sections.append(Section(f"{short} (Triton {triton.__version__})", text, own))
+    return sections
+
+
+# What makes the sections, given the number of processes that it may use. In the page's order.
+SOURCES: tuple[Callable[[int], list[Section]], ...] = (triton_sections,)
+
+
+def page(sections: Sequence[Section]) -> str:
+    """The whole page."""
+    parts = [INTRODUCTION, _totals(sections)]
+    parts += [f"## {one.title}\n\n{one.text.strip()}\n\n{_table(one.resources)}\n" for one in sections]
+    return "\n".join(parts)
+
+
+def _totals(sections: Sequence[Section]) -> str:
+    """How many forms were compiled for each target."""
+    count = Counter(one.target for section in sections for one in section.resources)
+    targets = ", ".join(f"{number} for {target}" for target, number in count.items())
+    return f"Compiled in all: {count.total()} combinations of kernel, variant, dtype and target: {targets}.\n"
+
+
+def _table(resources: Sequence[Resources]) -> str:
+    """A line for each kernel and dtype, a column for each target."""
+    targets = list(dict.fromkeys(one.target for one in resources))
+    lines = [["kernel", "dtype", "variants", *targets], ["---", "---", *["---:"] * (1 + len(targets))]]
+    for kernel, dtype in dict.fromkeys((one.kernel, one.dtype) for one in resources):
+        own = [one for one in resources if (one.kernel, one.dtype) == (kernel, dtype)]
+        cells = [_largest([one for one in own if one.target == target]) for target in targets]
+        lines.append([f"`{kernel}`", dtype, str(len({one.name for one in own})), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _largest(resources: Sequence[Resources]) -> str:
+    """Registers / shared bytes / local bytes."""
+    columns = zip(*((one.registers, one.shared_bytes, one.local_bytes) for one in resources), strict=True)
+    return " / ".join(str(max(column)) for column in columns)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: the processors")
+    options = parser.parse_args()
+    sections = [section for source in SOURCES for section in source(options.jobs)]
+    if compile_kernels.report_problems(one for section in sections for one in section.resources):
+        return 1
+    PAGE.write_text(page(sections), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
