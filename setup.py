@@ -210,6 +210,8 @@ def is_set(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
 
 
+cuda_sources = sorted(str(path) for suffix in ("cu", "cpp") for path in Path("csrc/cuda").glob(f"*.{suffix}"))
+
 setup(
     # kernels/ has its own folder beside csrc/, but PyPI has another package of that name: ours is cocoop_fast.kernels.
     packages=[
@@ -225,14 +227,7 @@ setup(
             language="c++",
             optional=True,
         ),
-        Extension(
-            CUDA_EXTENSION,
-            sources=sorted(
-                str(path) for suffix in ("cu", "cpp") for path in Path("csrc/cuda").glob(f"*.{suffix}")
-            ),
-            language="c++",
-            optional=True,
-        ),
+        *([Extension(CUDA_EXTENSION, cuda_sources, language="c++", optional=True)] if cuda_sources else []),
     ],
     cmdclass={"build_ext": BuildExtension},
 )
