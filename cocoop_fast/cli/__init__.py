@@ -18,6 +18,7 @@ import typer
 
 from cocoop_fast.cli import (
     bench,
+    checkpoint,
     datasets,
     evaluate,
     failures,
@@ -27,6 +28,7 @@ from cocoop_fast.cli import (
     run_protocol,
     sweep,
     train,
+    verify,
 )
 
 app = typer.Typer(
@@ -44,7 +46,9 @@ app.command("run", epilog=run_protocol.EPILOG)(run_protocol.command)
 app.command("sweep", epilog=sweep.EPILOG)(sweep.command)
 app.command("bench", epilog=bench.EPILOG)(bench.command)
 app.command("plan", epilog=plan.EPILOG)(plan.command)
+app.command("verify", epilog=verify.EPILOG)(verify.command)
 app.add_typer(datasets.app, name="datasets")
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def _print_version(wanted: bool) -> None:

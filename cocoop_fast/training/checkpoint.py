@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Checkpoint:
     data_fingerprint: str  # of the training samples, in order
     parameters: dict[str, Tensor]  # what the prompt learner learns, by name
     optimizer: dict[str, Any]
-    scaler: dict[str, Any]  # empty without loss scaling
+    scaler: dict[str, Any]  # empty without loss scaling and skipped steps
     rng: dict[str, Any]
     epoch: int  # 1-based: the epoch of the next step (one past the last epoch when finished)
     batch: int  # batches of that epoch that are done
@@ -150,6 +150,17 @@ def load_parameters(model: PromptClassifier, parameters: dict[str, Tensor], wher
         UserError: names or shapes differ.
     """
     own = dict(model.prompt_learner.named_parameters())
+    check_parameters(own, parameters, where)
+    for name, parameter in own.items():
+        parameter.copy_(parameters[name])
+
+
+def check_parameters(own: Mapping[str, Tensor], parameters: Mapping[str, Tensor], where: str) -> None:
+    """Compare what a model learns with what is to be loaded into it.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
     if own.keys() != parameters.keys():
         missing, extra = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
         what = f"lacks {', '.join(missing)}" if missing else f"also has {', '.join(extra)}"
@@ -161,8 +172,6 @@ def load_parameters(model: PromptClassifier, parameters: dict[str, Tensor], wher
                 f"{tuple(parameter.shape)}; use the CLIP model and context length it was trained with.",
                 exit_status=1,
             )
-    for name, parameter in own.items():
-        parameter.copy_(parameters[name])
 
 
 def _files(folder: Path) -> list[Path]:
