@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cocoop_fast.benchmark.machine import one_line
-from cocoop_fast.benchmark.plot import plot_comparison, readable_seconds
+from cocoop_fast.benchmark.plot import plot_comparison
+from cocoop_fast.readable import readable_seconds
 from cocoop_fast.benchmark.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
 from cocoop_fast.benchmark.work import gemm_flops, saved_by_engine, tree_flops
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cocoop_fast.benchmark.machine import one_line
 from cocoop_fast.errors import UserError
+from cocoop_fast.readable import readable_seconds
 
 # Okabe and Ito's palette, told apart by people of any colour vision.
 COLOURS = {"engine": "#D55E00", "floor": "#999999", "coop": "#CC79A7"}
@@ -53,10 +54,3 @@ def plot_comparison(comparison: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"The plot {path} could not be written ({error}).", exit_status=1) from error
     finally:
         plt.close(figure)
-
-
-def readable_seconds(seconds: float) -> str:
-    """Three digits and a unit."""
-    if seconds >= 1:
-        return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
-    return f"{1e3 * seconds:.3g} ms"

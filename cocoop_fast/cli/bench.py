@@ -189,7 +189,7 @@ def _print(comparison: Comparison) -> None:
 
 
 def _row(comparison: Comparison, name: str, result: Result) -> list[str]:
-    from cocoop_fast.benchmark.plot import readable_seconds
+    from cocoop_fast.readable import readable_seconds
 
     return [
         name,

@@ -13,6 +13,7 @@ import typer
 from cocoop_fast.cli import output
 from cocoop_fast.cli.bench import check_positive, class_names
 from cocoop_fast.errors import UserError
+from cocoop_fast.readable import readable_bytes, readable_flops, readable_time
 
 if TYPE_CHECKING:
     from cocoop_fast.class_tree import ClassTree
@@ -260,7 +261,7 @@ def _print(
     )
     lines = [
         ("Rows a step", "rows", "{:,.0f}".format),
-        ("FLOPs of a step", "flops", _flops),
+        ("FLOPs of a step", "flops", readable_flops),
         ("Bytes read and written", "bytes", readable_bytes),
         ("Kernels launched", "launches", "{:,.0f}".format),
         ("Activations at the peak", "activation_bytes", readable_bytes),
@@ -320,34 +321,6 @@ def _print_devices(json: bool) -> None:
         left=2,
     )
     print("Precisions: dense peak in TFLOP/s, as the makers' data sheets have it.")
-
-
-def readable_bytes(count: float) -> str:
-    """Three digits and a decimal unit."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}" if count < 1e3 * unit else f"{count / unit:,.0f} {name}"
-    return f"{count / 1e3:.3g} kB"
-
-
-def readable_time(seconds: float) -> str:
-    """Milliseconds to days."""
-    from cocoop_fast.benchmark.plot import readable_seconds
-
-    if seconds < 100:
-        return readable_seconds(seconds)
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours = seconds / 3600
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
-
-
-def _flops(count: float) -> str:
-    for unit, name in ((1e15, "P"), (1e12, "T")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count / 1e9:.3g} G"
 
 
 def _batch(count: int) -> str:
