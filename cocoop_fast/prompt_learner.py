@@ -93,9 +93,10 @@ class PromptLearner(ContextLearner):
         weights = self._frozen.text_weights()
         with torch.no_grad():
             tokens = self.tokenized_prompts.to(weights.device)
-            embedding = weights.token_embedding[tokens].to(weights.dtype)  # (K, L, d)
-        self.register_buffer("token_prefix", embedding[:, :1].clone())
-        self.register_buffer("token_suffix", embedding[:, 1 + self.n_ctx :].clone())
+            first, rest = tokens[:, :1], tokens[:, 1 + self.n_ctx :]
+            prefix, suffix = (weights.token_embedding[part].to(weights.dtype) for part in (first, rest))
+        self.register_buffer("token_prefix", prefix)
+        self.register_buffer("token_suffix", suffix)
 
 
 def reference_cfg(

@@ -2,7 +2,10 @@
 
 The gradient of an image's loss is a sum over the classes, weighted by p_k - y_k: 2 (1 - p_label) in absolute value
 together. CLIP's logit scale makes the softmax peaked, so most classes have next to no weight. Classes whose
-probabilities add up to at most tau (1 - p_label) are left out: at most a tau / 2 share of the weights.
+probabilities add up to at most tau (1 - p_label) are left out: at most a tau / 2 share of the weights. The other wrong
+classes take over their probability in proportion, so that the weights still sum to zero: class features are much alike,
+and what they have in common must cancel as it does in the exact gradient. In all, the weights move by at most a tau
+share.
 
 The pass over all classes then saves nothing. Backward goes through the rows of the classes kept, with a forward of
 their own.
@@ -59,6 +62,68 @@ def classes_to_keep(probabilities: Tensor, label: Tensor, tau: float) -> Tensor:
     return keep.scatter(1, label[:, None], True)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The classes that backward goes through.
+
+    Args:
+        classes: (n,) int64, ascending.
+        weights: (B, n) the gradient of the mean cross-entropy by their logits.
+        pruned: what is left out.
+    """
+
+    classes: Tensor
+    weights: Tensor
+    pruned: Pruned
+
+
+def choose_classes(logits: Tensor, label: Tensor, tau: float) -> Kept:
+    """The classes that are worth it, for a batch together: one that an image keeps serves the others too.
+
+    Args:
+        logits: (B, K).
+        label: (B,) int64.
+        tau: see :func:`classes_to_keep`.
+    """
+    probabilities = _wide(logits).softmax(dim=1)
+    classes = classes_to_keep(probabilities, label, tau).any(dim=0).nonzero()[:, 0]
+    is_label = classes == label[:, None]
+    others = probabilities[:, classes].masked_fill(is_label, 0.0)
+    total = probabilities.scatter(1, label[:, None], 0.0).sum(dim=1, keepdim=True)  # 1 - p_label, free of cancellation
+    kept, tiny = others.sum(dim=1, keepdim=True), torch.finfo(probabilities.dtype).tiny
+    weights = torch.where(is_label, -total, others * (total / kept.clamp(min=tiny)))
+    left_out = (total - kept).clamp(min=0) / (2 * total).clamp(min=tiny)
+    return Kept(classes, weights / len(label), Pruned(len(classes), float(left_out.mean())))
+
+
+def backward_through(
+    encoder: TreeTextEncoder,
+    contexts: Tensor,
+    image_features: Tensor,
+    logit_scale: Tensor,
+    loss: Tensor,
+    classes: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """A loss that is known, with its gradient by the contexts through the logits of some classes.
+
+    Args:
+        encoder, contexts, image_features, logit_scale: as for :func:`pruned_cross_entropy`.
+        loss: scalar.
+        classes: (n,) int64; there may be none.
+        weights: (B, n) the gradient of the loss by their logits.
+    """
+    leaf = contexts.detach().requires_grad_()
+    gradient = torch.zeros_like(leaf)
+    if len(classes):
+        with torch.enable_grad():
+            text = _batched(encoder.encode_classes(leaf, classes))
+            logits = cosine_logits_ref(image_features.detach(), text, logit_scale.detach())
+            (gradient,) = torch.autograd.grad((logits * weights.to(logits.dtype)).sum(), leaf)
+    with_gradient: Tensor = _WithGradient.apply(contexts, loss, gradient)
+    return with_gradient
+
+
 def pruned_cross_entropy(
     encoder: TreeTextEncoder,
     contexts: Tensor,
@@ -68,8 +133,6 @@ def pruned_cross_entropy(
     tau: float,
 ) -> tuple[Tensor, Tensor, Pruned]:
     """The mean cross-entropy over all classes, with the gradient of the classes worth it.
-
-    A class that one image keeps serves the others of the batch too.
 
     Args:
         encoder: of the K prompts.
@@ -85,23 +148,15 @@ def pruned_cross_entropy(
     """
     with torch.no_grad():
         logits = cosine_logits_ref(image_features, _batched(encoder(contexts.detach())), logit_scale)
-        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), label)
-        probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
-        classes = classes_to_keep(probabilities, label, tau).any(dim=0).nonzero()[:, 0]
-        weights = (probabilities - F.one_hot(label, logits.shape[1])) / len(label)  # d loss / d logits
-        kept = weights[:, classes]
-        all_weights = weights.abs().sum(dim=1)
-        left_out = (all_weights - kept.abs().sum(dim=1)).clamp(min=0) / all_weights.clamp(min=1e-30)
-    leaf = contexts.detach().requires_grad_()
-    with torch.enable_grad():
-        text = _batched(encoder.encode_classes(leaf, classes))
-        kept_logits = cosine_logits_ref(image_features.detach(), text, logit_scale.detach())
-        (gradient,) = torch.autograd.grad((kept_logits * kept.to(kept_logits.dtype)).sum(), leaf)
-    return (
-        _WithGradient.apply(contexts, loss, gradient),
-        logits,
-        Pruned(len(classes), float(left_out.mean())),
-    )
+        loss = F.cross_entropy(_wide(logits), label)
+        kept = choose_classes(logits, label, tau)
+    loss = backward_through(encoder, contexts, image_features, logit_scale, loss, kept.classes, kept.weights)
+    return loss, logits, kept.pruned
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _batched(features: Tensor) -> Tensor:

@@ -53,20 +53,28 @@ def _main() -> None:
     run = {"step": runner.step, "forward": runner.forward}[request["action"]]
     if contestant.setup_seconds:
         run()  # the compiler's own memory is not the step's
-    _settle()
-    before = _status("VmRSS")
+    before = settled_memory()
     for _ in range(2):
         run()
-    print(json.dumps({"peak_bytes": max(0, _peak() - before), "before_bytes": before}))
+    print(json.dumps({"peak_bytes": peak_since(before), "before_bytes": before}))
 
 
-def _settle() -> None:
-    """Give freed memory back to the system and forget the peak so far, or later use would hide in either."""
+def peak_since(before: int) -> int:
+    """Bytes that this process took at its peak since :func:`settled_memory` said how many it had."""
+    return max(0, _peak() - before)
+
+
+def settled_memory() -> int:
+    """Bytes of this process, after freed memory went back to the system and the peak so far was forgotten.
+
+    Later use would otherwise hide in either.
+    """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
 
 
 def _peak() -> int:

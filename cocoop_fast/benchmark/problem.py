@@ -77,14 +77,22 @@ class Problem:
 
 
 def imagenet_names(count: int) -> tuple[str, ...]:
-    """The first ImageNet class names, as open_clip spells them.
+    """The first ImageNet class names, as open_clip spells them; more than 1000: of ImageNet-22k, which timm has.
 
     Raises:
-        UserError: not between 1 and 1000.
+        UserError: not between 1 and 21,841.
     """
-    if not 1 <= count <= len(IMAGENET_CLASSNAMES):
-        raise UserError(f"There are {len(IMAGENET_CLASSNAMES)} ImageNet names, but {count} were asked for.")
-    return tuple(IMAGENET_CLASSNAMES[:count])
+    names = IMAGENET_CLASSNAMES if count <= len(IMAGENET_CLASSNAMES) else _imagenet_22k_names()
+    if not 1 <= count <= len(names):
+        raise UserError(f"There are {len(names)} ImageNet names, but {count} were asked for.")
+    return tuple(names[:count])
+
+
+def _imagenet_22k_names() -> list[str]:
+    """The first of each class's synonyms."""
+    from timm.data import ImageNetInfo  # a dependency of open_clip, slow to import
+
+    return [synonyms.split(",")[0] for synonyms in ImageNetInfo("imagenet22k").label_descriptions()]
 
 
 def random_text_tower(layers: int = 12) -> CLIP:
