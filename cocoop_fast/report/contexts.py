@@ -1,0 +1,141 @@
+"""What a learned context is near to, and how far images move it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.context_learner import ContextLearner
+from cocoop_fast.load_clip import LoadedClip
+from cocoop_fast.prompt_tokens import tokenizer
+
+NEAREST = 5
+
+
+@dataclass(frozen=True)
+class ContextToken:
+    """One learned context vector.
+
+    Args:
+        place: "1", or "class name, 1" if each class has its own.
+        length: of the vector.
+        nearest: words of the vocabulary with the Euclidean distance of their embedding, nearest first.
+        typical: the mean distance to all words, which tells whether the nearest one is near.
+    """
+
+    place: str
+    length: float
+    nearest: tuple[tuple[str, float], ...]
+    typical: float
+
+
+@dataclass(frozen=True, eq=False)
+class Shifts:
+    """How images move the context: contexts(x) - ctx over n test images.
+
+    Args:
+        points: (n, 2) float64, coordinates along the first two principal components.
+        explained: share of the variance along each.
+        mean: (M, d), the mean shift.
+        spread: how far an image's shift is from the mean one: the root mean square over images and tokens.
+        label: (n,) int64 into ``classnames``.
+        classnames: of the classes whose images they are.
+    """
+
+    points: Tensor
+    explained: tuple[float, float]
+    mean: Tensor
+    spread: float
+    label: Tensor
+    classnames: tuple[str, ...]
+
+
+@torch.no_grad()
+def nearest_words(
+    vectors: Tensor, clip: LoadedClip, first_class: str, count: int = NEAREST
+) -> tuple[ContextToken, ...]:
+    """The nearest words of each context vector, by token embedding (the reference's ``interpret_prompt``).
+
+    The distances are to the embedding of the model itself, among the words that it was trained on. Of class-specific
+    contexts the first class's are shown.
+
+    Args:
+        vectors: (M, d) or (K, M, d).
+        clip: the model that they were learned for.
+        first_class: its name.
+        count: words for each vector.
+    """
+    table = FrozenCLIP(clip.model).text_weights().token_embedding.float()
+    ids = torch.arange(len(table)) if clip.known_tokens is None else torch.tensor(sorted(clip.known_tokens))
+    ctx = vectors.detach().float()
+    prefix = ""
+    if ctx.ndim == 3:
+        ctx, prefix = ctx[0], f"{first_class}, "
+    distance = torch.cdist(ctx.cpu(), table[ids.to(table.device)].cpu())  # (M, V)
+    near = distance.topk(min(count, len(ids)), largest=False)
+    return tuple(
+        ContextToken(
+            place=f"{prefix}{m + 1}",
+            length=float(ctx[m].norm()),
+            nearest=tuple(
+                (word_of(int(ids[column])), value)
+                for column, value in zip(near.indices[m].tolist(), near.values[m].tolist(), strict=True)
+            ),
+            typical=float(distance[m].mean()),
+        )
+        for m in range(len(ctx))
+    )
+
+
+def word_of(token: int) -> str:
+    """A token as people write it; a piece that a word goes on after ends in a hyphen."""
+    text = tokenizer().decoder[token]
+    return text.removesuffix("</w>") if text.endswith("</w>") or text.startswith("<") else f"{text}-"
+
+
+@torch.no_grad()
+def shifts_of(
+    learner: ContextLearner, image_features: Tensor, label: Tensor, classnames: tuple[str, ...]
+) -> Shifts | None:
+    """What images add to the context (the Meta-Net's bias), in two dimensions; ``None`` if it is the same for all.
+
+    Args:
+        learner: of any method with a context.
+        image_features: (n, E), of any length.
+        label: (n,) int64.
+        classnames: what the labels mean.
+    """
+    unit = image_features / image_features.norm(dim=-1, keepdim=True)
+    moved = learner.contexts(unit)
+    ctx = learner.ctx.detach()
+    if moved.ndim == ctx.ndim or len(unit) < 3:
+        return None
+    shift = (moved - ctx).double().cpu()  # (n, M, d)
+    if shift.ndim == 4:  # class-specific contexts are all moved alike
+        shift = shift[:, 0]
+    flat = shift.flatten(1)  # (n, M d)
+    points, explained = principal_components(flat)
+    return Shifts(
+        points=points,
+        explained=explained,
+        mean=shift.mean(dim=0),
+        spread=float((shift - shift.mean(dim=0)).norm(dim=-1).square().mean().sqrt()),
+        label=label,
+        classnames=classnames,
+    )
+
+
+def principal_components(x: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    """Coordinates of (n, D) points along the first two principal components, (n, 2), and their shares of variance.
+
+    Signs are chosen so that the component's largest entry is positive. Of points that do not differ, all is 0.
+    """
+    centred = x - x.mean(dim=0)
+    _, s, vh = torch.linalg.svd(centred, full_matrices=False)
+    axes = vh[:2] * vh[:2].gather(1, vh[:2].abs().argmax(dim=1, keepdim=True)).sign()
+    total = float(s.square().sum())
+    first, second = (s[:2].square() / total).tolist() if total > 0 else (0.0, 0.0)
+    return centred @ axes.T, (first, second)

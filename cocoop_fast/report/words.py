@@ -1,0 +1,39 @@
+"""Names and numbers as people read them."""
+
+from __future__ import annotations
+
+import re
+
+METHODS = {
+    "cocoop": "CoCoOp",
+    "coop": "CoOp",
+    "zeroshot": "Zero-shot CLIP",
+    "meta-nets": "M Meta-Nets",
+    "linear-probe": "Linear probe",
+}
+METRICS = {"base": "Base", "new": "New", "h": "H", "all": "All", "accuracy": "Accuracy"}
+SUBSETS = {"base": "base classes", "new": "new classes", "all": "all classes"}
+
+
+def method_name(label: str) -> str:
+    """``cocoop (lr 0.1)`` as ``CoCoOp (lr 0.1)``."""
+    method, space, rest = label.partition(" ")
+    return METHODS.get(method, method) + space + rest
+
+
+def data_name(dataset: str) -> str:
+    """``oxford_pets`` as ``oxford pets``; an average says so."""
+    return dataset.replace("_", " ")
+
+
+def slug(*parts: str) -> str:
+    """A file's name."""
+    return "-".join(re.sub(r"[^A-Za-z0-9]+", "-", part).strip("-").lower() for part in parts)
+
+
+def shorten(text: str, limit: int = 24) -> str:
+    """Cut in the middle, where names differ least."""
+    if len(text) <= limit:
+        return text
+    kept = limit - 1
+    return f"{text[: kept - kept // 3]}…{text[-(kept // 3) :]}"
