@@ -1,0 +1,163 @@
+"""The classes of a model shared out among ranks: each encodes its own part of the class tree.
+
+The logits of all classes are gathered, so every rank has the loss and its gradient by every logit. Each goes backward
+through the classes that it encoded: the sum of what the ranks find is the gradient. What they tell each other in a
+step is B x K logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cocoop_fast.class_tree import ClassTree
+from cocoop_fast.distributed.ranks import Group
+from cocoop_fast.errors import UserError
+from cocoop_fast.evaluation.classifier import PromptClassifier
+from cocoop_fast.model import LearnedPromptCLIP
+from cocoop_fast.ops.head import cosine_logits_ref
+from cocoop_fast.pruning import Pruned, backward_through, choose_classes
+
+
+def share_classes(model: PromptClassifier, group: Group) -> PromptClassifier:
+    """The model, with its loss computed by all ranks of a group together.
+
+    Raises:
+        UserError: more ranks than distinct prompts.
+    """
+    if group.size == 1 or not isinstance(model, LearnedPromptCLIP):  # the others have nothing to learn in steps
+        return model
+    return ClassShards(model, group)
+
+
+class ClassShards:
+    """A model for training whose classes are shared out among ranks.
+
+    Loss and logits are those of all classes, on every rank alike. The gradient is that of the classes of this rank.
+
+    Args:
+        model: the same one on all ranks.
+        group: all of them.
+    """
+
+    def __init__(self, model: LearnedPromptCLIP, group: Group) -> None:
+        self._model = model
+        self._group = group
+        self._shares = balanced_shares(model.tree_encoder.tree, group.size)
+        self._own = self._shares[group.index]
+        self._encode = model.tree_encoder.part(self._own)
+        self._place = torch.cat(self._shares).argsort()  # of each class among the gathered ones
+        self.pruned: Pruned | None = None
+
+    @property
+    def prompt_learner(self) -> nn.Module:
+        return self._model.prompt_learner
+
+    @property
+    def image_encoder(self) -> nn.Module:
+        return self._model.image_encoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self._model.parameters()
+
+    def forward_features(self, image_features: Tensor) -> Tensor:
+        """As the model has it: without ranks."""
+        return self._model.forward_features(image_features)
+
+    def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """As the model has it; its gradient is that of this rank's classes alone."""
+        image_features = self._model.checked(image_features, label)
+        contexts = self._model.prompt_learner.contexts(image_features)
+        if self._model.prune_mass and torch.is_grad_enabled():
+            return self._pruned(contexts, image_features, label)
+        logits = self._logits(contexts, image_features)
+        return F.cross_entropy(logits, label), logits.detach()
+
+    def _pruned(self, contexts: Tensor, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Everybody chooses the same classes, and goes backward through those of them that are its own."""
+        model = self._model
+        with torch.no_grad():
+            logits = self._logits(contexts, image_features)
+            loss = F.cross_entropy(logits, label)
+            kept = choose_classes(logits, label, model.prune_mass)
+            mine = torch.isin(kept.classes, self._own.to(kept.classes.device))
+        self.pruned = kept.pruned
+        loss = backward_through(
+            model.tree_encoder,
+            contexts,
+            image_features,
+            model.logit_scale,
+            loss,
+            kept.classes[mine],
+            kept.weights[:, mine],
+        )
+        return loss, logits
+
+    def _logits(self, contexts: Tensor, image_features: Tensor) -> Tensor:
+        """(B, K) of all classes, in float32 at least."""
+        text = self._encode(contexts)
+        text = text if text.ndim == 3 else text[None]
+        own = cosine_logits_ref(image_features, text, self._model.logit_scale)
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        logits: Tensor = _Gathered.apply(own, self)
+        return logits
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """The logits (B, n) of each rank's n classes to those of all classes (B, K)."""
+        sizes = [len(share) for share in self._shares]
+        parts = self._group.gather(F.pad(own, (0, max(sizes) - own.shape[1])))
+        columns = [part[:, :size] for part, size in zip(parts, sizes, strict=True)]
+        return torch.cat(columns, dim=1)[:, self._place.to(own.device)]
+
+    def own_columns(self, grad: Tensor) -> Tensor:
+        """(B, K) to the columns (B, n) of this rank's classes."""
+        return grad[:, self._own.to(grad.device)]
+
+
+def balanced_shares(tree: ClassTree, parts: int) -> list[Tensor]:
+    """Classes in parts of about as many rows each; classes with the same prompt stay together.
+
+    Nodes are in depth-first order, so each leaf brings those between it and the leaf before along. The few rows above
+    the first leaf of a part are computed by the part before as well.
+
+    Returns:
+        (n,) int64 class numbers, ascending, of each part; none is empty.
+
+    Raises:
+        UserError: more parts than distinct prompts.
+    """
+    leaves = len(tree.leaves)
+    if parts > leaves:
+        raise UserError(
+            f"{leaves} classes cannot be shared by {parts} ranks, as each needs one of its own; start fewer ranks, or "
+            "use --shard images with a larger batch."
+        )
+    ideal = torch.arange(1, parts) * len(tree) // parts
+    first = torch.searchsorted(tree.leaves, ideal).tolist()
+    for i in range(len(first)):  # at least one leaf for each part, before and after
+        first[i] = min(max(first[i], i + 1, first[i - 1] + 1 if i else 0), leaves - (parts - 1 - i))
+    part_of_leaf = torch.bucketize(torch.arange(leaves), torch.tensor(first, dtype=torch.int64), right=True)
+    part_of_class = part_of_leaf[tree.leaf_of_class]
+    return [(part_of_class == part).nonzero()[:, 0] for part in range(parts)]
+
+
+class _Gathered(torch.autograd.Function):
+    """Logits of one's own classes to those of all; backward, the columns of one's own."""
+
+    @staticmethod
+    def forward(node: Any, own: Tensor, shards: ClassShards) -> Tensor:
+        node.shards = shards
+        return shards.gathered(own)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(node: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return node.shards.own_columns(grad), None
