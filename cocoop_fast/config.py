@@ -115,6 +115,7 @@ class RunConfig:
     eval_batch_size: AtLeastOne = 100
     print_freq: AtLeastOne = 20  # steps between lines of log.txt
     checkpoint_steps: Count = 0  # also save every so many steps; 0: at each epoch's end only
+    reference_compat: bool = False  # with those of the reference's defects that docs/migration.md lists
 
 
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)

@@ -149,6 +149,12 @@ def command(
         int | None, _option(RECIPE, "--batch-size", "-b", help="Images a step. Default: CoCoOp 1, CoOp 32.")
     ] = None,
     lr: Annotated[float | None, _option(RECIPE, "--lr", help="Learning rate. Default: 0.002.")] = None,
+    reference_compat: Annotated[
+        bool,
+        _option(
+            RECIPE, "--reference-compat", help="With defects of the reference: docs/migration.md lists them."
+        ),
+    ] = False,
     precision: Annotated[
         str | None,
         _option(
@@ -257,6 +263,7 @@ def command(
             "data.workers": ("--workers", workers),
             "data.cache_views": ("--cache-views", cache_views),
             "optim.on_nonfinite": ("--on-nonfinite", on_nonfinite),
+            "reference_compat": ("--reference-compat", reference_compat or None),
             "data.skip_bad_images": ("--skip-bad-images", skip_bad_images or None),
             "output_dir": ("--output-dir", output_dir),
             "checkpoint_steps": ("--checkpoint-steps", checkpoint_steps),

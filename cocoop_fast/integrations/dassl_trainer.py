@@ -91,7 +91,7 @@ class FastTrainer:
         with torch.no_grad(), autocast(self.precision, self.device):
             features = self.model.image_encoder(image.to(self.model.dtype))
         result = self._step(features, label)
-        loss, correct, scale = result.report.tolist()
+        loss, correct, scale, *_ = result.report.tolist()
         self.detect_anomaly(result.report[0])
         self.scaler.observe(scale)
         for parameter, gradient in zip(self._parameters, result.gradients, strict=True):

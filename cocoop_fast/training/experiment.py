@@ -35,6 +35,7 @@ from cocoop_fast.training.probe import fit_probe
 from cocoop_fast.training.recipe import resolve, with_method
 from cocoop_fast.training.run_directory import RunDirectory, check_same_run, open_run, read_run
 from cocoop_fast.training.run_log import RunLog
+from cocoop_fast.training.schedule import frozen_rate, learning_rate
 from cocoop_fast.training.shared import Shared
 from cocoop_fast.training.trainer import Position, Trainer
 
@@ -306,7 +307,9 @@ def _run_method(config: RunConfig, directory: RunDirectory, material: _Material,
     if finished is not None:
         observer.on_message(f"The {method} run in {directory.path} is finished; its results are shown.")
         return Row.from_mapping(finished["rows"][0])
-    observer = Observers(RunLog(directory.path, config.print_freq, config.data.subset), observer)
+    next_rate = partial(learning_rate, config.optim) if config.reference_compat else None
+    log = RunLog(directory.path, config.print_freq, config.data.subset, next_rate)
+    observer = Observers(log, observer)
     train = material.classes(config.data.subset)
     rng.seed_everything(config.seed)
     model = material.model(config.prompt, config.data.subset)
@@ -368,6 +371,8 @@ def _train(
                 exit_status=1,
             )
         _restore(trainer, resumed, str(directory.checkpoints))
+        if config.reference_compat and trainer.step:
+            trainer.rate = partial(frozen_rate, config.optim, resumed_in=resumed.epoch)
     observer.on_run_start(
         RunInfo(
             config=config,
@@ -484,6 +489,8 @@ def _measure(
 
 def _row(config: RunConfig, metrics: dict[str, Metrics], seconds: float) -> Row:
     accuracy = {subset: one.accuracy for subset, one in metrics.items()}
+    if config.reference_compat:  # whose tables are made from its logs
+        accuracy = {subset: round(value, 1) for subset, value in accuracy.items()}
     base, new = accuracy.get("base"), accuracy.get("new")
     return Row(
         method=config.prompt.method,

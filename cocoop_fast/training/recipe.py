@@ -51,7 +51,12 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
             crop_scale=scale if scale is not None else dataset.crop_scale,
             flip=flip if flip is not None else dataset.flip,
         ),
-        optim=replace(optim, epochs=0 if method in _WITHOUT_EPOCHS else epochs, batch_size=batch_size),
+        optim=replace(
+            optim,
+            epochs=0 if method in _WITHOUT_EPOCHS else epochs,
+            batch_size=batch_size,
+            master_weights=optim.master_weights and not config.reference_compat,
+        ),
         output_dir=config.output_dir or default_output_dir(config),
     )
 

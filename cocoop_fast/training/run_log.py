@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,20 @@ class RunLog(Observer):
         folder: the run directory.
         print_freq: batches between lines.
         trained_on: the subset of classes whose accuracy belongs into ``log.txt``.
+        next_rate: the learning rate of an epoch, to print the next one's at an epoch's last batch, as the reference does.
     """
 
-    def __init__(self, folder: Path, print_freq: int, trained_on: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        print_freq: int,
+        trained_on: str,
+        next_rate: Callable[[int], float] | None = None,
+    ) -> None:
         self._folder = folder
         self._print_freq = print_freq
         self._trained_on = trained_on
+        self._next_rate = next_rate
         self._means = _Means()
         _end_torn_line(folder / "metrics.jsonl")
         _end_torn_line(folder / "log.txt")
@@ -62,11 +71,14 @@ class RunLog(Observer):
         mean = self._means.add(time=info.seconds, data=info.data_seconds, loss=info.loss, acc=info.accuracy)
         if info.batch % self._print_freq and info.batches >= self._print_freq:
             return
+        lr = info.lr
+        if self._next_rate is not None and info.batch == info.batches:
+            lr = self._next_rate(info.epoch + 1)
         self._text(
             f"epoch [{info.epoch}/{info.epochs}] batch [{info.batch}/{info.batches}] "
             f"time {info.seconds:.3f} ({mean['time']:.3f}) data {info.data_seconds:.3f} ({mean['data']:.3f}) "
             f"loss {info.loss:.4f} ({mean['loss']:.4f}) acc {info.accuracy:.4f} ({mean['acc']:.4f}) "
-            f"lr {info.lr:.4e} eta {timedelta(seconds=int(info.eta_seconds))}"
+            f"lr {lr:.4e} eta {timedelta(seconds=int(info.eta_seconds))}"
         )
         self._record("step", **info.__dict__)
 

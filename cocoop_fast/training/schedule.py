@@ -39,3 +39,12 @@ def reference_state(optim: OptimConfig, epochs: int) -> dict[str, Any]:
 
 def _scheduler_state(optim: OptimConfig, steps: int, rate: list[float]) -> dict[str, Any]:
     return {"base_lrs": [optim.lr], "last_epoch": steps, "_step_count": steps + 1, "_last_lr": rate}
+
+
+def frozen_rate(optim: OptimConfig, epoch: int, *, resumed_in: int) -> float:
+    """The rate of an epoch in a run that the reference resumes in another: it stays as it was there.
+
+    A defect, for comparisons only: the reference's cosine goes on with a copy of the optimizer. The end of the warm-up
+    still sets the run's own rate.
+    """
+    return learning_rate(optim, min(epoch, max(resumed_in, optim.warmup_epochs + 1)))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import NamedTuple
 
@@ -89,6 +90,7 @@ class Trainer:
             self._step = RecordedSteps(self._step, self.observer.on_message)
         self._reports: Readback[_LaunchedStep] = Readback(_STEPS_UNDER_WAY if on_gpu else 0)
         self.position = Position()
+        self.rate: Callable[[int], float] = partial(learning_rate, optim)  # of an epoch
         self.seconds = 0.0  # spent training, earlier processes included
 
     @property
@@ -124,7 +126,7 @@ class Trainer:
     def _epoch(self, clock: _Clock, save: Callable[[], None] | None, save_every: int) -> None:
         epoch, first_batch = self.position
         n_batches = len(self.batches)
-        lr = learning_rate(self.optim, epoch)
+        lr = self.rate(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.observer.on_epoch_start(epoch, self.epochs, first_batch, n_batches)
