@@ -1,6 +1,14 @@
-"""Amounts with a unit, as people read them."""
+"""Names, and amounts with a unit, as people read them."""
 
 from __future__ import annotations
+
+METHOD_TITLES = {
+    "zeroshot": "zero-shot CLIP",
+    "coop": "CoOp",
+    "cocoop": "CoCoOp",
+    "meta-nets": "M Meta-Nets",
+    "linear-probe": "linear probe",
+}  # in the order of the paper's tables
 
 
 def readable_seconds(seconds: float) -> str:
@@ -31,7 +39,7 @@ def readable_bytes(count: float) -> str:
 
 def readable_flops(count: float) -> str:
     """Three digits and the unit's letter."""
-    for unit, name in ((1e15, "P"), (1e12, "T")):
+    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G")):
         if count >= unit:
             return f"{count / unit:.3g} {name}"
-    return f"{count / 1e9:.3g} G"
+    return f"{count / 1e6:.3g} M"

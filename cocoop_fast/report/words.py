@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import re
 
-METHODS = {
-    "cocoop": "CoCoOp",
-    "coop": "CoOp",
-    "zeroshot": "Zero-shot CLIP",
-    "meta-nets": "M Meta-Nets",
-    "linear-probe": "Linear probe",
-}
+from cocoop_fast.readable import METHOD_TITLES
+
 METRICS = {"base": "Base", "new": "New", "h": "H", "all": "All", "accuracy": "Accuracy"}
 SUBSETS = {"base": "base classes", "new": "new classes", "all": "all classes"}
 
@@ -18,7 +13,8 @@ SUBSETS = {"base": "base classes", "new": "new classes", "all": "all classes"}
 def method_name(label: str) -> str:
     """``cocoop (lr 0.1)`` as ``CoCoOp (lr 0.1)``."""
     method, space, rest = label.partition(" ")
-    return METHODS.get(method, method) + space + rest
+    title = METHOD_TITLES.get(method, method)
+    return title[:1].upper() + title[1:] + space + rest
 
 
 def data_name(dataset: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cocoop_fast.evaluation.metrics import Metrics
+from cocoop_fast.training.memory import peak_memory
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Observer, RunInfo, StepInfo
 
 
@@ -39,6 +40,7 @@ class RunLog(Observer):
         self._print_freq = print_freq
         self._trained_on = trained_on
         self._next_rate = next_rate
+        self._device = "cpu"
         self._means = _Means()
         _end_torn_line(folder / "metrics.jsonl")
         _end_torn_line(folder / "log.txt")
@@ -47,6 +49,7 @@ class RunLog(Observer):
         self._text(text)
 
     def on_run_start(self, info: RunInfo) -> None:
+        self._device = info.device
         self._text(f"Learned parameters: {info.parameters:,}; training images: {info.train_images:,}")
         if info.first_step:
             self._text(f"Resumed after step {info.first_step}")
@@ -89,7 +92,7 @@ class RunLog(Observer):
         self._text("Finish training")
         self._text("Finished training")
         self._text(f"Elapsed: {timedelta(seconds=round(seconds))}")
-        self._record("trained", seconds=seconds)
+        self._record("trained", seconds=seconds, peak_memory=peak_memory(self._device))
 
     def on_evaluation_end(self, info: EvaluationInfo) -> None:
         folder = self._folder
