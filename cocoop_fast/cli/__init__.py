@@ -25,6 +25,7 @@ from cocoop_fast.cli import (
     output,
     plan,
     predict,
+    report,
     run_protocol,
     sweep,
     train,
@@ -45,6 +46,7 @@ app.command("predict", epilog=predict.EPILOG)(predict.command)
 app.command("run", epilog=run_protocol.EPILOG)(run_protocol.command)
 app.command("sweep", epilog=sweep.EPILOG)(sweep.command)
 app.command("bench", epilog=bench.EPILOG)(bench.command)
+app.command("report", epilog=report.EPILOG)(report.command)
 app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("verify", epilog=verify.EPILOG)(verify.command)
 app.add_typer(datasets.app, name="datasets")

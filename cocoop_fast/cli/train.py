@@ -11,18 +11,13 @@ import typer
 from cocoop_fast.cli import configuration, output
 from cocoop_fast.config import Method
 from cocoop_fast.errors import UserError
+from cocoop_fast.readable import METHOD_TITLES
 
 if TYPE_CHECKING:
     from cocoop_fast.training.experiment import Results
+    from cocoop_fast.training.observer import Observer
 
 METHODS: tuple[str, ...] = get_args(Method)
-TITLES = {
-    "zeroshot": "zero-shot CLIP",
-    "coop": "CoOp",
-    "cocoop": "CoCoOp",
-    "meta-nets": "M Meta-Nets",
-    "linear-probe": "linear probe",
-}  # in the order of the paper's tables
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -226,6 +221,9 @@ def command(
         int | None,
         _option(SHOWN, "--checkpoint-steps", help="Save every so many steps, not only each epoch."),
     ] = None,
+    tensorboard: Annotated[
+        bool, _option(SHOWN, "--tensorboard", help="Also write TensorBoard event files, to RUN/tensorboard.")
+    ] = False,
     json: Annotated[
         bool, _option(SHOWN, "--json", help="Print one line of JSON on stdout, and nothing else.")
     ] = False,
@@ -277,12 +275,25 @@ def command(
     from cocoop_fast.training import experiment
 
     with output.only_json(json), observe(quiet=quiet) as observer:
+        observer = with_tensorboard(observer) if tensorboard else observer
         results = experiment.run(built.config, compare=compared, observer=observer, overwrite=overwrite)  # type: ignore[arg-type]
     if json:
         rows = [row.to_mapping() for row in results.rows]
         output.print_json({"command": "train", "output_dir": str(results.output_dir), "rows": rows})
     else:
         _print(results)
+
+
+def with_tensorboard(observer: Observer) -> Observer:
+    """The same, and event files besides.
+
+    Raises:
+        UserError: the package tensorboard is not installed.
+    """
+    from cocoop_fast.report.tensorboard import TensorBoardLog
+    from cocoop_fast.training.observer import Observers
+
+    return Observers(observer, TensorBoardLog())
 
 
 def methods_to_compare(
@@ -324,12 +335,12 @@ def _print(results: Results) -> None:
     columns = ["Method", "Base", "New", "H", "All", "Seed", "Trained in"]
     rows = [
         [
-            TITLES.get(row.method, row.method),
+            METHOD_TITLES.get(row.method, row.method),
             *(output.percent(value) for value in (row.base, row.new, row.h, row.all)),
             str(row.seed),
             f"{row.train_seconds:.1f} s" if row.train_seconds else output.NOTHING,
         ]
-        for row in sorted(results.rows, key=lambda row: list(TITLES).index(row.method))
+        for row in sorted(results.rows, key=lambda row: list(METHOD_TITLES).index(row.method))
     ]
     # Only what was measured: a run on the base classes has no accuracy over all of them, and the other way round.
     kept = [i for i, _ in enumerate(columns) if any(row[i] != output.NOTHING for row in rows)]
