@@ -7,7 +7,7 @@ import os
 
 import typer
 
-from cocoop_fast.errors import UserError
+from cocoop_fast.errors import UserError, is_out_of_memory
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -33,8 +33,14 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return "interrupted; what was saved is kept, and the same command goes on from there.", INTERRUPTED
     if isinstance(error, OSError):
         return _explain_os(error), FAILED
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return "the memory is used up; use a smaller batch size.", FAILED
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return (
+            "a process that reads images ended unexpectedly, perhaps for lack of memory; use fewer --workers, and run "
+            "the same command again.",
+            FAILED,
+        )
     detail = f": {error}" if str(error).strip() else ""
     return (
         f"unexpected {type(error).__name__}{detail} (this is a mistake in the program; "

@@ -42,7 +42,7 @@ class StepInfo:
     data_seconds: float  # of which waiting for data
     images_per_second: float  # mean over the steps this process has done
     eta_seconds: float
-    skipped_steps: int = 0  # of the run, before this one, because float16 gradients overflowed
+    skipped_steps: int = 0  # of the run before this one: float16 overflowed, or on_nonfinite is skip
     classes_kept: int | None = None  # with optim.prune_mass: backward went through them
     share_left_out: float | None = None  # and this share of the gradient's weights was left out
 
@@ -60,7 +60,7 @@ class EpochInfo:
     images_per_second: float
     classes_kept: float | None = None  # the mean of the steps', with optim.prune_mass
     share_left_out: float | None = None  # likewise
-    skipped_steps: int = 0  # of the run so far, because float16 gradients overflowed
+    skipped_steps: int = 0  # of the run so far, likewise
 
 
 @dataclass(frozen=True)

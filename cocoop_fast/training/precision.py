@@ -44,11 +44,16 @@ class LossScaler:
         self._scaler = torch.amp.GradScaler(device.type, enabled=enabled)
         self._one = torch.ones((), device=device)
         self._observed = self._scaler.get_scale()
-        self.skipped = 0  # steps of the run, as far as scales were observed
+        self.skipped = 0  # steps of the run: scales that fell, and what `skip` was told of
 
     def scale(self, loss: Tensor) -> Tensor:
         """The scalar loss times the scale, in float32 at least."""
         return self._scaler.scale(loss)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether gradients that are not finite are no fault, but a scale that was too large."""
+        return self._scaler.is_enabled()
 
     def current(self) -> Tensor:
         """The scale as a scalar on the device."""
@@ -75,18 +80,23 @@ class LossScaler:
                 exit_status=1,
             )
 
+    def skip(self) -> None:
+        """Count a step that was left out altogether."""
+        self.skipped += 1
+
     def settle(self) -> None:
         """Count the last step too. Waits for the device."""
         self.observe(self._scaler.get_scale())
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, empty if not enabled. Waits for the device."""
+        """Plain values; none if not enabled and nothing was skipped. Waits for the device."""
         state = self._scaler.state_dict()
-        return {**state, "skipped": self.skipped} if state else {}
+        return {**state, "skipped": self.skipped} if state or self.skipped else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`. A state of the other kind (enabled or not) is left alone."""
-        if state and self._scaler.is_enabled():
-            self._scaler.load_state_dict(state)
+        """The inverse of :meth:`state_dict`. The scale of a state of the other kind (enabled or not) is left alone."""
+        self.skipped = state.get("skipped", 0)
+        scale = {name: value for name, value in state.items() if name != "skipped"}
+        if scale and self._scaler.is_enabled():
+            self._scaler.load_state_dict(scale)
             self._observed = self._scaler.get_scale()
-            self.skipped = state.get("skipped", 0)

@@ -1,9 +1,10 @@
-"""A run that is killed ten times at random moments ends bit for bit as one that is not."""
+"""A run that is killed again and again at random moments ends bit for bit as one that is not."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,23 +15,29 @@ import torch
 from cocoop_fast.training.run_directory import read_run
 
 HERE = Path(__file__).parent
+STEPS_AN_EPOCH, SAVED_EVERY = 10, 2  # of kill_repeatedly.py
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
-def test_killed_ten_times(tmp_path):
+@pytest.mark.parametrize(
+    ("kills", "epochs"), [(5, 4), pytest.param(100, 60, marks=[pytest.mark.slow, pytest.mark.soak])]
+)
+def test_killed_repeatedly(tmp_path, kills, epochs):
     done = subprocess.run(
-        [sys.executable, str(HERE / "kill_repeatedly.py"), str(tmp_path), "10"],
+        [sys.executable, str(HERE / "kill_repeatedly.py"), str(tmp_path), str(kills), str(epochs)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=30 * kills,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    moments = [line for line in done.stdout.splitlines() if line.startswith("killed at")]
-    assert len(moments) == 10 and len(set(moments)) >= 3, f"not at different moments: {done.stdout}"
+    moments = [(int(a), int(b)) for a, b in re.findall(r"killed after (\d+) steps, saved (\d+)", done.stdout)]
+    assert len(moments) == kills and len(set(moments)) >= kills // 3, f"not at different moments: {done.stdout}"
+    steps = STEPS_AN_EPOCH * epochs
+    assert moments[-1][0] < steps, "the last kills came after the run's end"
+    assert all(after - saved <= SAVED_EVERY for after, saved in moments), f"steps were lost: {done.stdout}"
     (_, whole), (_, killed) = read_run(tmp_path / "whole"), read_run(tmp_path / "killed")
-    assert killed.step == whole.step == 60
+    assert killed.step == whole.step == steps
     for name, value in whole.parameters.items():
         assert torch.equal(killed.parameters[name], value), name
     for ours, theirs in zip(
