@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from cocoop_fast.benchmark.machine import one_line
-from cocoop_fast.benchmark.plot import plot_comparison
-from cocoop_fast.readable import readable_seconds
+from cocoop_fast.benchmark.plot import plot_comparison, plot_growth
 from cocoop_fast.benchmark.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
 from cocoop_fast.benchmark.work import gemm_flops, saved_by_engine, tree_flops
+from cocoop_fast.readable import readable_seconds
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -41,6 +41,7 @@ COMMANDS = {  # result: what prints it as JSON
     "profile-k100": "python tools/profile_step.py --k 100 --steps 10 --json",
     "profile-k1000": "python tools/profile_step.py --k 1000 --steps 3 --json",
     "gemms": "python tools/compare_gemms.py --out benchmarks/results/gemms.json",
+    "limits": "python tools/measure_limits.py --out benchmarks/results/limits.json",
 }
 PLOTS = {"step-k100": "step_k100.png", "step-k1000": "step_k1000.png"}
 
@@ -222,6 +223,63 @@ def schedules() -> str:
     return markdown(["rows", *(f"{name}, seconds (GFLOP/s)" for name in names)], rows)
 
 
+def streaming() -> str:
+    """1000 classes with and without a memory budget."""
+    found = read("limits")["streaming"]
+    rows = [
+        [
+            one["budget"] or "no budget",
+            str(one["shards"] or 1),
+            readable_seconds(one["seconds"]),
+            f"{one['seconds'] / found['whole']['seconds']:.2f}",
+            f"{one['peak_bytes'] / 1e6:,.0f} MB",
+        ]
+        for one in (found["whole"], found["streamed"])
+    ]
+    table = markdown(["1000 classes", "pieces", "step", "× without budget", "memory"], rows)
+    error = f"Largest difference of the two gradients: {found['relative_gradient_error']:.1e} of their largest element."
+    return with_command("limits", f"{table}\n\n{error}")
+
+
+def growth() -> str:
+    """Up to ImageNet-22k within one budget."""
+    found = read("limits")["growth"]
+    header = ["classes", "rows", "pieces", "step", "ms a row", "memory"]
+    rows = [
+        [
+            f"{one['classes']:,}",
+            f"{one['rows']:,}",
+            str(one["shards"] or 1),
+            readable_seconds(one["seconds"]),
+            f"{1e3 * one['seconds'] / one['rows']:.2f}",
+            f"{one['peak_bytes'] / 1e6:,.0f} MB",
+        ]
+        for one in found
+    ]
+    return markdown(header, rows)
+
+
+def pruning() -> str:
+    """The exact step and the pruned one."""
+    one = read("limits")["pruning"]
+    header = ["1000 classes", "step", "classes in backward", "weights left out", "error of the gradient"]
+    rows = [
+        ["exact", readable_seconds(one["exact_seconds"]), f"{one['classes']:,}", "0", "0"],
+        [
+            f"`prune_mass` {one['tau']}",
+            f"{readable_seconds(one['pruned_seconds'])} ({one['pruned_seconds'] / one['exact_seconds']:.2f} ×)",
+            f"{one['classes_kept']:.0f}",
+            f"{one['share_left_out']:.2%}",
+            f"{one['relative_gradient_error']:.1e}",
+        ],
+    ]
+    said = (
+        f"The likeliest class has {one['top_probability']:.2f} of the probability, and {one['classes_of_rest']} others have "
+        "99 % of the rest. The error is that of the contexts' gradient, in the Euclidean norm, relative."
+    )
+    return f"{markdown(header, rows)}\n\n{said}"
+
+
 def described_machine() -> str:
     machine = read("step-k100")["machine"]
     return f"{one_line(machine)}, {machine['memory_gb']} GB, {machine['system']}; commit {machine['commit']}."
@@ -234,6 +292,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "profile-k100": lambda: profile("profile-k100"),
     "products": products,
     "schedules": schedules,
+    "streaming": streaming,
+    "growth": growth,
+    "pruning": pruning,
 }
 
 
@@ -266,6 +327,7 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     for name, picture in PLOTS.items():
         plot_comparison(read(name), IMAGES / picture)
+    plot_growth(read("limits")["growth"], IMAGES / "growth.png")
     PAGE.write_text(fill(PAGE.read_text()))
 
 

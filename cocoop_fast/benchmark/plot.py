@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,59 @@ def plot_comparison(comparison: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
+    rows = list(comparison["contestants"])
+    with _figure(path, (8.6, 1.3 + 0.42 * len(rows))) as (figure, axes):
+        seconds = [row["step"]["best"] for row in rows]
+        places = range(len(rows))
+        axes.barh(places, seconds, color=[COLOURS.get(row["name"], OTHERS) for row in rows])
+        axes.set_xscale("log")
+        axes.set_xlim(min(seconds) / 2, max(seconds) * 12)  # room for the labels
+        for place, row in zip(places, rows, strict=True):
+            ratio = row["step_to_floor"]
+            label = f" {readable_seconds(row['step']['best'])}" + (
+                f"  ({ratio:.2f} × floor)" if ratio else ""
+            )
+            axes.text(row["step"]["best"], place, label, va="center", fontsize=9)
+        axes.set_yticks(places, [row["name"] for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds for a training step (forward and backward), log scale; shorter is better")
+        images = "1 image" if comparison["batch"] == 1 else f"{comparison['batch']} images"
+        axes.set_title(
+            f"{comparison['model']}: {comparison['classes']} classes, {images} a step", fontsize=11
+        )
+        figure.supxlabel(one_line(comparison["machine"]), fontsize=8, color="#555555")
+
+
+def plot_growth(growth: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write step times over row counts, both on log scales, with a line of constant time a row.
+
+    Args:
+        growth: `classes`, `rows` and `seconds` of each size, ascending.
+        path: where to.
+
+    Raises:
+        UserError: matplotlib is not installed, or the file cannot be written.
+    """
+    with _figure(path, (7.0, 4.2)) as (_, axes):
+        rows, seconds = [one["rows"] for one in growth], [one["seconds"] for one in growth]
+        axes.loglog(rows, [seconds[-1] * n / rows[-1] for n in rows], color=COLOURS["floor"], label="linear")
+        axes.loglog(rows, seconds, "o", color=COLOURS["engine"], label="measured")
+        for one in growth:
+            axes.annotate(
+                f"{one['classes']:,} classes",
+                (one["rows"], one["seconds"]),
+                (6, -12),
+                textcoords="offset points",
+            )
+        axes.set_xlim(rows[0] / 1.5, rows[-1] * 4)
+        axes.set_xlabel("rows of the class tree")
+        axes.set_ylabel("seconds for a training step")
+        axes.legend(frameon=False)
+
+
+@contextlib.contextmanager
+def _figure(path: Path, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes, written to `path` at the end."""
     try:
         import matplotlib
 
@@ -30,25 +84,10 @@ def plot_comparison(comparison: Mapping[str, Any], path: Path) -> None:
         raise UserError(
             "A plot needs matplotlib, which is not installed; run `pip install matplotlib`.", exit_status=1
         ) from error
-    rows = list(comparison["contestants"])
-    figure, axes = plt.subplots(figsize=(8.6, 1.3 + 0.42 * len(rows)), layout="constrained")
-    seconds = [row["step"]["best"] for row in rows]
-    places = range(len(rows))
-    axes.barh(places, seconds, color=[COLOURS.get(row["name"], OTHERS) for row in rows])
-    axes.set_xscale("log")
-    axes.set_xlim(min(seconds) / 2, max(seconds) * 12)  # room for the labels
-    for place, row in zip(places, rows, strict=True):
-        ratio = row["step_to_floor"]
-        label = f" {readable_seconds(row['step']['best'])}" + (f"  ({ratio:.2f} × floor)" if ratio else "")
-        axes.text(row["step"]["best"], place, label, va="center", fontsize=9)
-    axes.set_yticks(places, [row["name"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds for a training step (forward and backward), log scale; shorter is better")
-    images = "1 image" if comparison["batch"] == 1 else f"{comparison['batch']} images"
-    axes.set_title(f"{comparison['model']}: {comparison['classes']} classes, {images} a step", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(one_line(comparison["machine"]), fontsize=8, color="#555555")
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     try:
+        yield figure, axes
+        axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"The plot {path} could not be written ({error}).", exit_status=1) from error
