@@ -74,7 +74,7 @@ def import_(
     if json:
         output.print_json({"command": "checkpoint import", "run_dir": str(folder), "epochs": epochs})
     else:
-        print(f"{epochs} epochs are done in {folder}. To go on: cocoop-fast train -c {folder}/config.yaml")
+        print(f"Epoch {epochs} is done in {folder}. To go on: cocoop-fast train -c {folder}/config.yaml")
 
 
 @app.command()

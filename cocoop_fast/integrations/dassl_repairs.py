@@ -111,6 +111,6 @@ def _safe_load(load_checkpoint: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _replace_everywhere(old: Any, new: Any) -> None:
     """In every module that has imported a function by name."""
     for module in list(sys.modules.values()):
-        for name, value in list(vars(module).items()) if module is not None else ():
+        for name, value in list(getattr(module, "__dict__", {}).items()):
             if value is old:
                 setattr(module, name, new)

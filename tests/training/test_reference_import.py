@@ -149,7 +149,7 @@ def test_the_commands(tmp_path, capsys):
     assert reference_checkpoint.load(tmp_path / "theirs").epoch == 1
     arguments = ["-o", str(tmp_path / "on"), "data.shots", "2", "optim.epochs", "2"]
     assert cli.run(["checkpoint", "import", path, *arguments]) == 0
-    assert f"1 epochs are done in {tmp_path / 'on'}" in capsys.readouterr().out
+    assert f"Epoch 1 is done in {tmp_path / 'on'}" in capsys.readouterr().out
     assert cli.run(["train", "-c", str(tmp_path / "on/config.yaml"), "--quiet"]) == 0
     assert read_run(tmp_path / "on")[1].step == 20
     capsys.readouterr()
