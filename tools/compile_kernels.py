@@ -122,9 +122,8 @@ def _usage(compiled: Any) -> dict[str, int]:
         registers, static = used["REG"], used["SHARED"]
         local = used["STACK"] + used["LOCAL"]
     else:
-        found = re.findall(
-            r"^ +\.(\w+): +(\d+)$", compiled.asm["amdgcn"], re.MULTILINE
-        )  # the YAML at the end
+        at_the_end = r"^ +\.(\w+): +(\d+)$"  # the kernel's metadata, in YAML
+        found = re.findall(at_the_end, compiled.asm["amdgcn"], re.MULTILINE)
         used = {name: int(value) for name, value in found}
         registers, static = used["vgpr_count"], used["group_segment_fixed_size"]
         local = used["private_segment_fixed_size"] + 4 * (used["vgpr_spill_count"] + used["sgpr_spill_count"])

@@ -2,12 +2,13 @@
 
     python tools/make_kernels_page.py              # some minutes
 
-The page has a section for each file of kernels. Its text is the docstring of the Triton module, which every module of
-kernels begins with: what one program owns, the memory traffic in bytes a row, and a prediction of the share of the
-memory's bandwidth that is reached. A new Triton module appears by having VARIANTS. Kernels of another compiler appear
-by a function in SOURCES that gives their sections, with their Resources as that compiler reports them.
+The page has a section for each file of kernels. Its text is what the file begins with, the docstring of a Triton module
+or the first comment of a CUDA source: what one program owns, the memory traffic in bytes a row, and a prediction of the
+share of the memory's bandwidth that is reached. A new Triton module appears by having VARIANTS, a new CUDA source by
+lying beside the others. Kernels of yet another compiler appear by a function in SOURCES that gives their sections, with
+their Resources as that compiler reports them.
 
-Nothing is written if a kernel does not compile, spills, or needs more shared memory than there is.
+It needs Triton and nvcc. Nothing is written if a kernel does not compile, spills, or needs more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import compile_kernels
+import ptxas_report
 import triton
 from kernel_resources import Resources
 
@@ -71,8 +73,13 @@ def triton_sections(jobs: int) -> list[Section]:
     return sections
 
 
+def cuda_sections(jobs: int) -> list[Section]:
+    """One for each CUDA source."""
+    return [Section(*section) for section in ptxas_report.cuda_sections(jobs)]
+
+
 # What makes the sections, given the number of processes that it may use. In the page's order.
-SOURCES: tuple[Callable[[int], list[Section]], ...] = (triton_sections,)
+SOURCES: tuple[Callable[[int], list[Section]], ...] = (triton_sections, cuda_sections)
 
 
 def page(sections: Sequence[Section]) -> str:

@@ -80,6 +80,8 @@ def test_the_page_is_up_to_date(variants):
     remedy = "run python tools/make_kernels_page.py"
     sections = dict(re.findall(r"^## (\w+) \(Triton [^)]*\)\n\n(.*?)(?=^## |\Z)", page, re.M | re.S))
     assert set(sections) == set(variants), remedy
+    cuda = {source.stem for source in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert set(re.findall(r"^## (\w+) \(CUDA C\+\+\)$", page, re.M)) == cuda, remedy
     for name, own in variants.items():
         docstring = importlib.import_module(f"cocoop_fast.kernels.{name}").__doc__
         assert sections[name].startswith(docstring.strip()), f"{name}: {remedy}"
