@@ -1,22 +1,174 @@
 """What the documentation says can be run, and names what there is."""
 
+from __future__ import annotations
+
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+import typer.core
+from doc_blocks import PAGES, ROOT, arguments, blocks, command_lines, mentions, shell_lines
 
+from cocoop_fast import cli
 from cocoop_fast.cli import configuration
 from cocoop_fast.config import RunConfig
 from cocoop_fast.reference_config import METHOD_RULES, RULES
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
+# -- code blocks ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_python_in_the_readme_runs(code):
-    exec(compile(code, "README.md", "exec"), {})
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(b.language == "python" for b in blocks(page))], ids=str
+)
+def test_a_pages_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
+    """Python blocks share their names and a directory; a block of another language with a file's name is that file.
+
+    The tutorial's commands are run as well, since its code reads what they write.
+    """
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks(page):
+        if block.language == "python":
+            code = compile(block.text, page.name, "exec")
+            if block.note != "no-run":
+                exec(code, names)
+        elif block.note not in ("", "no-run"):
+            (tmp_path / block.note).write_text(block.text)
+        elif page == TUTORIAL and block.language == "bash" and not block.note:
+            for line in shell_lines(block):
+                assert cli.run(arguments(line) or []) == 0, line
+
+
+# -- command lines ----------------------------------------------------------------------------------------------
+
+
+class Reached(BaseException):
+    """A command has read its arguments, found nothing wrong, and begins its work."""
+
+
+# Where the work of a command begins. Commands that are not here are stopped once their arguments are parsed; of those
+# that are, options are merged and checked too, and what never comes to these lines is run to its end.
+WORK = {
+    "train": ["cocoop_fast.training.experiment.run"],
+    "eval": ["cocoop_fast.training.experiment.evaluate_run"],
+    "predict": ["cocoop_fast.evaluation.predict.Predictor.from_run", "cocoop_fast.load_clip.load_clip"],
+    "run": ["cocoop_fast.protocols.cells.check_present"],
+    "sweep": ["cocoop_fast.protocols.cells.check_present"],
+    "bench": ["cocoop_fast.benchmark.problem.build_problem"],
+    "plan": ["cocoop_fast.plan.measure.measure_cpu"],
+    "datasets": [
+        "cocoop_fast.data.inventory.take_inventory",
+        "cocoop_fast.data.download.download",
+        "cocoop_fast.data.load_dataset",
+    ],
+}
+PLACEHOLDERS = {"COMMAND": "train", "METHOD": "coop", "PROTOCOL": "base2new", "N": "1", "S": "1"}
+FILES = {
+    "names.txt": "cat\ndog\n",
+    "config.yaml": "seed: 1\n",
+    "vit_b16_c4_ep10_batch1_ctxv1.yaml": "OPTIM: {MAX_EPOCH: 10}\nMODEL: {BACKBONE: {NAME: ViT-B/16}}\n",
+}
+
+COMMANDS = [
+    pytest.param(page, given, id=f"{page.stem} {' '.join(given)}")
+    for page in PAGES
+    for given in dict.fromkeys(tuple(arguments(line) or ()) for line in command_lines(page))
+    if given
+]
+
+
+@pytest.mark.parametrize("page, given", COMMANDS)
+def test_every_command_is_one_that_the_program_takes(page, given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    written = {block.note: block.text for block in blocks(page) if "." in block.note}
+    for name, text in {**FILES, **written}.items():
+        (tmp_path / name).write_text(text)
+
+    def reach(*args: object, **options: object) -> None:
+        raise Reached
+
+    if given[0] not in WORK:
+        monkeypatch.setattr(typer.core.TyperCommand, "invoke", reach)
+    for place in WORK.get(given[0], []):
+        monkeypatch.setattr(place, reach)
+    try:
+        status = cli.run([PLACEHOLDERS.get(word, word) for word in given])
+    except Reached:
+        status = 0
+    assert status == 0, capsys.readouterr().err
+
+
+def unknown_words(mention: str) -> list[str]:
+    """Commands and options in it that the program does not have."""
+    words = [word for word in arguments(mention) or [] if word not in PLACEHOLDERS]
+    here = typer.main.get_command(cli.app)
+    while words and words[0] in getattr(here, "commands", {}):
+        here = here.commands[words.pop(0)]  # type: ignore[attr-defined]
+    known = {option for parameter in here.params for option in parameter.opts} | {"--help"}
+    unknown = words[:1] if isinstance(here, typer.core.TyperGroup) and here.name != "datasets" else []
+    return [word for word in unknown if not word.startswith("-")] + [
+        word for word in words if word.startswith("--") and word not in known
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_options_that_the_text_mentions_exist(page):
+    for mention in mentions(page):
+        assert not unknown_words(mention), mention
+
+
+def test_mistakes_in_commands_are_found(monkeypatch):
+    monkeypatch.setattr(typer.core.TyperCommand, "invoke", lambda *_: None)
+    for line in (
+        "cocoop-fast train --no-such-option 1",
+        "cocoop-fast trian",
+        "cocoop-fast datasets remove dtd",
+    ):
+        assert cli.run(arguments(line) or []) == 2, line
+    assert cli.run(arguments("cocoop-fast train --seed 1  # a comment") or []) == 0
+    assert unknown_words("cocoop-fast train --no-such-option") == ["--no-such-option"]
+    assert unknown_words("cocoop-fast trian") == ["trian"]
+    assert unknown_words("cocoop-fast datasets check NAME --root DIR") == []
+
+
+def test_the_program_is_found_within_a_line():
+    assert arguments("CUDA_VISIBLE_DEVICES=0 cocoop-fast eval RUN | tail") == ["eval", "RUN"]
+    assert arguments("torchrun --nproc-per-node 2 -m cocoop_fast train ...") == ["train"]
+    assert arguments("python tools/check_plan.py --k 20") is None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_scripts_with_their_options_and_targets_of_make_are_there(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in command_lines(page):
+        program, *words = line.partition("#")[0].split()
+        if program == "make":
+            assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), line
+        elif program == "python" and words[0].endswith(".py"):
+            source = (ROOT / words[0]).read_text(encoding="utf-8")
+            for option in (word for word in words if word.startswith("--")):
+                assert f'"{option}"' in source, line
+
+
+def test_every_command_is_in_the_readme():
+    lines = command_lines(ROOT / "README.md")
+    shown = {given[0] for given in map(arguments, lines) if given}
+    assert shown == set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
+# -- names and links --------------------------------------------------------------------------------------------
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    """Otherwise `python tools/make_api_page.py` makes it anew."""
+    spec = importlib.util.spec_from_file_location("make_api_page", ROOT / "tools" / "make_api_page.py")
+    tool = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(tool)  # type: ignore[union-attr]
+    assert tool.PAGE.read_text(encoding="utf-8") == tool.page()
 
 
 def test_the_table_of_fields_is_complete_and_true():
@@ -41,7 +193,27 @@ def test_every_key_of_the_reference_is_documented():
         assert re.search(rf"`TRAINER\.(COCOOP|\*)\.{key}`", CONFIGURATION), key
 
 
+def _anchors(path: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.*)$",
+        re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE),
+        re.MULTILINE,
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_documents_lead_somewhere():
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+    for page in PAGES:
+        for target, anchor in re.findall(
+            r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")
+        ):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in _anchors(path), f"{page.name}: {target}#{anchor}"
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in PAGES[1:]:
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
