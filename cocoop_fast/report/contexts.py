@@ -74,7 +74,9 @@ def nearest_words(
     prefix = ""
     if ctx.ndim == 3:
         ctx, prefix = ctx[0], f"{first_class}, "
-    distance = torch.cdist(ctx.cpu(), table[ids.to(table.device)].cpu())  # (M, V)
+    words = table[ids.to(table.device)].cpu()
+    # Differences, not products: the distance to a vector itself is then 0, and small ones are exact.
+    distance = torch.cdist(ctx.cpu(), words, compute_mode="donot_use_mm_for_euclid_dist")  # (M, V)
     near = distance.topk(min(count, len(ids)), largest=False)
     return tuple(
         ContextToken(

@@ -26,9 +26,17 @@ _CONFUSIONS = 6  # listed in words
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the results: ours, the published one, and whether it is the best of its data set."""
+    """One number of the results.
 
-    text: str
+    Args:
+        mean: ours.
+        std: its deviation over seeds, "±0.31", or empty.
+        published: the published number, or empty.
+        best: whether ours is the best of its data set.
+    """
+
+    mean: str
+    std: str
     published: str
     best: bool
 
@@ -232,8 +240,9 @@ def _metrics(source: Source) -> list[str]:
 
 def _cell(entry: Entry | None, best: float | None, rivals: int) -> Cell:
     if entry is None:
-        return Cell(NOTHING, "", best=False)
+        return Cell(NOTHING, "", "", best=False)
     published = ""
     if entry.published is not None:
         published = f"{entry.published.value:.2f}" + ("" if entry.published.checked else "†")
-    return Cell(shown(entry.mean, entry.std), published, best=rivals > 1 and entry.mean == best)
+    mean, sign, std = shown(entry.mean, entry.std).partition("±")
+    return Cell(mean, sign + std, published, best=rivals > 1 and entry.mean == best)
