@@ -22,7 +22,9 @@ CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(b.language == "python" for b in blocks(page))], ids=str
+    "page",
+    [page for page in PAGES if any(b.language == "python" for b in blocks(page))],
+    ids=lambda page: page.stem,
 )
 def test_a_pages_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
     """Python blocks share their names and a directory; a block of another language with a file's name is that file.
@@ -109,8 +111,8 @@ def unknown_words(mention: str) -> list[str]:
     while words and words[0] in getattr(here, "commands", {}):
         here = here.commands[words.pop(0)]  # type: ignore[attr-defined]
     known = {option for parameter in here.params for option in parameter.opts} | {"--help"}
-    unknown = words[:1] if isinstance(here, typer.core.TyperGroup) and here.name != "datasets" else []
-    return [word for word in unknown if not word.startswith("-")] + [
+    commands = words[:1] if isinstance(here, typer.core.TyperGroup) else []
+    return [word for word in commands if not word.startswith("-")] + [
         word for word in words if word.startswith("--") and word not in known
     ]
 

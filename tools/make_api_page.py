@@ -135,8 +135,23 @@ CHAPTERS: dict[str, tuple[str, list[str]]] = {
             "cocoop_fast.protocols.table.make_table",
         ],
     ),
-    "Planning and measuring": (
-        "What `cocoop-fast plan` and `bench` call.",
+    "Several devices": (
+        "What `torchrun ... -m cocoop_fast train` adds.",
+        [
+            "cocoop_fast.distributed.launch.join",
+            "cocoop_fast.distributed.ranks.Ranks",
+        ],
+    ),
+    "Reports and the reference's files": (
+        "What `cocoop-fast report` and `checkpoint` call. `integrations.dassl` is on [the migration page](migration.md).",
+        [
+            "cocoop_fast.report.make_report.make_report",
+            "cocoop_fast.training.reference_import.import_checkpoint",
+            "cocoop_fast.training.reference_import.export_checkpoint",
+        ],
+    ),
+    "Planning, measuring, certifying": (
+        "What `cocoop-fast plan`, `bench` and `verify` call.",
         [
             "cocoop_fast.plan.model.describe_model",
             "cocoop_fast.plan.devices.find_gpu",
@@ -150,6 +165,8 @@ CHAPTERS: dict[str, tuple[str, list[str]]] = {
             "cocoop_fast.benchmark.contestants.choose",
             "cocoop_fast.benchmark.compare.compare",
             "cocoop_fast.benchmark.memory.peak_memory",
+            "cocoop_fast.verify.verify",
+            "cocoop_fast.verify.Verdict",
         ],
     ),
     "The oracle": (
