@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from cocoop_fast.data.batches import Batch, TrainBatches
 from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import autocast
+from cocoop_fast.training.background import in_background
 
 # The image encoder is frozen, so its features do not depend on the steps in between: so many images are encoded
 # at a time, since batches of one would leave it mostly idle.
@@ -27,20 +28,39 @@ class EncodedBatch(NamedTuple):
     label: Tensor
 
 
+class FeatureSource(Protocol):
+    """Where a trainer gets its batches."""
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[EncodedBatch]:
+        """The batches of a 1-based epoch from ``first_batch`` on.
+
+        Raises:
+            UserError: an image can no longer be read.
+        """
+
+
+@torch.no_grad()
+def encode(model: PromptClassifier, image: Tensor, precision: str) -> Tensor:
+    """(B, 3, S, S) images on the model's device to (B, E) features."""
+    with autocast(precision, image.device):
+        features: Tensor = model.image_encoder(image.to(model.dtype))
+    return features
+
+
 class ImageFeatures:
     """The batches of an epoch with their image features.
 
     On a GPU a group of batches is copied and encoded on a stream of its own, ``groups_ahead`` - 1 groups before its
     first use: while the steps of the group before run, which are small, the encoder fills the GPU. The next batch
-    is read between two steps, not all of a group at once. On a CPU the same code runs without a stream. The features'
-    bits depend on neither.
+    is read between two steps, not all of a group at once. On a CPU a thread reads and encodes ``groups_ahead`` groups
+    ahead of the steps. The features' bits depend on neither.
 
     Args:
         model: its ``image_encoder`` and ``dtype`` are used.
         batches: what to encode.
         precision: "amp" encodes under autocast.
         device: the model's.
-        groups_ahead: groups that are read before the first one is used up; 0: none, which is best without a stream.
+        groups_ahead: groups that are read before the first one is used up; 0: all in the caller's thread and stream.
     """
 
     def __init__(
@@ -69,27 +89,33 @@ class ImageFeatures:
         if self._stream is not None:  # what the encoder reads may have been written on the caller's stream
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         first_of_group = first_batch - first_batch % self._group_size
+        batches = self._batches.epoch(epoch, first_of_group)
+        if self._stream is None and self._ahead:
+            return in_background(self._encoded(batches, first_of_group, first_batch, 0), self._ahead)
+        return self._encoded(batches, first_of_group, first_batch, self._ahead)
+
+    def _encoded(
+        self, batches: Iterator[Batch], first_of_group: int, first_batch: int, ahead: int
+    ) -> Generator[EncodedBatch, None, None]:
         group: list[Batch] = []
         ready: deque[_Ready] = deque()
-        for number, batch in enumerate(self._batches.epoch(epoch, first_of_group), first_of_group):
+        for number, batch in enumerate(batches, first_of_group):
             group.append(batch)
             if len(group) == self._group_size or number + 1 == len(self._batches):
                 skip = max(0, first_batch - (number + 1 - len(group)))
                 ready.extend(self._encode(group)[skip:])
                 group = []
-            while ready and len(ready) + len(group) > self._ahead:
+            while ready and len(ready) + len(group) > ahead:
                 yield self._hand_over(ready.popleft())
         while ready:
             yield self._hand_over(ready.popleft())
 
-    @torch.no_grad()
     def _encode(self, group: list[Batch]) -> list[_Ready]:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             # Each batch is copied from its own pinned memory: joined on the host first, they would not be pinned.
             image = torch.cat([batch.image.to(self._device, non_blocking=True) for batch in group])
             labels = [batch.label.to(self._device, non_blocking=True) for batch in group]
-            with autocast(self._precision, self._device):
-                features = self._model.image_encoder(image.to(self._model.dtype))
+            features = encode(self._model, image, self._precision)
             done = self._stream.record_event() if self._stream is not None else None
         parts = features.split([len(batch.label) for batch in group])
         return [_Ready(EncodedBatch(*one), done) for one in zip(group, parts, labels, strict=True)]

@@ -170,4 +170,4 @@ def test_the_file_is_a_plain_safetensors_file(tmp_path, clip, images):
     with safe_open(file, framework="pt") as opened:
         assert sorted(opened.keys()) == ["image", "rows"]
         assert opened.get_tensor("rows").tolist() == list(range(len(images.test)))
-        assert opened.metadata()["dataset"] == "folder"
+        assert opened.metadata()["made for"] == "folder"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from tiny_training import fast_model, make_batches
@@ -12,21 +15,30 @@ from cocoop_fast.training.features import ImageFeatures
 CPU = torch.device("cpu")
 
 
-def features_of(batch_size, groups_ahead, *, images=23, first_batch=0, precision="fp32"):
+def features_of(batch_size, groups_ahead, *, images=23, first_batch=0, precision="fp32", thread=True):
     torch.manual_seed(0)
     model = fast_model()
     batches = make_batches(images, batch_size)
     source = ImageFeatures(model, batches, precision, CPU, groups_ahead=groups_ahead)
-    return list(source.epoch(1, first_batch)), batches, model
+    encoded = source.epoch(1, first_batch) if thread else as_on_a_gpu(source, first_batch)
+    return list(encoded), batches, model
+
+
+def as_on_a_gpu(source, first_batch=0):
+    """Ahead in the caller's thread; there a stream of its own lets it overlap with the steps."""
+    first_of_group = first_batch - first_batch % source._group_size
+    batches = source._batches.epoch(1, first_of_group)
+    return source._encoded(batches, first_of_group, first_batch, source._ahead)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 40])
 @pytest.mark.parametrize("precision", ["fp32", "amp"])
-def test_looking_ahead_changes_no_bit(batch_size, precision):
+@pytest.mark.parametrize("thread", [True, False])
+def test_looking_ahead_changes_no_bit(batch_size, precision, thread):
     direct, batches, _ = features_of(batch_size, 0, precision=precision)
     assert len(direct) == len(batches)
     for groups_ahead in (1, 2, 5):
-        ahead, _, _ = features_of(batch_size, groups_ahead, precision=precision)
+        ahead, _, _ = features_of(batch_size, groups_ahead, precision=precision, thread=thread)
         for (batch, features, label), (wanted, expected, _) in zip(ahead, direct, strict=True):
             assert batch.sample.equal(wanted.sample) and label.equal(wanted.label)
             assert features.equal(expected)
@@ -54,7 +66,7 @@ class Diary(nn.Module):
         return self.encoder(image)
 
 
-def test_the_encoder_is_a_group_ahead_and_images_are_read_between_the_steps(monkeypatch):
+def test_on_a_gpu_the_encoder_is_a_group_ahead_and_images_are_read_between_the_steps(monkeypatch):
     model, diary = fast_model(), []
     model.image_encoder = Diary(model.image_encoder, diary)
     batches = make_batches(128, 2)  # groups of 8 batches
@@ -67,7 +79,7 @@ def test_the_encoder_is_a_group_ahead_and_images_are_read_between_the_steps(monk
 
     monkeypatch.setattr(type(batches), "epoch", reading)
     source = ImageFeatures(model, batches, "fp32", CPU, groups_ahead=2)
-    for number, _ in enumerate(source.epoch(1)):
+    for number, _ in enumerate(as_on_a_gpu(source)):
         diary.append(f"step {number}")
     encoded_before = {
         number: diary[: diary.index(f"step {number}")].count("encode 16") for number in range(64)
@@ -75,3 +87,23 @@ def test_the_encoder_is_a_group_ahead_and_images_are_read_between_the_steps(monk
     assert [encoded_before[number] for number in (0, 7, 8, 15, 16, 63)] == [2, 3, 3, 4, 4, 8]
     steps = [entry for entry in diary if entry != "encode 16"]
     assert steps[:17] == ["read"] * 17 and steps[17:21] == ["step 0", "read", "step 1", "read"]
+
+
+def test_on_a_cpu_a_thread_encodes_while_a_step_runs():
+    model, diary = fast_model(), []
+    model.image_encoder = Diary(model.image_encoder, diary)
+    source = ImageFeatures(model, make_batches(128, 2), "fp32", CPU, groups_ahead=2)
+    epoch = source.epoch(1)
+    next(epoch)
+    wait_for(lambda: len(diary) >= 3)  # the first step is not over, and the third group is encoded
+    time.sleep(0.05)
+    assert len(diary) <= 4  # but not the whole epoch
+    epoch.close()
+    assert "look-ahead" not in [thread.name for thread in threading.enumerate()]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)

@@ -50,12 +50,13 @@ class Gauge(Observer):
         early, late = self.memory[quarter : 2 * quarter], self.memory[-quarter:]
         growth = median(late) - median(early)
         print(
-            f"memory {median(early) / 1e6:.1f} -> {median(late) / 1e6:.1f} MB, open files {self.files[quarter]} -> "
-            f"{self.files[-1]}, threads {self.threads[quarter]} -> {self.threads[-1]}"
+            f"memory {median(early) / 1e6:.1f} -> {median(late) / 1e6:.1f} MB, open files "
+            f"{max(self.files[:quarter])} -> {max(self.files[-quarter:])}, threads {max(self.threads[:quarter])} -> "
+            f"{max(self.threads[-quarter:])}"
         )
         assert growth < FEW_BYTES, f"{growth / 1e6:.1f} MB more"
-        assert len(set(self.files[quarter:])) == 1, self.files
-        assert len(set(self.threads[quarter:])) == 1, self.threads
+        for counts in (self.files, self.threads):  # the thread that looks ahead ends before its epoch
+            assert max(counts[-quarter:]) <= max(counts[quarter : 2 * quarter]), counts
 
 
 @pytest.fixture(autouse=True)

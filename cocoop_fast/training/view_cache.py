@@ -1,0 +1,79 @@
+"""Image features of N fixed augmented views of each training image, kept on disk.
+
+Epoch e shows view (e - 1) mod N. A view is encoded when an epoch first asks for it, in one pass over all images; after
+that, nothing is decoded, augmented or encoded any more. It has the crops that epoch ``view + 1`` has without a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cocoop_fast.data.batches import Batch, TrainBatches
+from cocoop_fast.evaluation.classifier import PromptClassifier
+from cocoop_fast.evaluation.feature_key import feature_key
+from cocoop_fast.load_clip import LoadedClip
+from cocoop_fast.tensor_files import TensorFiles, Tensors
+from cocoop_fast.training.features import IMAGES_AT_ONCE, EncodedBatch, encode
+
+
+class CachedViews:
+    """Batches with image features, as :class:`ImageFeatures` gives them, but of views that come again. No pixels are read.
+
+    Args:
+        model: its ``image_encoder`` and ``dtype`` are used.
+        clip: the CLIP in it.
+        batches: what to encode.
+        views: N, at least one.
+        folder: of the files, one a view. Processes may share it.
+        on_message: told when a file is damaged, before it is made again.
+    """
+
+    def __init__(
+        self,
+        model: PromptClassifier,
+        clip: LoadedClip,
+        batches: TrainBatches,
+        views: int,
+        folder: Path,
+        on_message: Callable[[str], None],
+    ) -> None:
+        self._model = model
+        self._clip = clip
+        self._batches = batches
+        self._views = views
+        self._files = TensorFiles(folder, on_message)
+        self._labels = torch.tensor([sample.label for sample in batches.samples])
+        self._opened: dict[int, Tensor] = {}
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[EncodedBatch]:
+        """The batches of a 1-based epoch from ``first_batch`` on."""
+        picks = self._batches.picks(epoch, first_batch)
+        features = self._view((epoch - 1) % self._views)
+        for pick in picks:
+            sample = torch.tensor(pick)
+            batch = Batch(torch.empty(len(pick), 0), self._labels[sample], sample)
+            device = self._clip.device
+            yield EncodedBatch(batch, features[sample].to(device), batch.label.to(device))
+
+    def _view(self, view: int) -> Tensor:
+        """(n, E) features of all samples on the CPU, mapped from their file."""
+        if view not in self._opened:
+            name, key = f"view{view + 1}", self._key(view)
+            self._opened[view] = self._files.find_or_make(name, key, lambda: self._encode(view))["image"]
+        return self._opened[view]
+
+    def _key(self, view: int) -> str:
+        batches = self._batches
+        draws = (batches.transform, batches.seed, view)
+        return feature_key(self._clip, batches.dataset, batches.samples, draws)
+
+    def _encode(self, view: int) -> Tensors:
+        parts = [
+            encode(self._model, batch.image.to(self._clip.device), self._clip.precision).cpu()
+            for batch in self._batches.in_order(view + 1, IMAGES_AT_ONCE)
+        ]
+        return {"image": torch.cat(parts)}
