@@ -104,13 +104,14 @@ def _block_linears(block: TextBlock, layer: int, last: int) -> BlockLinears:
     skipped = d if layer == last else 0
     qkv = Affine(block.in_proj.weight[skipped:], block.in_proj.bias[skipped:])
     leaf_q = Affine(block.in_proj.weight[:d], block.in_proj.bias[:d])
+    # Layer 0 projects the few context rows alone, and the last layer is for the EOT rows: not worth a packed copy.
+    of_block = LibraryLinear if layer == last else frozen_linear
     return BlockLinears(
-        # Layer 0 has it for the few context rows alone: not worth a packed copy.
-        qkv=frozen_linear(qkv) if layer > 0 else LibraryLinear(qkv),
-        leaf_q=frozen_linear(leaf_q) if 0 < layer == last else None,
-        out_proj=frozen_linear(block.out_proj),
-        fc=frozen_linear(block.fc),
-        proj=frozen_linear(block.proj),
+        qkv=of_block(qkv) if layer > 0 else LibraryLinear(qkv),
+        leaf_q=of_block(leaf_q) if 0 < layer == last else None,
+        out_proj=of_block(block.out_proj),
+        fc=of_block(block.fc),
+        proj=of_block(block.proj),
     )
 
 

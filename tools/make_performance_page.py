@@ -33,10 +33,9 @@ TREE = "--only engine --only floor"
 COMMANDS = {  # result: what prints it as JSON
     "step-k20": f"cocoop-fast bench --k 20 --rounds 25 {TREE} --memory --json",
     "step-k100": "cocoop-fast bench --k 100 --rounds 9 --max-seconds 100 --memory --json",
-    "step-k1000": "cocoop-fast bench --k 1000 --rounds 7 --max-seconds 130 --skip dense --skip truncated+compile"
-    " --skip coop --memory --json",
+    "step-k1000": "cocoop-fast bench --k 1000 --rounds 4 --max-seconds 60 --only padding-free --only tree+torch"
+    " --only engine --only floor --memory --json",
     "batch-k100": f"cocoop-fast bench --k 100 --batch-size 8 --rounds 7 {TREE} --json",
-    "batch-k1000": f"cocoop-fast bench --k 1000 --batch-size 8 --rounds 3 --max-seconds 240 {TREE} --json",
     "profile-k20": "python tools/profile_step.py --k 20 --steps 20 --json",
     "profile-k100": "python tools/profile_step.py --k 100 --steps 10 --json",
     "profile-k1000": "python tools/profile_step.py --k 1000 --steps 3 --json",

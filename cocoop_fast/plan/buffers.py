@@ -135,8 +135,8 @@ def packed_bytes(sizes: TowerSizes) -> int:
         return ceil(columns / PANEL_COLUMNS) * PANEL_COLUMNS * inner
 
     block = packed(d, d) + packed(wide, d) + packed(d, wide)
-    qkv = (sizes.layers - 2) * packed(3 * d, d) + packed(2 * d, d) + packed(d, d) if sizes.layers > 1 else 0
-    return FLOAT_BYTES * (sizes.layers * block + qkv)
+    qkv = max(0, sizes.layers - 2) * packed(3 * d, d)
+    return FLOAT_BYTES * ((sizes.layers - 1) * block + qkv)
 
 
 def learner_bytes(sizes: TowerSizes, counts: RowCounts, itemsize: int = FLOAT_BYTES) -> int:
