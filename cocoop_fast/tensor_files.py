@@ -48,9 +48,11 @@ class TensorFiles:
                 digest = (file.metadata() or {}).get("content")
                 tensors = {one: file.get_tensor(one) for one in file.keys()}  # noqa: SIM118  # not a mapping
         except (SafetensorError, OSError) as error:
-            return self._discard(path, str(error))
+            self._discard(path, str(error))
+            return None
         if digest != _content_digest(tensors):
-            return self._discard(path, "its content was altered")
+            self._discard(path, "its content was altered")
+            return None
         return tensors
 
     def find_or_make(self, name: str, key: str, make: Callable[[], Tensors]) -> Tensors:

@@ -107,7 +107,7 @@ def test_the_gauge_notices(tmp_path, leak):
             if leak == "memory":
                 kept.append(bytearray(os.urandom(200_000)))
             elif leak == "files":
-                kept.append(open(os.devnull))
+                kept.append(os.open(os.devnull, os.O_RDONLY))
             else:
                 kept.append(threading.Thread(target=done.wait, daemon=True))
                 kept[-1].start()
@@ -121,6 +121,6 @@ def test_the_gauge_notices(tmp_path, leak):
         done.set()
         for one in kept:
             if leak == "files":
-                one.close()
+                os.close(one)
             elif leak == "threads":
                 one.join()

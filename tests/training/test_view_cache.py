@@ -131,7 +131,7 @@ def test_runs(tmp_path, monkeypatch):
     assert whole.step == parts.step == 40
     assert all(parts.parameters[name].equal(value) for name, value in whole.parameters.items())
     assert len(list((tmp_path / "whole" / "views").glob("*.safetensors"))) == 2
-    with pytest.raises(UserError, match="data.cache_views is 2 there and 3 here"):
+    with pytest.raises(UserError, match=r"data.cache_views is 2 there and 3 here"):
         run(tiny_config(tmp_path / "whole", data__cache_views=3, optim__epochs=4))
     run(tiny_config(tmp_path / "whole"), overwrite=True)
     assert not (tmp_path / "whole" / "views").exists()
