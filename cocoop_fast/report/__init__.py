@@ -2,6 +2,6 @@
 
 May import ``protocols``, ``training``, ``evaluation``, ``plan`` and ``data``; the command line imports it. Read in
 this order: history, sources (what runs left on disk), inspection, contexts, cost (what their models do), style,
-figures (matplotlib), chapters (what belongs together),
-page (HTML), make_report. ``tensorboard`` stands alone: an observer of training.
+figures (matplotlib), chapters (what belongs together), page (HTML), make_report. ``tensorboard`` stands alone: an
+observer of training.
 """
