@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint typecheck bench wheel clean sanitize
+.PHONY: help install demo test soak lint typecheck bench kernels wheel clean sanitize
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -18,6 +18,9 @@ demo: $(INSTALLED) ## train CoCoOp on the digits that come with the package
 
 test: $(INSTALLED) ## all tests
 	$(BIN)/python -m pytest tests/
+
+soak: $(INSTALLED) ## the long tests: 10,000 steps, a hundred kills
+	$(BIN)/python -m pytest tests/ -m soak
 
 lint: $(INSTALLED) ## style: ruff check and ruff format
 	$(BIN)/ruff check .
@@ -31,6 +34,9 @@ sanitize: $(INSTALLED) ## tests of the C++ operations under the address and unde
 
 bench: $(INSTALLED) ## benchmarks
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+kernels: $(INSTALLED) ## docs/kernels.md: every GPU kernel compiled for every target (needs nvcc)
+	$(BIN)/python tools/make_kernels_page.py
 
 wheel: $(INSTALLED) ## source distribution and wheel in dist/
 	rm -rf build dist
