@@ -206,7 +206,7 @@ def test_threads_are_set_for_the_measurement_only(capsys):
     [
         (["--only", "nobody"], "There is no contestant 'nobody'; choose from dense,"),
         (["--only", "dense", "--skip", "dense"], "No contestant is left to measure"),
-        (["--k", "1001"], "There are 1000 ImageNet names, but 1001 were asked for."),
+        (["--k", "21842"], "There are 21841 ImageNet names, but 21842 were asked for."),
         (["--k", "0"], "--k is 0, but it must be positive."),
         (["--rounds", "0"], "--rounds is 0, but it must be positive."),
         (["--threads", "-1"], "--threads is -1, but it must be positive."),

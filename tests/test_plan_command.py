@@ -98,7 +98,7 @@ def test_the_table_of_devices(capsys):
         (["--device", "A100", "--budget", "much"], "The memory budget 'much' is not an amount of memory"),
         (["--device", "A100", "--budget", "0GB"], "The memory budget '0GB' is not an amount of memory"),
         (["--k", "0"], "--k is 0, but it must be positive."),
-        (["--k", "1001"], "There are 1000 ImageNet names, but 1001 were asked for."),
+        (["--k", "21842"], "There are 21841 ImageNet names, but 21842 were asked for."),
         (["--batch-size", "-1"], "--batch-size is -1, but it must be positive."),
         (["--epochs", "0"], "--epochs is 0, but it must be positive."),
         (["--test-images", "0"], "--test-images is 0, but it must be positive."),
