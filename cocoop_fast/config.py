@@ -25,6 +25,7 @@ ClassPosition = Literal["end", "middle", "front"]
 Ensemble = Literal["none", "select", "imagenet"]
 Precision = Literal["auto", "fp32", "fp16", "bf16", "amp"]
 Subset = Literal["base", "new", "all"]
+ShardBy = Literal["auto", "images", "classes", "both"]
 OnNonfinite = Literal["stop", "skip"]
 
 Count = Annotated[int, Field(ge=0)]
@@ -46,6 +47,7 @@ class ModelConfig:
     memory_budget: str | None = None  # for what a step allocates, e.g. "4GB"; None: most of what is free
     device: str = "auto"
     cuda_graph: bool = True  # on a GPU: record a training step once and replay it
+    shard: ShardBy = "auto"  # what several processes share out; auto: images, or classes in batches of one
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -72,7 +74,7 @@ class DataConfig:
     subset: Subset = "base"  # classes that are trained on
     workers: Count = 0
     skip_bad_images: bool = False
-    cache_views: Count = 0  # train on so many fixed augmented views of an image, encoded once; 0: new ones each epoch
+    cache_views: Count = 0  # train on N fixed views of each image, encoded once; 0: new ones each epoch
 
 
 @dataclass(config=_STRICT, frozen=True)

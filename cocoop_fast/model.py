@@ -88,7 +88,7 @@ class PromptedCLIP(nn.Module):
         Values are checked where they lie on the CPU. On a GPU the host would have to wait for them: there features
         that are not finite give a loss that is not, and labels out of range are the caller's to prevent.
         """
-        image_features = self._checked(image_features, label)
+        image_features = self.checked(image_features, label)
         text_features = self.text_features(image_features)
         return cosine_cross_entropy(image_features, text_features, self.logit_scale, label, self.backend)
 
@@ -98,7 +98,7 @@ class PromptedCLIP(nn.Module):
         image_features = self._normalise(image_features)
         return cosine_logits_ref(image_features, self.text_features(image_features), self.logit_scale)
 
-    def _checked(self, image_features: Tensor, label: Tensor) -> Tensor:
+    def checked(self, image_features: Tensor, label: Tensor) -> Tensor:
         """Unit-length image features, after a look at them and the labels."""
         self._check_features(image_features)
         self._check_labels(label, len(image_features))
@@ -171,7 +171,7 @@ class LearnedPromptCLIP(PromptedCLIP):
     def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         if not (self.prune_mass and torch.is_grad_enabled()):
             return super().loss_and_logits(image_features, label)
-        image_features = self._checked(image_features, label)
+        image_features = self.checked(image_features, label)
         contexts = self.prompt_learner.contexts(image_features)
         loss, logits, self.pruned = pruned_cross_entropy(
             self.tree_encoder, contexts, image_features, self.logit_scale, label, self.prune_mass

@@ -115,15 +115,34 @@ class TreeTextEncoder(nn.Module):
         Returns:
             (B, n, E) text features, not normalised; (n, E) from contexts without B.
         """
-        batched = self._is_batched(ctx)
-        rows = ctx.flatten(-3, -2) if self.tree.class_specific else ctx
+        return self.part(classes)(ctx)
+
+    def part(self, classes: Tensor) -> Callable[[Tensor], Tensor]:
+        """:meth:`encode_classes` for the same classes again and again, as long as tree and weights stay.
+
+        Args:
+            classes: (n,) int64.
+
+        Returns:
+            From `ctx` to text features.
+        """
         leaves, asked = self.tree.leaf_of_class[classes.cpu()].unique(return_inverse=True)
-        tower = self._current_tower(deep=False)
-        part = self.tree.subtree(self.tree.ancestors(self.tree.leaves[leaves]))
-        features = encode_in_pieces(
-            tower.for_part(tower.constants.part(part)), [rows if batched else rows[None]], self.memory
-        )[:, asked.to(rows.device)]
-        return features if batched else features[0]
+        whole = self._current_tower(deep=False)
+        nodes = self.tree.ancestors(self.tree.leaves[leaves])
+        tower = whole.for_part(whole.constants.part(self.tree.subtree(nodes)))
+        asked = asked.to(whole.constants.weights.device)
+
+        def encode(ctx: Tensor) -> Tensor:
+            batched = self._is_batched(ctx)
+            rows = ctx.flatten(-3, -2) if self.tree.class_specific else ctx
+            features = encode_in_pieces(tower, [rows if batched else rows[None]], self.memory)[:, asked]
+            return features if batched else features[0]
+
+        return encode
+
+    def lower_memory(self, batch: int) -> None:
+        """After a step of B images ran out of memory: see :meth:`MemoryBudget.lower`."""
+        self.memory.lower(self._current_tower(deep=False), batch)
 
     def extra_repr(self) -> str:
         return f"{self.tree}, backend={self.backend.name}"

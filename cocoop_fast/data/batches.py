@@ -41,6 +41,7 @@ class TrainBatches:
         seed: the run's.
         workers: processes that decode ahead; 0 decodes in this one. They change nothing but the speed.
         pin_memory: whether batches go to a GPU.
+        share: (i, n): of each batch only the i-th of n equal parts, as they are in the whole.
     """
 
     dataset: Dataset
@@ -50,6 +51,7 @@ class TrainBatches:
     seed: int
     workers: int = 0
     pin_memory: bool = False
+    share: tuple[int, int] = (0, 1)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -62,17 +64,36 @@ class TrainBatches:
             UserError: there are no samples (which is no mistake where nothing is trained), or an image can no
                 longer be read.
         """
+        return self._views(epoch, self.picks(epoch, first_batch))
+
+    def in_order(self, epoch: int, batch_size: int) -> Iterator[Batch]:
+        """All samples in their order, cropped as in an epoch; the last batch may be smaller.
+
+        Raises:
+            UserError: as for :meth:`epoch`.
+        """
+        return self._views(epoch, _consecutive(len(self.samples), batch_size))
+
+    def picks(self, epoch: int, first_batch: int = 0) -> list[list[int]]:
+        """Positions of the samples in each batch of a 1-based epoch from ``first_batch`` on.
+
+        Raises:
+            UserError: there are no samples.
+        """
         if not self.samples:
             raise UserError(f"There are no images to train on in {self.dataset.where}.", exit_status=1)
         order = torch.randperm(len(self.samples), generator=order_generator(self.seed, epoch)).tolist()
-        size = self.batch_size
-        picks = [order[i * size : (i + 1) * size] for i in range(first_batch, len(self))]
+        size, (part, parts) = min(self.batch_size, len(order)), self.share
+        first, last = size * part // parts, size * (part + 1) // parts
+        return [order[i * size + first : i * size + last] for i in range(first_batch, len(self))]
+
+    def _views(self, epoch: int, picks: list[list[int]]) -> Iterator[Batch]:
         views = _TrainViews(self.dataset, self.samples, self.transform, self.seed, epoch)
         return _load(views, picks, self.workers, self.pin_memory)
 
-    def describe(self, batch: Batch) -> str:
-        """The sources of a batch's images, for a message."""
-        sources = [str(self.samples[i].source) for i in batch.sample.tolist()]
+    def describe(self, sample: Tensor) -> str:
+        """The sources of samples (n,), given by their positions, for a message."""
+        sources = [str(self.samples[i].source) for i in sample.tolist()]
         more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
         return ", ".join(sources[:3]) + more
 
@@ -86,14 +107,15 @@ def test_batches(
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """All samples in their order; the last batch may be smaller."""
-    picks = [
-        list(range(start, min(start + batch_size, len(samples))))
-        for start in range(0, len(samples), batch_size)
-    ]
+    picks = _consecutive(len(samples), batch_size)
     return _load(_TestViews(dataset, samples, transform), picks, workers, pin_memory)
 
 
 test_batches.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of the name
+
+
+def _consecutive(n: int, size: int) -> list[list[int]]:
+    return [list(range(start, min(start + size, n))) for start in range(0, n, size)]
 
 
 @dataclass(frozen=True)
@@ -154,7 +176,8 @@ def _load(
     views: TorchDataset[_Item], picks: list[list[int]], workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     # The loader draws a seed for its workers, which do not use it; a generator of its own leaves the global
-    # one as it was.
+    # one as it was. Workers are started here and not by the first batch, which another thread may ask for: a process
+    # had better be forked by the thread that computes.
     loader = DataLoader(
         views,
         batch_sampler=picks,
@@ -163,7 +186,14 @@ def _load(
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )
-    for batch in loader:
-        if isinstance(batch, str):
-            raise UserError(f"{batch}; were files moved or changed during the run?", exit_status=1)
-        yield batch
+    return _readable(iter(loader))
+
+
+def _readable(batches: Iterator[Batch | str]) -> Iterator[Batch]:
+    try:
+        for batch in batches:
+            if isinstance(batch, str):
+                raise UserError(f"{batch}; were files moved or changed during the run?", exit_status=1)
+            yield batch
+    finally:
+        del batches  # and so its workers, although the traceback of an error refers to what is called here

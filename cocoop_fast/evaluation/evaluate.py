@@ -13,6 +13,7 @@ from torch import Tensor
 from cocoop_fast.data.batches import test_batches
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.data.transforms import Normalize, TestTransform
+from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.metrics import Metrics, measure
 from cocoop_fast.load_clip import LoadedClip
@@ -77,6 +78,8 @@ def encode_test_images(
         done += len(batch.label)
         if progress is not None:
             progress(done, len(dataset.test))
+    if not features:  # of few images not every rank has one
+        return Features(torch.empty(0, 0, device=clip.device), torch.empty(0, dtype=torch.int64))
     return Features(torch.cat(features), torch.cat(labels))
 
 
@@ -89,6 +92,7 @@ def evaluate(
     batch_size: int = 100,
     precision: str = "fp32",
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Metrics:
     """Classify images and compare with their labels. The model is put into evaluation mode.
 
@@ -99,15 +103,18 @@ def evaluate(
         batch_size: images at once.
         precision: "amp" computes under autocast.
         progress: told after each batch.
+        ranks: each has some of the images; all get the metrics of them all.
     """
     model.prompt_learner.eval()
-    predictions: list[np.ndarray] = []
+    predictions = [np.empty(0, dtype=np.int64)]
     done = 0
-    for image in features.image.split(batch_size):
+    for image in features.image.split(batch_size) if len(features.image) else ():
         with autocast(precision, image.device):
             logits = model.forward_features(image)
         predictions.append(logits.argmax(dim=1).cpu().numpy())
         done += len(image)
         if progress is not None:
             progress(done, len(features.image))
-    return measure(features.label.numpy(), np.concatenate(predictions), n_classes)
+    seen = ranks.everyone.gather_objects((features.label.numpy(), np.concatenate(predictions)))
+    labels, called = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+    return measure(labels, called, n_classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from cocoop_fast.data.check import check_images
 from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.data.few_shot_files import few_shot_sample, write_few_shot
 from cocoop_fast.data.transforms import Normalize, TrainTransform
+from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import Features, encode_test_images, evaluate
@@ -38,6 +39,7 @@ from cocoop_fast.training.run_log import RunLog
 from cocoop_fast.training.schedule import frozen_rate, learning_rate
 from cocoop_fast.training.shared import Shared
 from cocoop_fast.training.trainer import Position, Trainer
+from cocoop_fast.training.view_cache import CachedViews
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def run(
     observer: Observer | None = None,
     overwrite: bool = False,
     shared: Shared | None = None,
+    ranks: Ranks = ALONE,
 ) -> Results:
     """Train ``config``'s method, evaluate it, and do the same for the methods in ``compare``.
 
@@ -92,6 +95,7 @@ def run(
         observer: is told about progress.
         overwrite: discard what the output directory holds.
         shared: with other experiments of this process; ``None``: everything is loaded and encoded anew.
+        ranks: that run this together. All get the results; the first alone writes, and should alone observe.
 
     Raises:
         UserError: anything wrong with the configuration, the data, or the output directory.
@@ -105,20 +109,28 @@ def run(
         resolve(with_method(config, method, output_dir / method), dataset) for method in others
     ]
     _refuse_untrainable(plans, dataset)
-    material = _Material(resolved, dataset, observer, shared)
+    material = _Material(resolved, dataset, observer, shared, ranks)
     if overwrite or any(RunDirectory(cast(Path, plan.output_dir)).results() is None for plan in plans):
         material.check([plan.prompt for plan in plans])
     with ExitStack() as stack:
         # All directories first: that one of them cannot be used should not come out after hours of training.
-        directories = [stack.enter_context(open_run(plan, overwrite=overwrite)) for plan in plans]
+        directories = [stack.enter_context(_open(plan, overwrite, ranks)) for plan in plans]
         rows = [
-            _run_method(plan, directory, material, observer)
+            _run_method(plan, directory, material, observer, ranks)
             for plan, directory in zip(plans, directories, strict=True)
         ]
-        directories[0].write_results(
-            {**(directories[0].results() or {}), "rows": [row.to_mapping() for row in rows]}
-        )
+        if ranks.is_first:
+            directories[0].write_results(
+                {**(directories[0].results() or {}), "rows": [row.to_mapping() for row in rows]}
+            )
     return Results(tuple(rows), output_dir)
+
+
+def _open(config: RunConfig, overwrite: bool, ranks: Ranks) -> AbstractContextManager[RunDirectory]:
+    """The first rank has the run directory to itself; the others only know where it is."""
+    if ranks.is_first:
+        return open_run(config, overwrite=overwrite)
+    return nullcontext(RunDirectory(cast(Path, config.output_dir)))
 
 
 def _refuse_untrainable(plans: list[RunConfig], dataset: Dataset) -> None:
@@ -139,6 +151,7 @@ def evaluate_run(
     data: DataConfig | None = None,
     template: str | None = None,
     shared: Shared | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Metrics]:
     """Evaluate what a run has learned, on its data set or another one.
 
@@ -151,7 +164,7 @@ def evaluate_run(
         observer: is told about progress.
         data: another data set.
         template: with ``data``, the prompt of zero-shot CLIP there; ``None``: that data set's own.
-        shared: as for :func:`run`.
+        shared, ranks: as for :func:`run`.
 
     Returns:
         Metrics by subset.
@@ -159,38 +172,49 @@ def evaluate_run(
     Raises:
         UserError: no run there, or damaged files or images.
     """
-    config, newest = read_run(run_dir)
+    config, newest = ranks.from_first(lambda: read_run(run_dir))
     if data is not None:
         config = replace(config, data=data, prompt=replace(config.prompt, template=template))
     if reference_checkpoint is not None:
-        return evaluate_reference(config, reference_checkpoint, subset=subset, observer=observer)
+        return evaluate_reference(config, reference_checkpoint, subset=subset, observer=observer, ranks=ranks)
     trained = tuple(newest.classnames)
-    return _evaluate(config, newest.parameters, str(run_dir), subset, observer, shared, trained)
+    return _evaluate(config, newest.parameters, str(run_dir), subset, observer, shared, trained, ranks)
 
 
 def evaluate_reference(
-    config: RunConfig, path: Path, *, subset: Subset | None = None, observer: Observer | None = None
+    config: RunConfig,
+    path: Path,
+    *,
+    subset: Subset | None = None,
+    observer: Observer | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Metrics]:
     """Evaluate a checkpoint that the reference implementation wrote.
 
     Args:
         config: the method, model and data that it was trained with.
         path: ``model.pth.tar-N`` or its folder. It is read without running any code in it.
-        subset, observer: as for :func:`evaluate_run`.
+        subset, observer, ranks: as for :func:`evaluate_run`.
 
     Raises:
         UserError: a file that cannot be read, or was trained with another method or model.
     """
     loaded = reference_checkpoint.load(path)
-    return _evaluate(config, loaded.parameters, str(loaded.path), subset, observer)
+    return _evaluate(config, loaded.parameters, str(loaded.path), subset, observer, ranks=ranks)
 
 
 class _Material:
     """What the methods of one experiment share, made when first needed: images, CLIP, test features."""
 
     def __init__(
-        self, config: RunConfig, dataset: Dataset, observer: Observer, shared: Shared | None = None
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        observer: Observer,
+        shared: Shared | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._config = config
         self._dataset = dataset
         self._observer = observer
@@ -200,6 +224,7 @@ class _Material:
     @cached_property
     def clip(self) -> LoadedClip:
         config = self._config.model
+        config = replace(config, device=self._ranks.own_device(config.device))
         return load_clip(config) if self._shared is None else self._shared.clip(config)
 
     @cached_property
@@ -277,7 +302,7 @@ class _Material:
     def features(
         self, subset: Subset, model: PromptClassifier, progress: Callable[[int, int], None]
     ) -> Features:
-        """Test features of one set of classes; every method has the same image encoder."""
+        """Test features of one set of classes; every method has the same image encoder. Ranks have a share each."""
         if subset not in self._features:
             encode = partial(
                 encode_test_images,
@@ -288,8 +313,9 @@ class _Material:
                 progress=progress,
             )
             classes = self.classes(subset)
+            own = tuple(self._ranks.everyone.share(classes.test))
             if self._shared is None:
-                self._features[subset] = encode(classes)
+                self._features[subset] = encode(classes.with_splits(test=own))
             else:
                 everything = self._shared.features.find_or_make(
                     self.clip,
@@ -297,32 +323,36 @@ class _Material:
                     self.sampled.test,
                     lambda samples: encode(self._dataset.with_splits(test=samples)).image,
                 )
-                self._features[subset] = everything.select(classes.test, self.clip.device)
+                self._features[subset] = everything.select(own, self.clip.device)
         return self._features[subset]
 
 
-def _run_method(config: RunConfig, directory: RunDirectory, material: _Material, observer: Observer) -> Row:
+def _run_method(
+    config: RunConfig, directory: RunDirectory, material: _Material, observer: Observer, ranks: Ranks
+) -> Row:
     method = config.prompt.method
-    finished = directory.results()
+    finished = ranks.from_first(directory.results)
     if finished is not None:
         observer.on_message(f"The {method} run in {directory.path} is finished; its results are shown.")
         return Row.from_mapping(finished["rows"][0])
-    next_rate = partial(learning_rate, config.optim) if config.reference_compat else None
-    log = RunLog(directory.path, config.print_freq, config.data.subset, next_rate)
-    observer = Observers(log, observer)
+    if ranks.is_first:
+        next_rate = partial(learning_rate, config.optim) if config.reference_compat else None
+        log = RunLog(directory.path, config.print_freq, config.data.subset, next_rate)
+        observer = Observers(log, observer)
     train = material.classes(config.data.subset)
     rng.seed_everything(config.seed)
     model = material.model(config.prompt, config.data.subset)
-    optimizer, seconds = _train(config, directory, model, train, material, observer)
-    learned = checkpoint.learned_parameters(model)
+    optimizer, seconds = _train(config, directory, model, train, material, observer, ranks)
+    learned = ranks.from_first(lambda: checkpoint.learned_parameters(model))
     subsets = material.tested(config.prompt)
-    metrics = _measure(config, material, learned, str(directory.path), subsets, observer)
-    if "ctx" in learned:
-        accuracy = metrics[config.data.subset].accuracy
-        reference_checkpoint.save(directory.prompt_learner, model, config.optim, optimizer, accuracy)
+    metrics = _measure(config, material, learned, str(directory.path), subsets, observer, ranks)
     row = _row(config, metrics, seconds)
-    evaluations = {subset: one.summary() for subset, one in metrics.items()}
-    directory.write_results({"rows": [row.to_mapping()], "evaluations": evaluations})
+    if ranks.is_first:
+        if "ctx" in learned:
+            accuracy = metrics[config.data.subset].accuracy
+            reference_checkpoint.save(directory.prompt_learner, model, config.optim, optimizer, accuracy)
+        evaluations = {subset: one.summary() for subset, one in metrics.items()}
+        directory.write_results({"rows": [row.to_mapping()], "evaluations": evaluations})
     observer.on_run_end(directory.path)
     return row
 
@@ -334,11 +364,17 @@ def _train(
     train: Dataset,
     material: _Material,
     observer: Observer,
+    ranks: Ranks,
 ) -> tuple[dict[str, Any], float]:
     """Train from the newest checkpoint, or from the start. Returns the optimizer's state and the seconds."""
     mapping, clip = to_mapping(config), material.clip
     size = sum(parameter.numel() for parameter in model.prompt_learner.parameters())
     fingerprint = _fingerprint(train)
+    ranks.check_alike("their configuration", mapping)
+    ranks.check_alike("the training images", fingerprint)
+    batch_size = cast(int, config.optim.batch_size)
+    if config.optim.epochs:
+        ranks = ranks.arranged(config.model.shard, min(batch_size, len(train.train)))
     batches = TrainBatches(
         train,
         train.train,
@@ -348,10 +384,15 @@ def _train(
             cast(float, config.augment.flip),
             Normalize(clip.mean, clip.std),
         ),
-        cast(int, config.optim.batch_size),
+        batch_size,
         config.seed,
         workers=config.data.workers,
         pin_memory=clip.device.type == "cuda",
+        share=(ranks.images.index, ranks.images.size),
+    )
+    views = config.data.cache_views
+    features = (
+        CachedViews(model, clip, batches, views, directory.views, observer.on_message) if views else None
     )
     trainer = Trainer(
         model,
@@ -360,8 +401,10 @@ def _train(
         precision=clip.precision,
         cuda_graph=config.model.cuda_graph,
         observer=observer,
+        ranks=ranks,
+        features=features,
     )
-    resumed = checkpoint.load_newest(directory.checkpoints, observer.on_message)
+    resumed = ranks.from_first(lambda: checkpoint.load_newest(directory.checkpoints, observer.on_message))
     if resumed is not None:
         check_same_run(resumed.config, mapping, directory.checkpoints)
         if resumed.classnames != list(train.classnames) or resumed.data_fingerprint != fingerprint:
@@ -389,6 +432,8 @@ def _train(
     )
 
     def save() -> None:
+        if not ranks.is_first:
+            return
         state = Checkpoint(
             config=mapping,
             classnames=list(train.classnames),
@@ -405,7 +450,7 @@ def _train(
         observer.on_checkpoint(checkpoint.save(directory.checkpoints, state))
 
     if resumed is None:
-        if config.data.shots and not train.test_only:
+        if config.data.shots and not train.test_only and ranks.is_first:
             write_few_shot(directory.few_shot, material.drawn, config.data.shots, config.seed)
         if isinstance(model, LinearProbe):
             trainer.seconds = fit_probe(model, clip, train, material.validation, config, observer)
@@ -432,6 +477,7 @@ def _evaluate(
     observer: Observer | None,
     shared: Shared | None = None,
     trained: tuple[str, ...] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Metrics]:
     observer = observer or Observer()
     if shared is None:
@@ -441,7 +487,7 @@ def _evaluate(
     config = resolve(config, dataset)
     if subset is not None:
         config = replace(config, data=replace(config.data, subset=subset))
-    material = _Material(config, dataset, observer, shared)
+    material = _Material(config, dataset, observer, shared, ranks)
     subsets = material.tested(config.prompt) if subset is None else (subset,)
     if trained is not None and not knows_other_classes(config.prompt):
         for one in subsets:
@@ -450,7 +496,7 @@ def _evaluate(
                     f"What this {config.prompt.method} model learned belongs to the {len(trained)} classes that it "
                     f"was trained on, so it cannot be evaluated on {one} classes of {dataset.name}."
                 )
-    return _measure(config, material, parameters, where, subsets, observer)
+    return _measure(config, material, parameters, where, subsets, observer, ranks)
 
 
 def _measure(
@@ -460,6 +506,7 @@ def _measure(
     where: str,
     subsets: tuple[Subset, ...],
     observer: Observer,
+    ranks: Ranks,
 ) -> dict[str, Metrics]:
     """Carry what is learned over to each set of classes, and evaluate there."""
     metrics: dict[str, Metrics] = {}
@@ -480,6 +527,7 @@ def _measure(
             batch_size=config.eval_batch_size,
             precision=material.clip.precision,
             progress=lambda done, n: observer.on_evaluation_progress((n + done) // 2, n),
+            ranks=ranks,
         )
         observer.on_evaluation_end(
             EvaluationInfo(config.prompt.method, subset, metrics[subset], time.perf_counter() - start)

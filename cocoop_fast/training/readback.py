@@ -24,7 +24,7 @@ class Readback(Generic[About]):
     """
 
     def __init__(self, lag: int) -> None:
-        self._lag = lag
+        self.lag = lag
         self._pending: deque[_Pending[About]] = deque()
 
     def push(self, values: Tensor, about: About) -> None:
@@ -45,7 +45,7 @@ class Readback(Generic[About]):
 
     def due(self) -> list[tuple[About, list[float]]]:
         """Those that the lag makes readable, oldest first; each is returned once."""
-        return self._take(self._lag)
+        return self._take(self.lag)
 
     def rest(self) -> list[tuple[About, list[float]]]:
         """All that are still under way, oldest first. Waits for the device."""

@@ -32,7 +32,7 @@ from cocoop_fast.training.checkpoint import Checkpoint
 # trained on may not: checkpoints hold their fingerprint.)
 _FREE = (
     "output_dir", "print_freq", "checkpoint_steps", "eval_batch_size", "data.root", "data.few_shot", "data.workers",
-    "model.device", "model.backend", "model.memory_budget", "model.cuda_graph", "optim.on_nonfinite",
+    "model.device", "model.backend", "model.memory_budget", "model.cuda_graph", "model.shard", "optim.on_nonfinite",
 )  # fmt: skip
 _OWN = (
     "config.yaml", "log.txt", "metrics.jsonl", "few_shot", "views", "checkpoints", "prompt_learner", "results.json",
@@ -176,8 +176,9 @@ def _lock(file: IO[str], path: Path) -> None:
     except ImportError:  # Windows: two runs in one directory are the user's to avoid
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        # A record lock, which forked children do not share: processes that read images may outlive ours by seconds.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # POSIX allows either
         raise UserError(
             f"Another process is running in {path}; wait for it, or choose another output directory.",
             exit_status=1,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import astuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from cocoop_fast.evaluation.classifier import PromptClassifier
+from cocoop_fast.distributed.ranks import Ranks
 from cocoop_fast.evaluation.evaluate import autocast
 from cocoop_fast.pruning import Pruned
 from cocoop_fast.training.precision import LossScaler
@@ -17,9 +18,10 @@ from cocoop_fast.training.precision import LossScaler
 class StepResult(NamedTuple):
     """What a step computes from image features and labels.
 
-    ``report`` (3,) holds, on the device, what the host wants to know: the loss, how many images were classified
-    right, and the loss scale; float32, or float64 if the loss is. ``gradients`` are those of the scaled loss, one
-    for each parameter, ``None`` where the loss does not depend on it.
+    ``report`` (4,) holds, on the device, what the host wants to know: the loss, how many images were classified
+    right, the loss scale, and the gradients' largest absolute value (NaN if one is); float32, or float64 if the loss
+    is. ``gradients`` are those of the scaled loss, one for each parameter, ``None`` where the loss does not depend on
+    it.
     """
 
     report: Tensor
@@ -28,6 +30,13 @@ class StepResult(NamedTuple):
 
 
 Step = Callable[[Tensor, Tensor], StepResult]  # from features (B, E) and label (B,)
+
+
+class HasLoss(Protocol):
+    """A model, as far as a step needs it."""
+
+    def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, E) and (B,) to the scalar loss and the logits (B, K), detached."""
 
 
 class LossAndGradients:
@@ -42,7 +51,7 @@ class LossAndGradients:
 
     def __init__(
         self,
-        model: PromptClassifier,
+        model: HasLoss,
         parameters: Sequence[Tensor],
         precision: str,
         scaler: LossScaler,
@@ -62,5 +71,43 @@ class LossAndGradients:
         )
         correct = (logits.argmax(dim=1) == label).sum()
         wide = torch.promote_types(loss.dtype, torch.float32)
-        report = torch.stack([value.detach().to(wide) for value in (loss, correct, self._scaler.current())])
+        largest = torch.cat([one.flatten() for one in own if one is not None]).abs().max()
+        told = (loss, correct, self._scaler.current(), largest)
+        report = torch.stack([value.detach().to(wide) for value in told])
         return StepResult(report, own, getattr(self._model, "pruned", None))
+
+
+class SummedOverRanks:
+    """A :data:`Step` of all ranks together, each doing its part of the images and of the classes.
+
+    Every rank gets the result of the whole, with the same bits.
+
+    Args:
+        step: this rank's part: the mean loss of its images, and its gradient through its classes.
+        ranks: in their grid.
+    """
+
+    def __init__(self, step: Step, ranks: Ranks) -> None:
+        self._step = step
+        self._ranks = ranks
+
+    def __call__(self, features: Tensor, label: Tensor) -> StepResult:
+        own = self._step(features, label)
+        there = [one for one in own.gradients if one is not None]
+        pruned = own.report.new_tensor(astuple(own.pruned) if own.pruned else ())
+        parts = (own.report[:2], pruned, *there)
+        sums = self._ranks.everyone.sum(torch.cat([part.flatten().to(own.report.dtype) for part in parts]))
+        told, left_out, *summed = sums.split([part.numel() for part in parts])
+
+        everyone, rows = self._ranks.everyone.size, self._ranks.images.size
+        gradients = iter(
+            [(one / rows).to(part.dtype).view_as(part) for one, part in zip(summed, there, strict=True)]
+        )
+        loss, correct = told[0] / everyone, told[1] * rows / everyone  # those of a row have the same ones
+        largest = torch.cat(summed).abs().max() / rows
+        kept, share = (left_out / everyone).tolist() if own.pruned else (0, 0)
+        return StepResult(
+            torch.stack([loss, correct, own.report[2], largest]),
+            tuple(None if one is None else next(gradients) for one in own.gradients),
+            Pruned(round(kept), share) if own.pruned else None,
+        )

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.data.batches import Batch, TrainBatches
-from cocoop_fast.errors import UserError
+from cocoop_fast.distributed.class_shards import share_classes
+from cocoop_fast.distributed.ranks import ALONE, Ranks
+from cocoop_fast.errors import UserError, is_out_of_memory
 from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.pruning import Pruned
-from cocoop_fast.training.features import EncodedBatch, ImageFeatures
+from cocoop_fast.training.features import EncodedBatch, FeatureSource, ImageFeatures
 from cocoop_fast.training.observer import EpochInfo, Observer, StepInfo
 from cocoop_fast.training.optimizer import build_optimizer
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
 from cocoop_fast.training.readback import Readback
 from cocoop_fast.training.schedule import learning_rate
-from cocoop_fast.training.step import LossAndGradients, Step
+from cocoop_fast.training.step import LossAndGradients, Step, StepResult, SummedOverRanks
 from cocoop_fast.training.step_graph import RecordedSteps
+from cocoop_fast.training.stop_signals import StopSignals
 
 # On a GPU the host launches steps without waiting for them. So many may be under way before it reads the loss of the
 # oldest: enough to bridge the reading of an image, few enough that what is shown is not old.
 _STEPS_UNDER_WAY = 4
+# After so many steps in a row without a finite loss and gradient it is no single image's fault.
+_MOST_SKIPPED_IN_A_ROW = 10
 # The encoder of a group runs while the steps of the group before it do.
 _GROUPS_AHEAD = 2
 
@@ -48,7 +55,10 @@ class Trainer:
     and ``loss_and_logits(image_features (B, E), label (B,)) -> (scalar loss, logits (B, K))``.
 
     On a GPU no step makes the host wait: features are encoded ahead, the step is replayed from a CUDA graph, and its
-    loss is read some steps later. On a CPU each step is over before the next begins.
+    loss is read some steps later. On a CPU, and where steps may have to be skipped, each step is over before the next
+    begins.
+
+    A step that runs out of memory is repeated in smaller pieces. What else may befall a run is in docs/robustness.md.
 
     Args:
         model: on its device, already in its precision.
@@ -57,6 +67,8 @@ class Trainer:
         precision: fp32, fp16, bf16 or amp. fp16 (and amp on a GPU) scale the loss.
         cuda_graph: whether a GPU replays recorded steps.
         observer: is told about each step, in their order.
+        ranks: in their grid; the batches have this rank's share of the images.
+        features: of the batches; ``None``: the image encoder runs ahead of the steps.
     """
 
     def __init__(
@@ -68,6 +80,8 @@ class Trainer:
         precision: str = "fp32",
         cuda_graph: bool = True,
         observer: Observer | None = None,
+        ranks: Ranks = ALONE,
+        features: FeatureSource | None = None,
     ) -> None:
         self.model = model
         self.batches = batches
@@ -82,13 +96,20 @@ class Trainer:
         self.scaler = LossScaler(
             self.device, enabled=needs_loss_scaling(precision, optim.master_weights, self.device)
         )
-        self._features = ImageFeatures(
-            model, batches, precision, self.device, groups_ahead=_GROUPS_AHEAD if on_gpu else 0
+        self._features = features or ImageFeatures(
+            model, batches, precision, self.device, groups_ahead=_GROUPS_AHEAD
         )
-        self._step: Step = LossAndGradients(model, self._parameters, precision, self.scaler)
-        if on_gpu and cuda_graph:
+        self._ranks = ranks
+        shared = share_classes(model, ranks.classes)
+        self._step: Step = LossAndGradients(shared, self._parameters, precision, self.scaler)
+        if on_gpu and cuda_graph and shared is model:  # what ranks tell each other is not recorded
             self._step = RecordedSteps(self._step, self.observer.on_message)
-        self._reports: Readback[_LaunchedStep] = Readback(_STEPS_UNDER_WAY if on_gpu else 0)
+        if ranks.everyone.size > 1:
+            self._step = SummedOverRanks(self._step, ranks)
+        late = on_gpu and optim.on_nonfinite == "stop"
+        self._reports: Readback[_LaunchedStep] = Readback(_STEPS_UNDER_WAY if late else 0)
+        self._skipped_in_a_row = 0
+        self._short_of_memory = False
         self.position = Position()
         self.rate: Callable[[int], float] = partial(learning_rate, optim)  # of an epoch
         self.seconds = 0.0  # spent training, earlier processes included
@@ -110,20 +131,32 @@ class Trainer:
                 and every parameter has been looked at by then, and is finite.
             save_every: 0: after epochs only.
 
+        After SIGINT or SIGTERM the step is finished and saved first. A second signal ends the process at once.
+
         Raises:
-            UserError: the loss is infinite or not a number, which names the step and its images (on a GPU a few
-                steps more may have been done by then); or parameters are; or float16 gradients always overflow.
+            UserError: loss or gradient is infinite or not a number, which names the step and its images (on a GPU a
+                few steps more may have been done by then); or parameters are; or float16 gradients always overflow;
+                or an image cannot be read, or memory does not suffice, whatever is tried.
+            KeyboardInterrupt: after SIGINT.
+            SystemExit: after SIGTERM, with status 0.
         """
         self.model.prompt_learner.train()
         clock = _Clock(self.seconds, self.step)
         # Graphs and kernels go to the current GPU, which need not be the model's.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            while self.position.epoch <= self.epochs:
-                self._epoch(clock, save, save_every)
-                if save is not None:
-                    save()
+        gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with gpu, StopSignals() as stop:
+            while self.position.epoch <= self.epochs and stop.agreed is None:
+                self._epoch(clock, save, save_every, stop)
+            if stop.agreed is not None:
+                self.observer.on_message(
+                    f"Stopped by {stop.agreed.name} after step {self.step}; the same command goes on from there."
+                )
+        stop.agree(self._ranks)  # a signal since the last step
+        stop.raise_received()
 
-    def _epoch(self, clock: _Clock, save: Callable[[], None] | None, save_every: int) -> None:
+    def _epoch(
+        self, clock: _Clock, save: Callable[[], None] | None, save_every: int, stop: StopSignals
+    ) -> None:
         epoch, first_batch = self.position
         n_batches = len(self.batches)
         lr = self.rate(epoch)
@@ -131,29 +164,42 @@ class Trainer:
             group["lr"] = lr
         self.observer.on_epoch_start(epoch, self.epochs, first_batch, n_batches)
         totals = _Totals()
+
+        def settle_and_save() -> None:
+            self._settle(totals, clock)
+            if save is not None:
+                save()
+
         epoch_started = mark = time.perf_counter()
-        for encoded in self._features.epoch(epoch, first_batch):
-            launched = _LaunchedStep(encoded.batch, self.step + 1, epoch, self.position.batch + 1, lr)
-            launched.data_seconds = time.perf_counter() - mark
-            read = self._launch(encoded, launched)
-            last = launched.batch == n_batches
-            self.position = Position(epoch + 1) if last else Position(epoch, launched.batch)
-            self.seconds = clock.total()
-            launched.seconds = time.perf_counter() - mark
-            mark = time.perf_counter()
-            for step in read:
-                self._tell(step, totals, clock)
-            if last or (save is not None and save_every and self.step % save_every == 0):
-                self._settle(totals, clock)
-                if save is not None and not last:
-                    save()
+        batches = _until_unreadable(self._features.epoch(epoch, first_batch), settle_and_save)
+        with closing(batches):  # whoever reads ahead ends here, however the epoch does
+            for encoded in batches:
+                launched = _LaunchedStep(encoded.batch, self.step + 1, epoch, self.position.batch + 1, lr)
+                launched.data_seconds = time.perf_counter() - mark
+                read = self._launch(encoded, launched)
+                last = launched.batch == n_batches
+                self.position = Position(epoch + 1) if last else Position(epoch, launched.batch)
+                self.seconds = clock.total()
+                launched.seconds = time.perf_counter() - mark
+                mark = time.perf_counter()
+                for step in read:
+                    self._tell(step, totals, clock)
+                stop.agree(self._ranks)
+                if last:
+                    break
+                if stop.agreed is not None:
+                    settle_and_save()
+                    return
+                if save is not None and save_every and self.step % save_every == 0:
+                    settle_and_save()
+        self._settle(totals, clock)
         seconds = time.perf_counter() - epoch_started
         self.observer.on_epoch_end(
             EpochInfo(
                 epoch=epoch,
                 epochs=self.epochs,
-                loss=totals.loss / totals.steps,
-                accuracy=100.0 * totals.correct / totals.images,
+                loss=totals.loss / max(1, totals.steps),  # all may have been skipped
+                accuracy=100.0 * totals.correct / max(1, totals.images),
                 lr=lr,
                 seconds=seconds,
                 images_per_second=totals.images / seconds,
@@ -162,16 +208,25 @@ class Trainer:
                 skipped_steps=self.scaler.skipped,
             )
         )
+        if save is not None:
+            save()
 
     def _launch(self, encoded: EncodedBatch, launched: _LaunchedStep) -> list[_LaunchedStep]:
         """Do one step; return those whose results could be read by now, this one if nothing is under way.
 
         They are looked at before the parameters change: without steps under way, a broken loss leaves no trace.
         """
-        result = self._step(encoded.features, encoded.label)
+        if not self._reports.lag:  # otherwise their loss will tell
+            broken = ~encoded.features.isfinite().all(dim=1)
+            if self._ranks.highest(int(broken.any())):
+                self._refuse("The image features are NaN or infinite", launched, encoded.batch.sample[broken])
+                return []
+        result = self._compute(encoded, launched)
         launched.pruned = result.pruned
         self._reports.push(result.report, launched)
         read = [self._checked(step, *values) for step, values in self._reports.due()]
+        if launched.skipped:
+            return []
         for parameter, gradient in zip(self._parameters, result.gradients, strict=True):
             parameter.grad = gradient
         self.scaler.step(self.optimizer)
@@ -189,19 +244,85 @@ class Trainer:
                 exit_status=1,
             )
 
-    def _checked(self, step: _LaunchedStep, loss: float, correct: float, scale: float) -> _LaunchedStep:
-        if not math.isfinite(loss):
+    def _compute(self, encoded: EncodedBatch, launched: _LaunchedStep) -> StepResult:
+        """Loss and gradients, in smaller and smaller pieces while memory does not suffice."""
+        while True:
+            try:
+                return self._step(encoded.features, encoded.label)
+            except Exception as error:
+                # Ranks that share the classes out are in the middle of a conversation.
+                if not is_out_of_memory(error) or self._ranks.classes.size > 1:
+                    raise
+            self._make_room(launched)  # out here, where nothing refers to the failed step's tensors any more
+
+    def _make_room(self, step: _LaunchedStep) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        advice = "use a smaller batch size, or give the process more memory"
+        encoder = getattr(self.model, "tree_encoder", None)
+        try:
+            if encoder is None:
+                raise UserError("nothing here can be computed in pieces")
+            encoder.lower_memory(len(step.images.label))
+        except UserError as error:
             raise UserError(
-                f"The loss became {loss} at step {step.number} (epoch {step.epoch}), on "
-                f"{self.batches.describe(step.images)}; try a lower learning rate, or precision fp32.",
+                f"The memory is used up at step {step.number}, however small the pieces of a step ({error}); {advice}.",
                 exit_status=1,
+            ) from error
+        if not self._short_of_memory:
+            self._short_of_memory = True
+            self.observer.on_message(
+                f"The memory was used up at step {step.number}. It is repeated, and steps go on, in smaller pieces, which "
+                "takes longer and changes nothing but rounding."
             )
+
+    def _checked(
+        self, step: _LaunchedStep, loss: float, correct: float, scale: float, gradient: float
+    ) -> _LaunchedStep:
+        if not math.isfinite(loss):
+            self._refuse(f"The loss became {loss}", step)
+            return step
+        if not (math.isfinite(gradient) or self.scaler.enabled):
+            self._refuse(f"The gradient became {gradient}, although the loss is {loss:.4g},", step)
+            return step
+        self._skipped_in_a_row = 0
         self.scaler.observe(scale)
         step.loss, step.correct, step.skipped_steps = loss, int(correct), self.scaler.skipped
         return step
 
+    def _refuse(self, fault: str, step: _LaunchedStep, samples: Tensor | None = None) -> None:
+        """Skip a step that is not to change the parameters, or end the run, as is configured.
+
+        Args:
+            samples: those of the step that are known to be at fault; ``None``: any.
+        """
+        own = step.images.sample if samples is None else samples
+        everybodys = dict.fromkeys(
+            i for one in self._ranks.everyone.gather_objects(own.tolist()) for i in one
+        )
+        images = self.batches.describe(torch.tensor([*everybodys]))
+        what = f"{fault} at step {step.number} (epoch {step.epoch}), on {images}"
+        advice = "try a lower learning rate, or precision fp32"
+        if self.optim.on_nonfinite == "stop":
+            raise UserError(
+                f"{what}; {advice}, or leave such steps out with --on-nonfinite skip.", exit_status=1
+            )
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == _MOST_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"{what}, and so it was in the {_MOST_SKIPPED_IN_A_ROW - 1} steps before; {advice}.",
+                exit_status=1,
+            )
+        step.skipped = True
+        self.scaler.skip()
+        self.observer.on_message(f"{what}; the step is skipped.")
+
     def _tell(self, step: _LaunchedStep, totals: _Totals, clock: _Clock) -> None:
-        images, total_steps = len(step.images.label), self.epochs * len(self.batches)
+        images, total_steps = (
+            len(step.images.label) * self._ranks.images.size,
+            self.epochs * len(self.batches),
+        )
         totals.add(step.loss, step.correct, images, step.pruned)
         steps_per_second = clock.rate(self.step)
         self.observer.on_step(
@@ -240,6 +361,7 @@ class _LaunchedStep:
     loss: float = 0.0
     correct: int = 0
     skipped_steps: int = 0
+    skipped: bool = False  # this one
     pruned: Pruned | None = None
 
 
@@ -259,6 +381,17 @@ class _Totals:
         self.loss += loss
         self.correct += correct
         self.images += images
+
+
+def _until_unreadable(
+    batches: Iterator[EncodedBatch], rescue: Callable[[], None]
+) -> Generator[EncodedBatch, None, None]:
+    """The same batches; ``rescue`` is called before an image that cannot be read ends the run."""
+    try:
+        yield from batches
+    except UserError:
+        rescue()
+        raise
 
 
 class _Clock:

@@ -92,5 +92,5 @@ def test_no_images(data):
 def test_description(data):
     train = batches(data, size=5)
     batch = next(iter(train.epoch(1)))
-    text = train.describe(batch)
+    text = train.describe(batch.sample)
     assert text.endswith(" and 2 more") and str(data.train[int(batch.sample[0])].source) in text

@@ -136,7 +136,7 @@ def test_a_broken_loss_is_named_and_not_saved():
             with torch.no_grad():
                 trainer.model.prompt_learner.ctx[0, 0] = torch.nan
 
-    images = trainer.batches.describe(next(iter(trainer.batches.epoch(2))))
+    images = trainer.batches.describe(next(iter(trainer.batches.epoch(2))).sample)
     with pytest.raises(UserError, match=rf"became nan at step 11 \(epoch 2\), on {images}; "):
         trainer.fit(save=save, save_every=4)
     assert saved == [4, 8, 10]

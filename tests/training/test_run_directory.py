@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -125,3 +127,27 @@ def test_reading_a_directory_that_is_no_run(tmp_path):
         pass
     with pytest.raises(UserError, match=r"has no checkpoint yet"):
         read_run(tmp_path)
+
+
+def _hold_with_a_child(path, ready, child):
+    with open_run(config(path)):
+        child.value = os.fork() or os.getpid()
+        if child.value != os.getpid():
+            ready.set()
+        time.sleep(60)
+
+
+def test_children_that_outlive_a_killed_run_do_not_keep_its_directory(tmp_path):
+    """Processes that read images look every few seconds whether their parent is still there."""
+    context = multiprocessing.get_context("fork")
+    ready, child = context.Event(), context.Value("i", 0)
+    other = context.Process(target=_hold_with_a_child, args=(tmp_path, ready, child))
+    other.start()
+    try:
+        assert ready.wait(30)
+        other.kill()
+        other.join()
+        with open_run(config(tmp_path)):
+            pass
+    finally:
+        os.kill(child.value, signal.SIGKILL)

@@ -105,7 +105,7 @@ def test_the_gauge_notices(tmp_path, leak):
     class Leaky(Observer):
         def on_step(self, info):
             if leak == "memory":
-                kept.append(bytearray(os.urandom(200_000)))
+                kept.append(bytearray(os.urandom(1_000_000)))
             elif leak == "files":
                 kept.append(os.open(os.devnull, os.O_RDONLY))
             else:

@@ -60,15 +60,17 @@ def test_forward_and_backward_read_nothing(monkeypatch, method, dtype):
     model = build_model(PromptConfig(method=method), list(NAMES), loaded, backend="torch")
     features, label = torch.randn(2, 64), torch.tensor([0, 2])
     model.loss_and_logits(features, label)  # the first step computes constants of model and class list, once
-    constants = without_content(model.tree_encoder._current_tower(deep=False).constants)
-    tower = TorchTower(replace(constants, tree=model.tree_encoder.tree))
+    computed = model.tree_encoder._current_tower(deep=False).constants
+    constants = without_content(computed)
+    constants.__dict__["node_qkv"] = without_content(computed.node_qkv)
+    tower = TorchTower(constants)
     monkeypatch.setattr(model.tree_encoder, "_current_tower", lambda deep: tower)
     monkeypatch.setattr(head, "select_backend", lambda *_: model.tree_encoder.backend)
     clip.to(META), model.to(META)
     parameters = list(model.prompt_learner.parameters())
     step = LossAndGradients(model, parameters, "fp32", LossScaler(META, enabled=True))
-    report, gradients = step(features.to(META), label.to(META))
-    assert report.device == META and report.shape == (3,) and report.dtype == torch.float32
+    report, gradients, _ = step(features.to(META), label.to(META))
+    assert report.device == META and report.shape == (4,) and report.dtype == torch.float32
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert gradient.device == META and gradient.shape == parameter.shape
         assert parameter.dtype == gradient.dtype == torch.float32
@@ -106,7 +108,7 @@ def test_gradients_are_nobody_elses_memory():
     step = LossAndGradients(
         Sums(), [expanded, first, second], "fp32", LossScaler(torch.device("cpu"), enabled=False)
     )
-    _, gradients = step(torch.ones(1, 2), torch.tensor([0]))
+    gradients = step(torch.ones(1, 2), torch.tensor([0])).gradients
     for gradient in gradients:
         gradient.mul_(2)
     assert [gradient.tolist() for gradient in gradients] == [[2.0] * 3, [8.0] * 3, [8.0] * 3]
@@ -125,7 +127,9 @@ def test_the_loop_around_a_step_reads_only_what_is_old():
         return work(), lambda: None
 
     def step(features, label):
-        report = torch.stack([torch.tensor(0.5), torch.tensor(1.0), trainer.scaler.current()])
+        report = torch.stack(
+            [torch.tensor(0.5), torch.tensor(1.0), trainer.scaler.current(), torch.tensor(0.1)]
+        )
         return StepResult(report, tuple(torch.zeros_like(p) for p in parameters))
 
     trainer._step = RecordedSteps(step, pytest.fail, record)

@@ -218,7 +218,7 @@ def test_a_broken_loss_that_is_read_late_is_named_rightly_and_never_saved(save_e
         return result
 
     trainer._step = breaking
-    images = trainer.batches.describe(list(trainer.batches.epoch(2))[2])
+    images = trainer.batches.describe(list(trainer.batches.epoch(2))[2].sample)
     with pytest.raises(UserError, match=rf"became inf at step 13 \(epoch 2\), on {images}; try a lower"):
         trainer.fit(save=lambda: saved.append(trainer.step), save_every=save_every)
     assert saved == {0: [10], 1: [*range(1, 13)], 4: [4, 8, 10, 12]}[save_every]
