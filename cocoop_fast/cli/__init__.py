@@ -31,6 +31,9 @@ from cocoop_fast.cli import (
     train,
     verify,
 )
+from cocoop_fast.errors import UserError
+
+SEVERAL_PROCESSES = ("train", "eval")  # the commands that torchrun may start
 
 app = typer.Typer(
     name="cocoop-fast",
@@ -75,6 +78,10 @@ def _root(
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(failures.WRONG_USAGE)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand not in SEVERAL_PROCESSES:
+        raise UserError(
+            f"torchrun can share out {' and '.join(SEVERAL_PROCESSES)}; run {context.invoked_subcommand} without it."
+        )
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -99,6 +106,8 @@ def run(arguments: Sequence[str]) -> int:
         if status == failures.INTERRUPTED:  # the parser's way of reporting control-C
             raise KeyboardInterrupt
         return status if isinstance(status, int) else failures.DONE
+    except SystemExit as stopped:  # by SIGTERM, with a checkpoint
+        return stopped.code if isinstance(stopped.code, int) else failures.DONE
     except BrokenPipeError:
         # The reader of our output has gone (`| head`). Python would complain once more when it closes stdout.
         _discard_stdout()

@@ -20,9 +20,10 @@ from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml
 from cocoop_fast.errors import UserError
 
 # Where and how a run computes: fields that leave its result alone, up to rounding.
-NOT_THE_EXPERIMENT = frozenset(
-    ["output_dir", "model.device", "model.backend", "data.workers", "print_freq", "checkpoint_steps", "seed"]
-)
+NOT_THE_EXPERIMENT = frozenset([
+    "output_dir", "model.device", "model.backend", "model.shard", "data.workers", "print_freq", "checkpoint_steps",
+    "seed",
+])  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -46,17 +46,21 @@ def command(
     if subset is not None and subset not in get_args(Subset):
         raise UserError(f"--subset is {subset!r}, but it must be one of {', '.join(get_args(Subset))}.")
 
+    from cocoop_fast.distributed.launch import join
     from cocoop_fast.evaluation.metrics import harmonic_mean
     from cocoop_fast.progress import observe
     from cocoop_fast.training import experiment
 
-    with output.only_json(json), observe(quiet=quiet) as observer:
+    with output.only_json(json), join() as ranks, observe(quiet=quiet or not ranks.is_first) as observer:
         results = experiment.evaluate_run(
             run_dir,
             subset=cast("Subset | None", subset),
             reference_checkpoint=reference_checkpoint,
             observer=observer,
+            ranks=ranks,
         )
+    if not ranks.is_first:
+        return
     h = (
         harmonic_mean(results["base"].accuracy, results["new"].accuracy)
         if {"base", "new"} <= set(results)

@@ -186,6 +186,15 @@ def command(
     device: Annotated[
         str | None, _option(MACHINE, "--device", help="auto, cpu, cuda or cuda:N. Default: auto.")
     ] = None,
+    shard: Annotated[
+        str | None,
+        _option(
+            MACHINE,
+            "--shard",
+            metavar="images|classes|both",
+            help="What the processes of torchrun share out. Default: images, or classes in batches of one.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None, _option(MACHINE, "--workers", "-w", help="Processes that read images. Default: 0.")
     ] = None,
@@ -258,6 +267,7 @@ def command(
             "model.memory_budget": ("--memory-budget", memory_budget),
             "optim.prune_mass": ("--prune-mass", prune_mass),
             "model.device": ("--device", device),
+            "model.shard": ("--shard", shard),
             "data.workers": ("--workers", workers),
             "data.cache_views": ("--cache-views", cache_views),
             "optim.on_nonfinite": ("--on-nonfinite", on_nonfinite),
@@ -269,14 +279,24 @@ def command(
         pairs=pairs or (),
     )
     compared = methods_to_compare(compare, no_compare, built)
-    output.warn(built.warnings)
 
+    from cocoop_fast.distributed.launch import join
     from cocoop_fast.progress import observe
     from cocoop_fast.training import experiment
 
-    with output.only_json(json), observe(quiet=quiet) as observer:
-        observer = with_tensorboard(observer) if tensorboard else observer
-        results = experiment.run(built.config, compare=compared, observer=observer, overwrite=overwrite)  # type: ignore[arg-type]
+    with output.only_json(json), join() as ranks, observe(quiet=quiet or not ranks.is_first) as observer:
+        if ranks.is_first:
+            output.warn(built.warnings)
+            observer = with_tensorboard(observer) if tensorboard else observer
+        results = experiment.run(
+            built.config,
+            compare=compared,  # type: ignore[arg-type]
+            observer=observer,
+            overwrite=overwrite,
+            ranks=ranks,
+        )
+    if not ranks.is_first:
+        return
     if json:
         rows = [row.to_mapping() for row in results.rows]
         output.print_json({"command": "train", "output_dir": str(results.output_dir), "rows": rows})

@@ -7,12 +7,11 @@ step is B x K logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cocoop_fast.class_tree import ClassTree
 from cocoop_fast.distributed.ranks import Group
@@ -23,21 +22,23 @@ from cocoop_fast.ops.head import cosine_logits_ref
 from cocoop_fast.pruning import Pruned, backward_through, choose_classes
 
 
-def share_classes(model: PromptClassifier, group: Group) -> PromptClassifier:
-    """The model, with its loss computed by all ranks of a group together.
+def share_classes(model: PromptClassifier, group: Group) -> PromptClassifier | ClassShards:
+    """What computes the model's loss: the model, or all ranks of a group together.
 
     Raises:
         UserError: more ranks than distinct prompts.
     """
-    if group.size == 1 or not isinstance(model, LearnedPromptCLIP):  # the others have nothing to learn in steps
+    if group.size == 1 or not isinstance(
+        model, LearnedPromptCLIP
+    ):  # the others have nothing to learn in steps
         return model
     return ClassShards(model, group)
 
 
 class ClassShards:
-    """A model for training whose classes are shared out among ranks.
+    """The loss of a model whose classes are shared out among ranks.
 
-    Loss and logits are those of all classes, on every rank alike. The gradient is that of the classes of this rank.
+    It and the logits are those of all classes, on every rank alike. The gradient is that of the classes of this rank.
 
     Args:
         model: the same one on all ranks.
@@ -52,25 +53,6 @@ class ClassShards:
         self._encode = model.tree_encoder.part(self._own)
         self._place = torch.cat(self._shares).argsort()  # of each class among the gathered ones
         self.pruned: Pruned | None = None
-
-    @property
-    def prompt_learner(self) -> nn.Module:
-        return self._model.prompt_learner
-
-    @property
-    def image_encoder(self) -> nn.Module:
-        return self._model.image_encoder
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._model.dtype
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self._model.parameters()
-
-    def forward_features(self, image_features: Tensor) -> Tensor:
-        """As the model has it: without ranks."""
-        return self._model.forward_features(image_features)
 
     def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """As the model has it; its gradient is that of this rank's classes alone."""

@@ -47,7 +47,7 @@ class Heartbeat:
         """Stop, and tell the other ranks why."""
         self.stop()
         try:
-            self._store.set(_FAILURE, f"rank {self._rank} has failed ({sentence})")
+            self._store.set(_FAILURE, f"rank {self._rank} has failed ({sentence.rstrip('.')})")
         except RuntimeError:  # the store's process has ended before us; the others see that, too
             return
 
@@ -59,16 +59,22 @@ class Heartbeat:
                 failure = self._store.get(_FAILURE).decode() if self._store.check([_FAILURE]) else None
             except RuntimeError:
                 failure = "the process that the ranks meet through has ended"
-                if self._done.wait(MISSED_BEATS * INTERVAL / 4):  # at the end of a run that is as it should be
+                if self._done.wait(
+                    MISSED_BEATS * INTERVAL / 4
+                ):  # at the end of a run that is as it should be
                     return
             else:
-                missed = [m + 1 if new == old else 0 for m, new, old in zip(missed, beats, heard, strict=True)]
+                missed = [
+                    m + 1 if new == old else 0 for m, new, old in zip(missed, beats, heard, strict=True)
+                ]
                 heard = beats
                 silent = [rank for rank, m in zip(self._others, missed, strict=True) if m > MISSED_BEATS]
                 if silent and failure is None:
                     failure = f"{_names(silent)} not been heard of for {MISSED_BEATS * INTERVAL:.0f} seconds"
             if failure is not None:
-                print(f"error: {failure}, so rank {self._rank} ends too; {GO_ON}.", file=sys.stderr, flush=True)
+                print(
+                    f"error: {failure}, so rank {self._rank} ends too; {GO_ON}.", file=sys.stderr, flush=True
+                )
                 os._exit(1)  # the main thread may be in a collective that never ends
 
     def _exchange(self) -> list[int]:

@@ -39,7 +39,9 @@ def join() -> Iterator[Ranks]:
         return
     try:
         store, rank, ranks = next(dist.rendezvous("env://", timeout=_ARRIVAL))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store from one to the next
+        attempt = os.environ.get(
+            "TORCHELASTIC_RESTART_COUNT", "0"
+        )  # torchrun keeps its store from one to the next
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore(f"collectives/{attempt}", store),
@@ -64,6 +66,12 @@ def join() -> Iterator[Ranks]:
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
         )
         everyone.gather_objects(None)  # nobody leaves while another one may still want something
+    except (
+        KeyboardInterrupt,
+        SystemExit,
+    ):  # which the others have agreed to; else they find this rank silent
+        heartbeat.stop()
+        raise
     except BaseException as error:
         heartbeat.fail(str(error) or type(error).__name__)
         raise
