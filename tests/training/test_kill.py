@@ -32,7 +32,9 @@ def test_killed_repeatedly(tmp_path, kills, epochs):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     moments = [(int(a), int(b)) for a, b in re.findall(r"killed after (\d+) steps, saved (\d+)", done.stdout)]
-    assert len(moments) == kills and len(set(moments)) >= kills // 3, f"not at different moments: {done.stdout}"
+    assert len(moments) == kills and len(set(moments)) >= kills // 3, (
+        f"not at different moments: {done.stdout}"
+    )
     steps = STEPS_AN_EPOCH * epochs
     assert moments[-1][0] < steps, "the last kills came after the run's end"
     assert all(after - saved <= SAVED_EVERY for after, saved in moments), f"steps were lost: {done.stdout}"
