@@ -14,7 +14,6 @@ from cocoop_fast.benchmark.compare import MEMORY_SHARE, gemm_rate, predicted_sec
 from cocoop_fast.benchmark.contestants import BY_NAME, Contestant, ModelRunner, Runner
 from cocoop_fast.benchmark.machine import describe_machine
 from cocoop_fast.benchmark.measure import seconds_of
-from cocoop_fast.benchmark.memory import available_memory
 from cocoop_fast.benchmark.problem import (
     Problem,
     ProblemSpec,
@@ -22,6 +21,7 @@ from cocoop_fast.benchmark.problem import (
     imagenet_names,
     random_text_tower,
 )
+from cocoop_fast.free_memory import available_memory
 
 # A record may take about this long to be measured, the floor before each round included.
 TARGET_SECONDS = 6.0
