@@ -178,6 +178,14 @@ class LearnedPromptCLIP(PromptedCLIP):
         )
         return loss, logits
 
+    def lower_memory(self, batch: int) -> None:
+        """After a step of B images ran out of memory: from now on smaller pieces.
+
+        Raises:
+            UserError: there are none.
+        """
+        self.tree_encoder.lower_memory(batch)
+
     def text_features(self, image_features: Tensor) -> Tensor:
         features = self.tree_encoder(self.prompt_learner.contexts(image_features))
         return features if features.ndim == 3 else features[None]

@@ -117,28 +117,13 @@ class TreeTextEncoder(nn.Module):
         """
         return self.part(classes)(ctx)
 
-    def part(self, classes: Tensor) -> Callable[[Tensor], Tensor]:
+    def part(self, classes: Tensor) -> EncoderPart:
         """:meth:`encode_classes` for the same classes again and again, as long as tree and weights stay.
 
         Args:
             classes: (n,) int64.
-
-        Returns:
-            From `ctx` to text features.
         """
-        leaves, asked = self.tree.leaf_of_class[classes.cpu()].unique(return_inverse=True)
-        whole = self._current_tower(deep=False)
-        nodes = self.tree.ancestors(self.tree.leaves[leaves])
-        tower = whole.for_part(whole.constants.part(self.tree.subtree(nodes)))
-        asked = asked.to(whole.constants.weights.device)
-
-        def encode(ctx: Tensor) -> Tensor:
-            batched = self._is_batched(ctx)
-            rows = ctx.flatten(-3, -2) if self.tree.class_specific else ctx
-            features = encode_in_pieces(tower, [rows if batched else rows[None]], self.memory)[:, asked]
-            return features if batched else features[0]
-
-        return encode
+        return EncoderPart(self, classes)
 
     def lower_memory(self, batch: int) -> None:
         """After a step of B images ran out of memory: see :meth:`MemoryBudget.lower`."""
@@ -205,6 +190,30 @@ class TreeTextEncoder(nn.Module):
         if self._deep_tower is None:
             self._deep_tower = TorchTower(self._tower.constants)
         return self._deep_tower
+
+
+class EncoderPart:
+    """Some classes of an encoder, see :meth:`TreeTextEncoder.part`."""
+
+    def __init__(self, encoder: TreeTextEncoder, classes: Tensor) -> None:
+        tree, whole = encoder.tree, encoder._current_tower(deep=False)
+        leaves, asked = tree.leaf_of_class[classes.cpu()].unique(return_inverse=True)
+        nodes = tree.ancestors(tree.leaves[leaves])
+        self._encoder = encoder
+        self._tower = whole.for_part(whole.constants.part(tree.subtree(nodes)))
+        self._asked = asked.to(whole.constants.weights.device)
+
+    def __call__(self, ctx: Tensor) -> Tensor:
+        """As :meth:`TreeTextEncoder.encode_classes`."""
+        batched = self._encoder._is_batched(ctx)
+        rows = ctx.flatten(-3, -2) if self._encoder.tree.class_specific else ctx
+        features = encode_in_pieces(self._tower, [rows if batched else rows[None]], self._encoder.memory)
+        features = features[:, self._asked]
+        return features if batched else features[0]
+
+    def lower_memory(self, batch: int) -> None:
+        """As :meth:`TreeTextEncoder.lower_memory`, by the size of this part."""
+        self._encoder.memory.lower(self._tower, batch)
 
 
 class TextEncoder(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from open_clip.model import CLIP
 from PIL import Image
@@ -49,6 +50,32 @@ def fast_model(method: Method = "cocoop", dtype: torch.dtype = torch.float32) ->
     torch.manual_seed(1)
     clip = replace(loaded_tiny_clip(), model=clip_model(dtype))
     return build_model(PromptConfig(method=method), list(NAMES), clip)
+
+
+def large_model() -> nn.Module:
+    """Twelve layers and twenty classes: pieces can be made smaller for a while."""
+    names = [
+        f"{a} {b}" for a in ("red", "green", "blue", "big", "small") for b in ["car", "house", "tree", "dog"]
+    ]
+    clip = replace(loaded_tiny_clip(), model=tiny_clip(layers=12))
+    torch.manual_seed(1)
+    return build_model(PromptConfig(), names, clip)
+
+
+def run_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, error: Exception, times: int
+) -> None:
+    """Let towers of the model's kind fail so many times, wherever they go backward."""
+    kind = type(model.tree_encoder._current_tower(deep=False))
+    encode, left = kind.encode, [times]
+
+    def failing(self, ctx, *rest):
+        if ctx.requires_grad and left[0]:
+            left[0] -= 1
+            raise error
+        return encode(self, ctx, *rest)
+
+    monkeypatch.setattr(kind, "encode", failing)
 
 
 class Recorder(Observer):

@@ -7,6 +7,7 @@ step is B x K logits.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,24 +58,27 @@ class ClassShards:
     def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """As the model has it; its gradient is that of this rank's classes alone."""
         image_features = self._model.checked(image_features, label)
-        contexts = self._model.prompt_learner.contexts(image_features)
         if self._model.prune_mass and torch.is_grad_enabled():
-            return self._pruned(contexts, image_features, label)
-        logits = self._logits(contexts, image_features)
+            return self._pruned(image_features, label)
+        logits = self._logits(image_features)
         return F.cross_entropy(logits, label), logits.detach()
 
-    def _pruned(self, contexts: Tensor, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def lower_memory(self, batch: int) -> None:
+        """As the model has it, by the size of this rank's part."""
+        self._encode.lower_memory(batch)
+
+    def _pruned(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Everybody chooses the same classes, and goes backward through those of them that are its own."""
         model = self._model
         with torch.no_grad():
-            logits = self._logits(contexts, image_features)
+            logits = self._logits(image_features)
             loss = F.cross_entropy(logits, label)
             kept = choose_classes(logits, label, model.prune_mass)
             mine = torch.isin(kept.classes, self._own.to(kept.classes.device))
         self.pruned = kept.pruned
         loss = backward_through(
             model.tree_encoder,
-            contexts,
+            model.prompt_learner.contexts(image_features),
             image_features,
             model.logit_scale,
             loss,
@@ -83,14 +87,18 @@ class ClassShards:
         )
         return loss, logits
 
-    def _logits(self, contexts: Tensor, image_features: Tensor) -> Tensor:
+    def _logits(self, image_features: Tensor) -> Tensor:
         """(B, K) of all classes, in float32 at least."""
-        text = self._encode(contexts)
-        text = text if text.ndim == 3 else text[None]
-        own = cosine_logits_ref(image_features, text, self._model.logit_scale)
-        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        own = self._group.all_or_none(partial(self._own_logits, image_features))
         logits: Tensor = _Gathered.apply(own, self)
         return logits
+
+    def _own_logits(self, image_features: Tensor) -> Tensor:
+        """(B, n) of this rank's classes."""
+        text = self._encode(self._model.prompt_learner.contexts(image_features))
+        text = text if text.ndim == 3 else text[None]
+        own = cosine_logits_ref(image_features, text, self._model.logit_scale)
+        return own.to(torch.promote_types(own.dtype, torch.float32))
 
     def gathered(self, own: Tensor) -> Tensor:
         """The logits (B, n) of each rank's n classes to those of all classes (B, K)."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cocoop_fast.config import ShardBy
-from cocoop_fast.errors import UserError
+from cocoop_fast.errors import UserError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -54,6 +54,26 @@ class Group:
         for other in others:
             total = total + other
         return total
+
+    def all_or_none(self, work: Callable[[], T]) -> T:
+        """What `work` makes, if memory suffices for it with every member.
+
+        Raises:
+            MemoryError: it did not with one of them; with a group of one, what `work` raised.
+            UserError: another member has ended.
+        """
+        if self.size == 1:
+            return work()
+        made: list[T] = []
+        try:
+            made.append(work())
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out here, where nothing refers to the tensors of work that failed any more.
+        if torch.stack(self.gather(torch.tensor(len(made)))).all():
+            return made[0]
+        raise MemoryError("a process that shares the work has no memory left")
 
     def gather_objects(self, value: T) -> list[T]:
         """Everybody's values, which need no common type, in the members' order.

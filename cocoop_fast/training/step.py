@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cocoop_fast.distributed.ranks import Ranks
+from cocoop_fast.distributed.ranks import Group, Ranks
 from cocoop_fast.evaluation.evaluate import autocast
 from cocoop_fast.pruning import Pruned
 from cocoop_fast.training.precision import LossScaler
@@ -75,6 +75,22 @@ class LossAndGradients:
         told = (loss, correct, self._scaler.current(), largest)
         report = torch.stack([value.detach().to(wide) for value in told])
         return StepResult(report, own, getattr(self._model, "pruned", None))
+
+
+class RepeatedTogether:
+    """A :data:`Step` that fails on all ranks of a group if memory does not suffice on one: all have to repeat it.
+
+    Args:
+        step: of a part of the classes.
+        group: those that share them.
+    """
+
+    def __init__(self, step: Step, group: Group) -> None:
+        self._step = step
+        self._group = group
+
+    def __call__(self, features: Tensor, label: Tensor) -> StepResult:
+        return self._group.all_or_none(lambda: self._step(features, label))
 
 
 class SummedOverRanks:

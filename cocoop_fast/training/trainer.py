@@ -28,7 +28,7 @@ from cocoop_fast.training.optimizer import build_optimizer
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
 from cocoop_fast.training.readback import Readback
 from cocoop_fast.training.schedule import learning_rate
-from cocoop_fast.training.step import LossAndGradients, Step, StepResult, SummedOverRanks
+from cocoop_fast.training.step import LossAndGradients, RepeatedTogether, Step, StepResult, SummedOverRanks
 from cocoop_fast.training.step_graph import RecordedSteps
 from cocoop_fast.training.stop_signals import StopSignals
 
@@ -100,10 +100,12 @@ class Trainer:
             model, batches, precision, self.device, groups_ahead=_GROUPS_AHEAD
         )
         self._ranks = ranks
-        shared = share_classes(model, ranks.classes)
-        self._step: Step = LossAndGradients(shared, self._parameters, precision, self.scaler)
-        if on_gpu and cuda_graph and shared is model:  # what ranks tell each other is not recorded
+        self._shared = share_classes(model, ranks.classes)
+        self._step: Step = LossAndGradients(self._shared, self._parameters, precision, self.scaler)
+        if on_gpu and cuda_graph and self._shared is model:  # what ranks tell each other is not recorded
             self._step = RecordedSteps(self._step, self.observer.on_message)
+        if ranks.classes.size > 1:
+            self._step = RepeatedTogether(self._step, ranks.classes)
         if ranks.everyone.size > 1:
             self._step = SummedOverRanks(self._step, ranks)
         late = on_gpu and optim.on_nonfinite == "stop"
@@ -250,8 +252,7 @@ class Trainer:
             try:
                 return self._step(encoded.features, encoded.label)
             except Exception as error:
-                # Ranks that share the classes out are in the middle of a conversation.
-                if not is_out_of_memory(error) or self._ranks.classes.size > 1:
+                if not is_out_of_memory(error):
                     raise
             self._make_room(launched)  # out here, where nothing refers to the failed step's tensors any more
 
@@ -260,11 +261,11 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         advice = "use a smaller batch size, or give the process more memory"
-        encoder = getattr(self.model, "tree_encoder", None)
+        lower = getattr(self._shared, "lower_memory", None)
         try:
-            if encoder is None:
+            if lower is None:
                 raise UserError("nothing here can be computed in pieces")
-            encoder.lower_memory(len(step.images.label))
+            lower(len(step.images.label))
         except UserError as error:
             raise UserError(
                 f"The memory is used up at step {step.number}, however small the pieces of a step ({error}); {advice}.",

@@ -17,24 +17,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_runs import load_few_test_images, loaded_tiny_clip, tiny_config
+from tiny_training import large_model, make_batches, run_out_of_memory
 
-from cocoop_fast.config import PromptConfig
+from cocoop_fast.config import OptimConfig, PromptConfig
 from cocoop_fast.distributed import heartbeat
 from cocoop_fast.distributed.class_shards import share_classes
 from cocoop_fast.distributed.launch import join
-from cocoop_fast.distributed.ranks import Ranks
+from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.errors import UserError
 from cocoop_fast.methods import build_model
 from cocoop_fast.training import experiment
 from cocoop_fast.training.observer import Observer, StepInfo
+from cocoop_fast.training.trainer import Trainer
 
 NAMES = ["cat", "cat food", "dog", "golden retriever", "golden eagle", "eagle", "cat food bowl", "dog"]
 
 
 class Stop(Exception):
     """Leaves a run between two steps."""
+
+
+class Messages(Observer):
+    """Remembers what is said."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def on_message(self, text: str) -> None:
+        self.texts.append(text)
 
 
 class Interrupt(Observer):
@@ -93,6 +106,20 @@ def gradients(ranks: Ranks, job: dict[str, Any]) -> Any:
         pieces = [piece for known in parted.tree_encoder.memory._known.values() for piece in known.values()]
         assert all(piece.images == 1 for piece in pieces), "that much memory parts nothing"
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def short_of_memory(ranks: Ranks, job: dict[str, Any]) -> Any:
+    """How far a run in which a rank lacks memory is from that of one process that has enough, and what was said."""
+    ends, said = [], Messages()
+    for group in (ALONE, ranks.arranged("classes", 4)):
+        model = large_model()
+        trainer = Trainer(model, make_batches(24, 4), OptimConfig(epochs=1), observer=said, ranks=group)
+        with pytest.MonkeyPatch.context() as patch:
+            if group.everyone.index == 1:  # forward, and then, in pieces, backward
+                run_out_of_memory(patch, model, MemoryError(), job["times"])
+            trainer.fit()
+        ends.append(torch.cat([one.detach().flatten() for one in model.prompt_learner.parameters()]))
+    return float((ends[0] - ends[1]).abs().max()), said.texts
 
 
 def one_rank(jobs: list[dict[str, Any]]) -> int:

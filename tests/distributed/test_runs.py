@@ -108,6 +108,7 @@ def forked(folder):
     launches = {
         "both": {"ranks": 4, "jobs": [train(folder / "both", {**BY_IMAGES[2], "model__shard": "both"})]},
         "gradients": {"ranks": 3, "jobs": [{"do": "gradients", **one} for one in GRADIENTS]},
+        "memory": {"ranks": 3, "jobs": [{"do": "short_of_memory", "times": 2}]},
         "refused": {"ranks": 3, "jobs": [train(folder / "refused", {"optim__batch_size": 4})]},
     }
     for signal, after in (("SIGKILL", 3), ("SIGSTOP", 3), ("SIGTERM", 23)):
@@ -170,6 +171,13 @@ def test_gradients_of_every_kind_of_prompt(forked):
     errors = json.loads(forked["gradients"]["told"].splitlines()[-1])
     for job, error in zip(GRADIENTS, errors, strict=True):
         assert error <= 1e-6, job
+
+
+def test_a_rank_without_memory_lets_all_repeat_the_step_in_smaller_pieces(forked):
+    assert forked["memory"]["status"] == [0] * 3, forked["memory"]["told"]
+    difference, said = json.loads(forked["memory"]["told"].splitlines()[-1])[0]
+    assert difference <= 1e-6
+    assert len(said) == 1 and "used up at step 1. It is repeated" in said[0]
 
 
 def test_what_ranks_cannot_do_is_refused_in_one_sentence(forked):

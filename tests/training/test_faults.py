@@ -14,15 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from comparison import assert_close
-from tiny_models import tiny_clip
-from tiny_runs import StopAfter, loaded_tiny_clip, tiny_config, use_tiny_clip, write_images
-from tiny_training import Recorder, fast_model, make_batches
+from tiny_runs import StopAfter, tiny_config, use_tiny_clip, write_images
+from tiny_training import Recorder, fast_model, large_model, make_batches, run_out_of_memory
 
 from cocoop_fast import UserError, cli
 from cocoop_fast.cli import failures
-from cocoop_fast.config import OptimConfig, PromptConfig
+from cocoop_fast.config import OptimConfig
 from cocoop_fast.data import load_dataset
-from cocoop_fast.methods import build_model
 from cocoop_fast.training import checkpoint
 from cocoop_fast.training.experiment import run
 from cocoop_fast.training.observer import Observer
@@ -406,31 +404,6 @@ def test_a_stopped_run_may_go_on_by_skipping(tmp_path, tiny):
 # Memory
 
 
-def large_model():
-    """Twelve layers and twenty classes: pieces can be made smaller for a while."""
-    names = [
-        f"{a} {b}" for a in ("red", "green", "blue", "big", "small") for b in ["car", "house", "tree", "dog"]
-    ]
-    clip = replace(loaded_tiny_clip(), model=tiny_clip(layers=12))
-    torch.manual_seed(1)
-    return build_model(PromptConfig(), names, clip)
-
-
-def short_of_memory(trainer, error, times):
-    """Let the tower run out of memory so many times, wherever it goes backward."""
-    encoder, left = trainer.model.tree_encoder, [times]
-    tower = encoder._current_tower(deep=False)
-    encode = type(tower).encode
-
-    def failing(self, ctx, *rest):
-        if ctx.requires_grad and left[0]:
-            left[0] -= 1
-            raise error
-        return encode(self, ctx, *rest)
-
-    return type(tower), failing
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -447,8 +420,7 @@ def test_a_step_without_memory_is_repeated_in_smaller_pieces(monkeypatch, error)
     for times in (0, 2):
         observer = At(0, lambda: None)
         trainer = Trainer(large_model(), make_batches(24, 4), OptimConfig(epochs=1), observer=observer)
-        kind, failing = short_of_memory(trainer, error, times)
-        monkeypatch.setattr(kind, "encode", failing)
+        run_out_of_memory(monkeypatch, trainer.model, error, times)
         trainer.fit()
         monkeypatch.undo()
         assert observer.steps == list(range(1, 7))
@@ -464,8 +436,7 @@ def test_a_step_without_memory_is_repeated_in_smaller_pieces(monkeypatch, error)
 
 def test_a_step_that_never_fits_gives_up(monkeypatch):
     trainer = Trainer(fast_model(), make_batches(24, 4), OptimConfig(epochs=1))
-    kind, failing = short_of_memory(trainer, MemoryError(), 10**6)
-    monkeypatch.setattr(kind, "encode", failing)
+    run_out_of_memory(monkeypatch, trainer.model, MemoryError(), 10**6)
     with pytest.raises(
         UserError, match=r"used up at step 1, however small .*use a smaller batch size"
     ) as error:
@@ -475,7 +446,6 @@ def test_a_step_that_never_fits_gives_up(monkeypatch):
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
     trainer = Trainer(fast_model(), make_batches(4, 1), OptimConfig(epochs=1))
-    kind, failing = short_of_memory(trainer, RuntimeError("shapes do not match"), 1)
-    monkeypatch.setattr(kind, "encode", failing)
+    run_out_of_memory(monkeypatch, trainer.model, RuntimeError("shapes do not match"), 1)
     with pytest.raises(RuntimeError, match="shapes"):
         trainer.fit()

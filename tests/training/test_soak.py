@@ -98,7 +98,9 @@ def soak(folder: Path, steps: int, observer: Observer, **fields: Any) -> None:
         run(config, observer=observer)
 
 
-def soak_in_child(answer: SimpleQueue[Gauge], folder: Path, steps: int, make: Callable[..., Gauge], *of: Any) -> None:
+def soak_in_child(
+    answer: SimpleQueue[Gauge], folder: Path, steps: int, make: Callable[..., Gauge], *of: Any
+) -> None:
     gauge = make(*of)
     soak(folder, steps, gauge)
     measured = Gauge(gauge.every)  # without what it kept, which cannot be sent
