@@ -99,6 +99,10 @@ class FrozenCLIP:
     def dtype(self) -> torch.dtype:
         return self._resblocks[0].attn.in_proj_weight.dtype
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the weights are read again, from the copied model."""
+        return {**self.__dict__, "_snapshot": None}
+
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
         """Changes whenever a text weight was moved, cast, loaded or modified in place (but not through `.data`)."""
         return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._parameters())

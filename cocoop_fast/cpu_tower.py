@@ -68,6 +68,12 @@ class CpuTower:
         """A tower of the same weights for another tree, which uses the same memory."""
         return CpuTower(constants, self.workspace)
 
+    def release(self) -> None:
+        """Give back the memory of passes that are over; the packed weights stay."""
+        with self.workspace.lock:
+            self.workspace.free.clear()
+            self.scratch.release()
+
 
 class Workspace:
     """What towers over the same weights share: the linear layers, and the memory of their passes."""

@@ -59,6 +59,13 @@ class GpuTower:
         """A tower of the same weights for another tree, which uses the same memory."""
         return GpuTower(constants, self.kernels, self.workspace)
 
+    def release(self) -> None:
+        """Give back the memory of passes that are over."""
+        self.workspace.training.free.clear()
+        self.workspace.inference.free.clear()
+        if self.constants.weights.device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 def tower_on(backend: str, constants: TowerConstants) -> GpuTower:
     """The tower with the kernels of a backend: "triton" or "cuda"."""

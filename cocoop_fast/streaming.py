@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -48,6 +49,9 @@ class Tower(Protocol):
 
     def for_part(self, constants: TowerConstants) -> Tower:
         """A tower of the same weights for another tree."""
+
+    def release(self) -> None:
+        """Give back the memory of passes that are over."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,14 @@ class MemoryBudget:
         self.bytes = None if budget is None else parse_bytes(budget)
         self._known: WeakKeyDictionary[ClassTree, dict[tuple[int, bool], Pieces]] = WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: what is known is of trees that are not copied along."""
+        return {"bytes": self.bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.bytes = state["bytes"]
+        self._known = WeakKeyDictionary()
+
     def pieces(self, tower: Tower, batch: int, *, keeps: bool) -> Pieces:
         """The largest pieces that fit; images are parted before classes.
 
@@ -137,7 +149,8 @@ class MemoryBudget:
         return known[batch, keeps]
 
     def lower(self, tower: Tower, batch: int) -> None:
-        """After a step ran out of memory: from now on pieces of half the size that it had.
+        """After a step ran out of memory: from now on pieces of half the size that it had. What the tower kept for
+        larger ones is given back.
 
         Args:
             tower: whose tree it is.
@@ -146,6 +159,7 @@ class MemoryBudget:
         Raises:
             UserError: not even one class of one image fits that.
         """
+        tower.release()
         tree, use = tower.constants.tree, _MemoryUse(tower, keeps=True)
         pieces = self.pieces(tower, batch, keeps=True)
         largest = max((use.of(part.tree, 1) for part in pieces.shards), default=use.of(tree, pieces.images))
@@ -174,10 +188,11 @@ class MemoryBudget:
             largest = max(use.of(part.tree, 1) for part in shards)
             if largest <= left:
                 return Pieces(1, shards)
-        least = use.fixed(tree, batch) + use.of(shard(tree, 1)[0].tree, 1) / share
+        deepest = tree.leaves[tree.depth[tree.leaves].argmax()].reshape(1)
+        least = use.fixed(tree, batch) + use.of(tree.subtree(tree.ancestors(deepest)), 1) / share
         raise UserError(
-            f"A memory budget of {total / 1e6:.0f} MB is too small: a batch of {batch} and {tree.n_classes} classes "
-            f"needs {least / 1e6:.0f} MB at least; give more."
+            f"A memory budget of {total / 1e6:.3g} MB is too small: a batch of {batch} and {tree.n_classes} classes "
+            f"needs {ceil(least / 1e4) / 100:.2f} MB at least; give more."
         )
 
     def _total(self, device: torch.device) -> int | None:
@@ -234,6 +249,10 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(node: Any, tower: Tower, forward: Pieces, backward: Pieces, *rows: Tensor) -> Tensor:
         node.tower, node.pieces = tower, backward
+        device = rows[0].device.type
+        node.autocast = torch.autocast(
+            device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
+        )
         node.save_for_backward(*rows)
         return _forward(tower, forward, rows)
 
@@ -245,7 +264,7 @@ class _InPieces(torch.autograd.Function):
         for images in node.pieces.of(len(rows[0])):
             for tower, leaves in _towers(node.tower, node.pieces):
                 own = [one[images].detach().requires_grad_() for one in rows]
-                with torch.enable_grad():
+                with torch.enable_grad(), node.autocast:  # which backward does not run under
                     features = _encode(tower, own)
                 for grad, part in zip(
                     grads, torch.autograd.grad(features, own, grad_features[images, leaves]), strict=True

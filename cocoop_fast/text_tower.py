@@ -7,8 +7,10 @@ precedes, is a constant of the model and no row at all. What is exact about this
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +103,9 @@ class TreeTextEncoder(nn.Module):
         self._check_deep(ctx, deep)
         rows = [one.flatten(-3, -2) if self.tree.class_specific else one for one in (ctx, *deep)]
         rows = rows if batched else [one[None] for one in rows]
-        tower = self._current_tower(deep=bool(deep))
-        features = encode_in_pieces(tower, rows, self.memory)[:, tower.constants.leaf_of_class]
+        with _outside_inference_mode():
+            tower = self._current_tower(deep=bool(deep))
+            features = encode_in_pieces(tower, rows, self.memory)[:, tower.constants.leaf_of_class]
         return features if batched else features[0]
 
     def encode_classes(self, ctx: Tensor, classes: Tensor) -> Tensor:
@@ -128,6 +131,10 @@ class TreeTextEncoder(nn.Module):
     def lower_memory(self, batch: int) -> None:
         """After a step of B images ran out of memory: see :meth:`MemoryBudget.lower`."""
         self.memory.lower(self._current_tower(deep=False), batch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the towers, whose memory is this encoder's own; they are made anew."""
+        return {**self.__dict__, "_tower": None, "_deep_tower": None}
 
     def extra_repr(self) -> str:
         return f"{self.tree}, backend={self.backend.name}"
@@ -192,6 +199,17 @@ class TreeTextEncoder(nn.Module):
         return self._deep_tower
 
 
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """What a pass keeps (constants, packed weights, buffers) serves training later, which tensors of
+    ``torch.inference_mode`` cannot."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class EncoderPart:
     """Some classes of an encoder, see :meth:`TreeTextEncoder.part`."""
 
@@ -207,7 +225,8 @@ class EncoderPart:
         """As :meth:`TreeTextEncoder.encode_classes`."""
         batched = self._encoder._is_batched(ctx)
         rows = ctx.flatten(-3, -2) if self._encoder.tree.class_specific else ctx
-        features = encode_in_pieces(self._tower, [rows if batched else rows[None]], self._encoder.memory)
+        with _outside_inference_mode():
+            features = encode_in_pieces(self._tower, [rows if batched else rows[None]], self._encoder.memory)
         features = features[:, self._asked]
         return features if batched else features[0]
 

@@ -34,6 +34,9 @@ class TorchTower:
         """A tower of the same weights for another tree."""
         return TorchTower(constants)
 
+    def release(self) -> None:
+        """Nothing is kept between passes."""
+
     def encode(self, ctx: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
         """(B, S, d) contexts to (B, K', E) text features of the tree's leaves.
 

@@ -33,6 +33,10 @@ class Buffers:
             self._storage[name] = storage
         return storage[:size].view(shape)
 
+    def release(self) -> None:
+        """Give the memory back."""
+        self._storage.clear()
+
 
 Memory = TypeVar("Memory")
 

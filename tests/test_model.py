@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import statistics
 
 import pytest
@@ -238,3 +240,44 @@ def test_gradients_reach_image_features_and_logit_scale_where_they_are_wanted():
         found.append(torch.autograd.grad(loss, [leaf, model.logit_scale]))
     for gradient, wanted in zip(*found, strict=True):
         assert_close(gradient, wanted, 2e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_inference_mode_leaves_a_model_that_trains(backend):
+    """What a pass keeps for later ones is made outside of it, whichever comes first, also where buffers grow in it."""
+    clip = tiny_clip(layers=2)
+    features, label = torch.randn(4, 64), torch.tensor([0, 1, 2, 3])
+    wanted = CustomCLIP(cfg(), NAMES, clip, backend="torch").eval()
+    model = CustomCLIP(cfg(), NAMES, clip, backend=backend)
+    model.prompt_learner.load_state_dict(wanted.prompt_learner.state_dict())
+    for batch in (1, 4, 2):
+        model.eval()
+        with torch.inference_mode():
+            logits = model.forward_features(features[:batch])
+        assert_close(logits.clone(), wanted.forward_features(features[:batch]).detach(), 2e-5)
+        with torch.no_grad():
+            model.forward_features(features[:1])
+        model.train().forward_features(features[:batch], label[:batch]).backward()
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_copies_and_pickles(used):
+    model = CustomCLIP(cfg(), NAMES, tiny_clip(layers=2), memory_budget="100MB")
+    features, label = torch.randn(2, 64), torch.tensor([0, 3])
+    if used:
+        model.forward_features(features, label).backward()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.forward_features(features, label), model.forward_features(features, label))
+        with torch.no_grad():
+            twin.prompt_learner.ctx.normal_()  # its own
+        assert not torch.equal(
+            twin.forward_features(features, label), model.forward_features(features, label)
+        )
+
+
+def test_labels_may_be_strided_and_of_any_integer_type():
+    model = CustomCLIP(cfg(), NAMES, tiny_clip(layers=2))
+    features, table = torch.randn(3, 64), torch.tensor([[0, 9], [3, 9], [4, 9]])
+    expected = model.forward_features(features, table[:, 0].contiguous())
+    for label in (table[:, 0], table[:, 0].int(), table[:, 0].to(torch.uint8)):
+        assert torch.equal(model.forward_features(features, label), expected)

@@ -141,8 +141,10 @@ def test_budget_decides():
     assert seen == sorted(seen, reverse=True)
     assert seen[0][0] > 1
     assert seen[-1][1] < -1
-    with pytest.raises(UserError, match=r"budget of 1 MB is too small.* needs \d+ MB at least"):
+    with pytest.raises(UserError, match=r"budget of 1 MB is too small.* needs [\d.]+ MB at least") as refused:
         MemoryBudget("1MB").pieces(tower, 64, keeps=True)
+    needed = str(refused.value).split("needs ")[1].split(" MB")[0]
+    assert MemoryBudget(f"{needed}MB").pieces(tower, 64, keeps=True).shards
 
 
 def test_budget_is_obeyed_by_the_encoder():
@@ -185,3 +187,35 @@ def test_encode_classes(classes):
     (expected,) = torch.autograd.grad((full * probe).sum(), ctx)
     (gradient,) = torch.autograd.grad((some * probe).sum(), ctx)
     assert_close(gradient, expected, 1e-12)
+
+
+@pytest.mark.skipif(not extension_available(), reason="the engine's buffers")
+def test_lowering_the_budget_gives_the_memory_of_larger_pieces_back():
+    one = encoder()
+    features_and_gradient(one, context(4))
+    workspace = one._current_tower(deep=False).workspace
+    assert workspace.free and workspace.scratch._storage
+    expected = features_and_gradient(one, context(4))
+    one.lower_memory(4)
+    assert not workspace.free and not workspace.scratch._storage
+    for mine, other in zip(features_and_gradient(one, context(4)), expected, strict=True):
+        assert_close(mine, other, 1e-6)
+
+
+def test_pieces_are_computed_again_under_the_autocast_of_the_first_pass(monkeypatch):
+    one, dtypes = encoder(backend="torch"), []
+    in_pieces(one, monkeypatch, images=1, nodes=20)
+    kind = type(one._current_tower(deep=False))
+    encode = kind.encode
+
+    def noted(self, *rows):
+        features = encode(self, *rows)
+        dtypes.append(features.dtype)
+        return features
+
+    monkeypatch.setattr(kind, "encode", noted)
+    ctx = context(1).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        features = one(ctx)
+    features.float().sum().backward()
+    assert len(dtypes) > 3 and set(dtypes) == {torch.bfloat16}

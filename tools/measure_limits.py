@@ -1,4 +1,4 @@
-"""Many classes in little memory, and pruning: the figures of docs/limits.md.
+"""Many classes in little memory, and pruning: the streaming and pruning figures of docs/performance.md.
 
     python tools/measure_limits.py --out benchmarks/results/limits.json   # several minutes
     python tools/measure_limits.py --only streaming                       # one part, printed

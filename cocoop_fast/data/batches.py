@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ class TrainBatches:
         """Batches in an epoch."""
         return max(1, len(self.samples) // self.batch_size)
 
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, first_batch: int = 0) -> Generator[Batch, None, None]:
         """The batches of a 1-based epoch from ``first_batch`` on; those before it are not decoded.
 
         Raises:
@@ -66,7 +67,7 @@ class TrainBatches:
         """
         return self._views(epoch, self.picks(epoch, first_batch))
 
-    def in_order(self, epoch: int, batch_size: int) -> Iterator[Batch]:
+    def in_order(self, epoch: int, batch_size: int) -> Generator[Batch, None, None]:
         """All samples in their order, cropped as in an epoch; the last batch may be smaller.
 
         Raises:
@@ -87,7 +88,7 @@ class TrainBatches:
         first, last = size * part // parts, size * (part + 1) // parts
         return [order[i * size + first : i * size + last] for i in range(first_batch, len(self))]
 
-    def _views(self, epoch: int, picks: list[list[int]]) -> Iterator[Batch]:
+    def _views(self, epoch: int, picks: list[list[int]]) -> Generator[Batch, None, None]:
         views = _TrainViews(self.dataset, self.samples, self.transform, self.seed, epoch)
         return _load(views, picks, self.workers, self.pin_memory)
 
@@ -105,7 +106,7 @@ def test_batches(
     batch_size: int,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """All samples in their order; the last batch may be smaller."""
     picks = _consecutive(len(samples), batch_size)
     return _load(_TestViews(dataset, samples, transform), picks, workers, pin_memory)
@@ -174,7 +175,7 @@ def _collate(items: list[_Item]) -> Batch | str:
 
 def _load(
     views: TorchDataset[_Item], picks: list[list[int]], workers: int, pin_memory: bool
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     # The loader draws a seed for its workers, which do not use it; a generator of its own leaves the global
     # one as it was. Workers are started here and not by the first batch, which another thread may ask for: a process
     # had better be forked by the thread that computes.
@@ -185,11 +186,19 @@ def _load(
         collate_fn=_collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_run,
     )
     return _readable(iter(loader))
 
 
-def _readable(batches: Iterator[Batch | str]) -> Iterator[Batch]:
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A signal to all processes of a run (control-C, a scheduler's) is the run's to heed: it finishes its step, saves,
+    and ends its workers."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
+
+
+def _readable(batches: Iterator[Batch | str]) -> Generator[Batch, None, None]:
     try:
         for batch in batches:
             if isinstance(batch, str):

@@ -81,7 +81,7 @@ class _CosineCrossEntropy(torch.autograd.Function):
         node: Any, text_features: Tensor, image_features: Tensor, scale: float, label: Tensor
     ) -> tuple[Tensor, Tensor]:
         batch, classes, _ = text_features.shape
-        image = image_features.contiguous()
+        image, label = image_features.contiguous(), label.to(torch.int64).contiguous()
         logits, inverse_norms = torch.empty(2, batch, classes).unbind()
         cpu.head_fwd(text_features, image, scale, logits, inverse_norms)
         node.scale = scale

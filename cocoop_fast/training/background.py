@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from queue import Empty, Full, Queue
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 _PATIENCE = 0.1  # seconds between looks at whether the consumer has gone
 
 
-def in_background(items: Generator[Item, None, None], ahead: int) -> Iterator[Item]:
+def in_background(items: Generator[Item, None, None], ahead: int) -> Generator[Item, None, None]:
     """The same items in the same order, made by a thread that is up to ``ahead`` of them in front.
 
     An exception of ``items`` is raised where its item would have come. The thread ends, and closes ``items``, with this

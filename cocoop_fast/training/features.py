@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -52,8 +52,9 @@ class ImageFeatures:
 
     On a GPU a group of batches is copied and encoded on a stream of its own, ``groups_ahead`` - 1 groups before its
     first use: while the steps of the group before run, which are small, the encoder fills the GPU. The next batch
-    is read between two steps, not all of a group at once. On a CPU a thread reads and encodes ``groups_ahead`` groups
-    ahead of the steps. The features' bits depend on neither.
+    is read between two steps, not all of a group at once. On a CPU a thread reads ``groups_ahead`` groups ahead of the
+    steps, and groups are encoded between them: encoder and steps each keep all cores busy, and two of them at once only
+    get in each other's way. The features' bits depend on neither.
 
     Args:
         model: its ``image_encoder`` and ``dtype`` are used.
@@ -91,8 +92,15 @@ class ImageFeatures:
         first_of_group = first_batch - first_batch % self._group_size
         batches = self._batches.epoch(epoch, first_of_group)
         if self._stream is None and self._ahead:
-            return in_background(self._encoded(batches, first_of_group, first_batch, 0), self._ahead)
+            return self._read_ahead(batches, first_of_group, first_batch)
         return self._encoded(batches, first_of_group, first_batch, self._ahead)
+
+    def _read_ahead(
+        self, batches: Generator[Batch, None, None], first_of_group: int, first_batch: int
+    ) -> Generator[EncodedBatch, None, None]:
+        # The thread ends here, however the epoch does.
+        with closing(in_background(batches, self._ahead)) as read:
+            yield from self._encoded(read, first_of_group, first_batch, 0)
 
     def _encoded(
         self, batches: Iterator[Batch], first_of_group: int, first_batch: int, ahead: int

@@ -116,6 +116,44 @@ trainer.fit(save=lambda: os.write(1, b"saved"))
 """
 
 
+READING_PROCESSES = """
+import os, sys, time
+from pathlib import Path
+import pytest
+from tiny_runs import tiny_config, use_tiny_clip
+from cocoop_fast.training.experiment import run
+from cocoop_fast.training.observer import Observer
+class Tell(Observer):
+    def on_step(self, info):
+        os.write(1, b".")
+        time.sleep(0.05)
+use_tiny_clip(pytest.MonkeyPatch())
+run(tiny_config(Path(sys.argv[1]), data__workers=2, optim__epochs=50), observer=Tell())
+"""
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_run_is_saved_too(tmp_path, which):
+    """As a terminal and a scheduler send it: those that read images leave it to the one that trains."""
+    tests = Path(__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", READING_PROCESSES, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(13):
+            assert process.stdout.read(1) == b"."
+        os.killpg(process.pid, which)
+        said, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == (0 if which == signal.SIGTERM else -which), error
+    assert read_run(tmp_path)[1].step == 13 + len(said)
+
+
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(which):
     tests = Path(__file__).parents[1]
