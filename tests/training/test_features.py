@@ -10,6 +10,7 @@ import torch
 from tiny_training import fast_model, make_batches
 from torch import nn
 
+from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.training.features import ImageFeatures
 
 CPU = torch.device("cpu")
@@ -66,19 +67,29 @@ class Diary(nn.Module):
         return self.encoder(image)
 
 
-def test_on_a_gpu_the_encoder_is_a_group_ahead_and_images_are_read_between_the_steps(monkeypatch):
-    model, diary = fast_model(), []
-    model.image_encoder = Diary(model.image_encoder, diary)
-    batches = make_batches(128, 2)  # groups of 8 batches
-    read = type(batches).epoch
+@pytest.fixture
+def diary(monkeypatch):
+    """What is read and encoded, in the order in which it happens."""
+    entries, read = [], TrainBatches.epoch
 
     def reading(self, *position):
         for batch in read(self, *position):
-            diary.append("read")
+            entries.append("read")
             yield batch
 
-    monkeypatch.setattr(type(batches), "epoch", reading)
-    source = ImageFeatures(model, batches, "fp32", CPU, groups_ahead=2)
+    monkeypatch.setattr(TrainBatches, "epoch", reading)
+    return entries
+
+
+def source_of(diary):
+    """128 images two by two, in groups of 8 batches."""
+    model = fast_model()
+    model.image_encoder = Diary(model.image_encoder, diary)
+    return ImageFeatures(model, make_batches(128, 2), "fp32", CPU, groups_ahead=2)
+
+
+def test_on_a_gpu_the_encoder_is_a_group_ahead_and_images_are_read_between_the_steps(diary):
+    source = source_of(diary)
     for number, _ in enumerate(as_on_a_gpu(source)):
         diary.append(f"step {number}")
     encoded_before = {
@@ -89,15 +100,15 @@ def test_on_a_gpu_the_encoder_is_a_group_ahead_and_images_are_read_between_the_s
     assert steps[:17] == ["read"] * 17 and steps[17:21] == ["step 0", "read", "step 1", "read"]
 
 
-def test_on_a_cpu_a_thread_encodes_while_a_step_runs():
-    model, diary = fast_model(), []
-    model.image_encoder = Diary(model.image_encoder, diary)
-    source = ImageFeatures(model, make_batches(128, 2), "fp32", CPU, groups_ahead=2)
-    epoch = source.epoch(1)
+def test_on_a_cpu_a_thread_reads_while_a_step_runs(diary):
+    epoch = source_of(diary).epoch(1)
     next(epoch)
-    wait_for(lambda: len(diary) >= 3)  # the first step is not over, and the third group is encoded
+    wait_for(
+        lambda: diary.count("read") >= 8 + 16
+    )  # the first step is not over, and two more groups are read
     time.sleep(0.05)
-    assert len(diary) <= 4  # but not the whole epoch
+    assert diary.count("read") <= 8 + 16 + 1  # but not the whole epoch
+    assert diary.count("encode 16") == 1
     epoch.close()
     assert "look-ahead" not in [thread.name for thread in threading.enumerate()]
 
