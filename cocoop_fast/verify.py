@@ -145,6 +145,59 @@ def verify(
     return verdicts
 
 
+@dataclass(frozen=True)
+class PruningError:
+    """What tail pruning changes, by the worst of some batches."""
+
+    contestant: Contestant
+    gradients: float  # of all parameters together, in the Euclidean norm, relative to the exact ones
+    share_left_out: float  # of the weights, as `cocoop_fast.pruning` counts it
+    classes_kept: int
+
+
+def measure_pruning(
+    problem: Problem,
+    contestants: Iterable[Contestant],
+    tau: float,
+    *,
+    device: torch.device,
+    batches: int = 3,
+) -> list[PruningError]:
+    """Compare the gradients of each engine with and without pruning.
+
+    Args:
+        problem, device: as for :func:`verify`.
+        contestants: the dense ones, which do not prune, are passed over.
+        tau: `prune_mass`.
+        batches: how many, each of its own images.
+    """
+    found = []
+    for contestant in contestants:
+        if contestant.dense:
+            continue
+        model = contestant.build(_at(problem, contestant.precision, device))
+        parameters = list(model.prompt_learner.parameters())
+        step, _ = _step_of(model, parameters, contestant.precision, device)
+        worst = PruningError(contestant, 0.0, 0.0, 0)
+        for features, label in _batches(problem, batches):
+            gradients = []
+            for model.prune_mass in (0.0, tau):
+                result = step(features.to(device, model.dtype), label.to(device))
+                gradients.append(
+                    torch.cat([one.double().flatten() for one in result.gradients if one is not None])
+                )
+            exact, pruned = gradients
+            error = float((pruned - exact).norm() / exact.norm().clamp_min(1e-30))
+            worst = PruningError(
+                contestant,
+                max(worst.gradients, error),
+                max(worst.share_left_out, model.pruned.share_left_out),
+                max(worst.classes_kept, model.pruned.classes_kept),
+            )
+        found.append(worst)
+    return found
+
+
 def build_dense(problem: Problem) -> DensePromptedCLIP:
     """The oracle with the problem's parameters, computed by parts of the class list.
 
@@ -215,9 +268,7 @@ def _compute(
     """Logits and loss, and some training steps by the very pieces that a run trains with."""
     named = dict(model.prompt_learner.named_parameters())
     start = _plain(named)
-    learned = next(iter(named.values())).dtype
-    scaler = LossScaler(device, enabled=needs_loss_scaling(precision, learned != model.dtype, device))
-    step = LossAndGradients(model, list(named.values()), precision, scaler)
+    step, scaler = _step_of(model, list(named.values()), precision, device)
     optimizer = build_optimizer(list(named.values()), OptimConfig(), fused=device.type == "cuda")
     gradients: dict[str, Tensor] = {}
     losses = []
@@ -244,6 +295,16 @@ def _compute(
         losses=torch.stack(losses),
         moved={name: value - start[name] for name, value in _plain(named).items()},
     )
+
+
+def _step_of(
+    model: Any, parameters: list[Tensor], precision: str, device: torch.device
+) -> tuple[LossAndGradients, LossScaler]:
+    """What a run computes gradients with."""
+    scaler = LossScaler(
+        device, enabled=needs_loss_scaling(precision, parameters[0].dtype != model.dtype, device)
+    )
+    return LossAndGradients(model, parameters, precision, scaler), scaler
 
 
 def _errors(results: _Results, truth: _Results) -> Errors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import asdict, replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tiny_models import tiny_clip
 
-from cocoop_fast import cli, verify
+from cocoop_fast import CustomCLIP, cli, verify
 from cocoop_fast.benchmark import problem as problems
 from cocoop_fast.benchmark.problem import ProblemSpec, build_problem
 from cocoop_fast.reference import DensePromptedCLIP
@@ -120,6 +121,30 @@ def test_not_a_number_is_outside():
     assert not Verdict(contestant, replace(bound, losses=1.1), bound).within
 
 
+def test_what_pruning_leaves_out_is_measured(problem):
+    """Against gradients that are taken here, for each engine; a pruned mass of next to nothing is no error."""
+    peaked = replace(problem, clip_model=copy.deepcopy(problem.clip_model))
+    peaked.clip_model.logit_scale.data.fill_(math.log(100))
+    asked = list(contestants(CPU, ("fp64", "fp32")))
+    found = verify.measure_pruning(peaked, asked, 0.4, device=CPU, batches=1)
+    assert [one.contestant.name for one in found] == [one.name for one in asked if not one.dense]
+    gradients = []
+    for tau in (0.0, 0.4):
+        model = CustomCLIP(peaked.cfg(), NAMES, peaked.clip_model, backend="torch", prune_mass=tau)
+        model.prompt_learner.load_state_dict(peaked.learned, strict=False)
+        loss, _ = model.loss_and_logits(peaked.features, peaked.labels)
+        parts = torch.autograd.grad(loss, list(model.prompt_learner.parameters()))
+        gradients.append(torch.cat([one.flatten() for one in parts]))
+    expected = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert expected > 1e-3 and model.pruned.classes_kept < len(NAMES)
+    for one in found:
+        assert one.gradients == pytest.approx(float(expected), rel=1e-2)
+        assert one.classes_kept == model.pruned.classes_kept
+        assert one.share_left_out == pytest.approx(model.pruned.share_left_out, rel=1e-3)
+    for one in verify.measure_pruning(peaked, asked, 1e-12, device=CPU):
+        assert one.gradients < 1e-4 and one.classes_kept == len(NAMES)
+
+
 @pytest.fixture
 def tiny_model(monkeypatch):
     monkeypatch.setattr(problems, "load_model", lambda spec: tiny_clip(layers=2))
@@ -148,6 +173,17 @@ def test_the_command(tiny_model, capsys):
     assert set(found["rows"][0]["errors"]) == {"logits", "loss", "gradients", "losses", "parameters"}
 
 
+def test_the_command_measures_pruning(tiny_model, capsys):
+    arguments = ["verify", "--k", "5", "--steps", "1", "--device", "cpu", "--quiet", "--prune-mass", "0.3"]
+    assert cli.run(arguments) == 0
+    assert "Pruning with prune_mass 0.3, which is not exact" in capsys.readouterr().out
+    assert cli.run([*arguments, "--json", "--backend", "torch", "--precision", "fp64"]) == 0
+    found = json.loads(capsys.readouterr().out)["pruning"]
+    assert found["prune_mass"] == 0.3
+    assert [(row["name"], row["precision"]) for row in found["rows"]] == [("torch", "fp64")]
+    assert 0 <= found["rows"][0]["share_left_out"] <= 0.15
+
+
 def test_the_command_fails_when_it_should(tiny_model, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(verify, "_fast", lambda backend: _Wrong("a weight"))
     names = tmp_path / "names.txt"
@@ -164,6 +200,7 @@ def test_the_command_fails_when_it_should(tiny_model, monkeypatch, capsys, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--prune-mass", "1"], "--prune-mass is 1, but it must be at least 0 and below 1"),
         (["--steps", "0"], "--steps is 0, but it must be positive"),
         (["--pretrained", "openai"], "--pretrained needs the --model"),
         (["--backend", "fast"], "--backend is 'fast', but it must be one of"),

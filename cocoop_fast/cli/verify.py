@@ -15,7 +15,7 @@ from cocoop_fast.errors import UserError
 
 if TYPE_CHECKING:
     from cocoop_fast.benchmark.problem import ProblemSpec
-    from cocoop_fast.verify import Verdict
+    from cocoop_fast.verify import PruningError, Verdict
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -23,6 +23,8 @@ EPILOG = """
 A text tower of ViT-B/16's size, 20 ImageNet names: [cyan]cocoop-fast verify[/cyan]
 
 Your model and classes, on your GPU: [cyan]cocoop-fast verify --model ViT-B/16 --classes names.txt --device cuda[/cyan]
+
+What pruning would cost: [cyan]cocoop-fast verify --model demo --k 10 --prune-mass 0.01[/cyan]
 
 One backend, for a program to read: [cyan]cocoop-fast verify --model demo --k 10 --backend torch --json[/cyan]
 """
@@ -74,6 +76,12 @@ def command(
             show_default=False,
         ),
     ] = None,
+    prune_mass: Annotated[
+        float,
+        typer.Option(
+            "--prune-mass", help="Also measure the error of the gradient that tail pruning makes. 0: do not."
+        ),
+    ] = 0.0,
     json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON on stdout, and nothing else.")
     ] = False,
@@ -85,12 +93,14 @@ def command(
     that the dense oracle itself makes in lower precision. The exit status is 1 if one is too large.
     """
     check_positive(k=k, batch_size=batch_size, steps=steps)
+    if not 0 <= prune_mass < 1:
+        raise UserError(f"--prune-mass is {prune_mass:g}, but it must be at least 0 and below 1.")
     names = class_names(classes, 20 if classes is None and k is None else k)
     spec = _spec(names, batch_size, model, pretrained, ctx_init)
 
     from cocoop_fast.benchmark.problem import build_problem
     from cocoop_fast.load_clip import resolve_device
-    from cocoop_fast.verify import contestants, verify
+    from cocoop_fast.verify import contestants, measure_pruning, verify
 
     where = resolve_device(device)
     for name in precision or ():
@@ -105,12 +115,16 @@ def command(
             raise UserError(
                 f"The oracle reads --ctx-init '{ctx_init}' word by word, but some word has several tokens; choose others."
             )
+        asked = list(contestants(where, precision or PRECISIONS[where.type], backend or ()))
         verdicts = verify(
             problem,
-            list(contestants(where, precision or PRECISIONS[where.type], backend or ())),
+            asked,
             device=where,
             steps=steps,
             tell=(lambda line: None) if quiet or json else _tell,
+        )
+        pruned = (
+            measure_pruning(problem, asked, prune_mass, device=where, batches=steps) if prune_mass else []
         )
     compared = [verdict for verdict in verdicts if verdict.allowed is not None]
     if not compared:
@@ -119,9 +133,14 @@ def command(
         )
     within = all(verdict.within for verdict in compared)
     if json:
-        output.print_json(_to_mapping(spec, str(where), steps, verdicts, within))
+        found = _to_mapping(spec, str(where), steps, verdicts, within)
+        if prune_mass:
+            found["pruning"] = {"prune_mass": prune_mass, "rows": [_pruning_row(one) for one in pruned]}
+        output.print_json(found)
     else:
         _print(spec, str(where), steps, verdicts, within)
+        if prune_mass:
+            _print_pruning(prune_mass, len(names), pruned)
     if not within:
         raise typer.Exit(failures.FAILED)
 
@@ -209,6 +228,35 @@ def _print(spec: ProblemSpec, device: str, steps: int, verdicts: list[Verdict], 
             path = f"{verdict.contestant.name} in {verdict.contestant.precision}"
             print(f"{path}: {COLUMNS[name].lower()} is off by {error:.1e}, but {most:.1e} is allowed.")
     print("Equivalent: every error is within its bound." if within else "NOT equivalent.")
+
+
+def _pruning_row(one: PruningError) -> dict[str, Any]:
+    return {
+        "name": one.contestant.name,
+        "precision": one.contestant.precision,
+        "gradients": one.gradients,
+        "share_left_out": one.share_left_out,
+        "classes_kept": one.classes_kept,
+    }
+
+
+def _print_pruning(prune_mass: float, classes: int, found: list[PruningError]) -> None:
+    print(f"\nPruning with prune_mass {prune_mass:g}, which is not exact, against the same path without it:")
+    output.print_table(
+        ["Path", "In", "Gradient", "Weights left out", "Classes in backward"],
+        [
+            [
+                one.contestant.name,
+                one.contestant.precision,
+                f"{one.gradients:.1e}",
+                f"{one.share_left_out:.2%}",
+                f"{one.classes_kept} of {classes}",
+            ]
+            for one in found
+        ],
+        left=2,
+    )
+    print("The worst of the batches. Gradient: its error in the Euclidean norm, relative.")
 
 
 def _word(verdict: Verdict) -> str:
