@@ -112,6 +112,9 @@ def run(
     material = _Material(resolved, dataset, observer, shared, ranks)
     if overwrite or any(RunDirectory(cast(Path, plan.output_dir)).results() is None for plan in plans):
         material.check([plan.prompt for plan in plans])
+    if not overwrite:
+        for plan in plans:
+            ranks.from_first(partial(_refuse_other_images, plan, material))
     with ExitStack() as stack:
         # All directories first: that one of them cannot be used should not come out after hours of training.
         directories = [stack.enter_context(_open(plan, overwrite, ranks)) for plan in plans]
@@ -131,6 +134,28 @@ def _open(config: RunConfig, overwrite: bool, ranks: Ranks) -> AbstractContextMa
     if ranks.is_first:
         return open_run(config, overwrite=overwrite)
     return nullcontext(RunDirectory(cast(Path, config.output_dir)))
+
+
+def _refuse_other_images(plan: RunConfig, material: _Material) -> None:
+    """A run that is there already, finished or not, must be of these images: before anything in its directory changes."""
+    path = cast(Path, plan.output_dir)
+    newest = checkpoint.load_newest(RunDirectory(path).checkpoints)
+    if newest is None:
+        return
+    check_same_run(newest.config, to_mapping(plan), path)
+    train = select_classes(material.drawn, plan.data.subset)
+    # Images that were left out as unreadable are not in the fingerprint; nothing is read here to find them again.
+    same_images = plan.data.skip_bad_images or newest.data_fingerprint == _fingerprint(train)
+    _check_same_images(newest.classnames == list(train.classnames) and same_images, train, path)
+
+
+def _check_same_images(same: bool, train: Dataset, path: Path) -> None:
+    if not same:
+        raise UserError(
+            f"The training images in {train.where} are not those that the run in {path} began with; restore them, "
+            "choose another output directory, or use --overwrite.",
+            exit_status=1,
+        )
 
 
 def _refuse_untrainable(plans: list[RunConfig], dataset: Dataset) -> None:
@@ -407,12 +432,8 @@ def _train(
     resumed = ranks.from_first(lambda: checkpoint.load_newest(directory.checkpoints, observer.on_message))
     if resumed is not None:
         check_same_run(resumed.config, mapping, directory.checkpoints)
-        if resumed.classnames != list(train.classnames) or resumed.data_fingerprint != fingerprint:
-            raise UserError(
-                f"The training images in {train.where} are not those that the run in {directory.path} began "
-                "with; restore them, choose another output directory, or use --overwrite.",
-                exit_status=1,
-            )
+        same = resumed.classnames == list(train.classnames) and resumed.data_fingerprint == fingerprint
+        _check_same_images(same, train, directory.path)
         _restore(trainer, resumed, str(directory.checkpoints))
         if config.reference_compat and trainer.step:
             trainer.rate = partial(frozen_rate, config.optim, resumed_in=resumed.epoch)

@@ -53,6 +53,32 @@ def assert_same_learned(one, other):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_finished_run_of_other_images_is_not_shown_as_that_of_these(tmp_path):
+    for folder, names in (
+        ("a", ["red fox", "cat", "dog"]),
+        ("b", ["red fox", "cat", "dog"]),
+        ("c", ["x", "y", "z"]),
+    ):
+        for i, name in enumerate(names):
+            write_images(tmp_path / folder / name, 8, seed=10 * i)
+    for image in (tmp_path / "b" / "cat").iterdir():
+        image.rename(image.with_name(f"new{image.name}"))
+
+    def config(folder):
+        fields = {"data__name": "folder", "data__root": str(tmp_path / folder), "data__subset": "all"}
+        return tiny_config(tmp_path / "run", optim__epochs=1, data__shots=0, **fields)
+
+    first = run(config("a"))
+    kept = (tmp_path / "run" / "config.yaml").read_text()
+    assert run(config("a")) == first
+    for other in ("b", "c"):
+        with pytest.raises(UserError, match="are not those that the run in"):
+            run(config(other))
+        assert (tmp_path / "run" / "config.yaml").read_text() == kept
+    (tmp_path / "a").rename(tmp_path / "moved")  # the same images elsewhere are the same
+    assert run(config("moved")) == first
+
+
 def test_base_to_new(tmp_path):
     calls = Calls()
     results = run(tiny_config(tmp_path), observer=calls)
