@@ -78,7 +78,8 @@ class Kept:
 
 
 def choose_classes(logits: Tensor, label: Tensor, tau: float) -> Kept:
-    """The classes that are worth it, for a batch together: one that an image keeps serves the others too.
+    """The classes that are worth it to some image of a batch. Each image has weights on its own alone, so that the gradient
+    of a batch is the mean of its images', however they are shared out.
 
     Args:
         logits: (B, K).
@@ -86,9 +87,10 @@ def choose_classes(logits: Tensor, label: Tensor, tau: float) -> Kept:
         tau: see :func:`classes_to_keep`.
     """
     probabilities = _wide(logits).softmax(dim=1)
-    classes = classes_to_keep(probabilities, label, tau).any(dim=0).nonzero()[:, 0]
+    keep = classes_to_keep(probabilities, label, tau)
+    classes = keep.any(dim=0).nonzero()[:, 0]
     is_label = classes == label[:, None]
-    others = probabilities[:, classes].masked_fill(is_label, 0.0)
+    others = probabilities[:, classes].masked_fill(is_label | ~keep[:, classes], 0.0)
     total = probabilities.scatter(1, label[:, None], 0.0).sum(
         dim=1, keepdim=True
     )  # 1 - p_label, free of cancellation

@@ -86,7 +86,7 @@ def test_the_gradient_of_what_is_kept(tau, dtype):
     assert 0 < pruned.share_left_out <= tau / 2 + 1e-9
 
     p = logits.double().softmax(dim=1)
-    keep = classes_to_keep(p, label, tau).any(dim=0)
+    keep = classes_to_keep(p, label, tau)  # of each image
     others = torch.where(keep & (F.one_hot(label, 62) == 0), p, 0.0)
     wrong = 1 - p.gather(1, label[:, None])
     weights = others * wrong / others.sum(dim=1, keepdim=True) - F.one_hot(label, 62) * wrong
@@ -96,6 +96,24 @@ def test_the_gradient_of_what_is_kept(tau, dtype):
     again = ctx.clone().requires_grad_()
     (expected,) = torch.autograd.grad((cosine_logits_ref(image, one(again), scale) * weights).sum(), again)
     assert_close(torch.autograd.grad(actual, leaf)[0], expected, tolerance)
+
+
+def test_an_images_gradient_does_not_depend_on_its_batch():
+    """So ranks that share images out go the way of one process."""
+    one, ctx, image, scale, label = problem(3, 60.0)
+    leaf = ctx.clone().requires_grad_()
+    loss, _, together = pruned_cross_entropy(one, leaf, image, scale, label, 0.2)
+    gradient = torch.autograd.grad(loss, leaf)[0]
+    alone = []
+    for i in range(3):
+        own = slice(i, i + 1)
+        leaf = ctx[own].clone().requires_grad_()
+        loss, _, pruned = pruned_cross_entropy(one, leaf, image[own], scale, label[own], 0.2)
+        alone.append((torch.autograd.grad(loss, leaf)[0] / 3, pruned))
+    assert_close(gradient, torch.cat([one for one, _ in alone]), 1e-11)
+    assert max(one.classes_kept for _, one in alone) < together.classes_kept  # they keep different ones
+    shares = [one.share_left_out for _, one in alone]
+    assert together.share_left_out == pytest.approx(sum(shares) / 3, rel=1e-6)
 
 
 def test_together_with_streaming():
