@@ -63,8 +63,6 @@ class GpuTower:
         """Give back the memory of passes that are over."""
         self.workspace.training.free.clear()
         self.workspace.inference.free.clear()
-        if self.constants.weights.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def tower_on(backend: str, constants: TowerConstants) -> GpuTower:

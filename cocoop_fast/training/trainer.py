@@ -37,7 +37,7 @@ from cocoop_fast.training.stop_signals import StopSignals
 _STEPS_UNDER_WAY = 4
 # After so many steps in a row without a finite loss and gradient it is no single image's fault.
 _MOST_SKIPPED_IN_A_ROW = 10
-# The encoder of a group runs while the steps of the group before it do.
+# A group is read, and on a GPU encoded, while the steps of the group before it run.
 _GROUPS_AHEAD = 2
 
 
@@ -68,7 +68,7 @@ class Trainer:
         cuda_graph: whether a GPU replays recorded steps.
         observer: is told about each step, in their order.
         ranks: in their grid; the batches have this rank's share of the images.
-        features: of the batches; ``None``: the image encoder runs ahead of the steps.
+        features: of the batches; ``None``: see :class:`ImageFeatures`.
     """
 
     def __init__(
@@ -258,8 +258,6 @@ class Trainer:
 
     def _make_room(self, step: _LaunchedStep) -> None:
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         advice = "use a smaller batch size, or give the process more memory"
         lower = getattr(self._shared, "lower_memory", None)
         try:
@@ -271,6 +269,8 @@ class Trainer:
                 f"The memory is used up at step {step.number}, however small the pieces of a step ({error}); {advice}.",
                 exit_status=1,
             ) from error
+        if self.device.type == "cuda":  # what the engine and the failed step held goes back to the device
+            torch.cuda.empty_cache()
         if not self._short_of_memory:
             self._short_of_memory = True
             self.observer.on_message(

@@ -103,9 +103,8 @@ def test_on_a_gpu_the_encoder_is_a_group_ahead_and_images_are_read_between_the_s
 def test_on_a_cpu_a_thread_reads_while_a_step_runs(diary):
     epoch = source_of(diary).epoch(1)
     next(epoch)
-    wait_for(
-        lambda: diary.count("read") >= 8 + 16
-    )  # the first step is not over, and two more groups are read
+    # The first step is not over, and two more groups are read.
+    wait_for(lambda: diary.count("read") >= 8 + 16)
     time.sleep(0.05)
     assert diary.count("read") <= 8 + 16 + 1  # but not the whole epoch
     assert diary.count("encode 16") == 1
