@@ -9,7 +9,7 @@ import torch
 from open_clip.pretrained import download_pretrained_from_hf
 from torch import Tensor, nn
 
-from cocoop_fast.torch_archive import is_script_archive, script_state_dict
+from cocoop_fast.files.torch_archive import is_script_archive, script_state_dict
 
 HUB = "hf-hub:"
 FOLDER = "local-dir:"

@@ -20,7 +20,7 @@ from cocoop_fast.data.few_shot import sample_shots
 from cocoop_fast.data.listing import read_json
 from cocoop_fast.data.reference_cache import CachedImage, read_reference_cache
 from cocoop_fast.errors import UserError
-from cocoop_fast.files import write_json
+from cocoop_fast.files.atomic import write_json
 
 _FORMAT = "cocoop_fast few-shot sample, version 1"
 _DIGEST = re.compile(r"-([0-9a-f]{12})$")

@@ -10,7 +10,7 @@ from cocoop_fast.data.dataset import Sample, Splits
 from cocoop_fast.data.listing import read_json
 from cocoop_fast.data.paths import relative_path
 from cocoop_fast.errors import UserError
-from cocoop_fast.files import write_json
+from cocoop_fast.files.atomic import write_json
 
 SPLITS = ("train", "val", "test")
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from cocoop_fast.data.dataset import Dataset, Sample
 from cocoop_fast.evaluation.evaluate import Features, test_transform
 from cocoop_fast.evaluation.feature_key import feature_key
+from cocoop_fast.files.tensors import TensorFiles, Tensors
 from cocoop_fast.load_clip import LoadedClip
-from cocoop_fast.tensor_files import TensorFiles, Tensors
 
 
 @dataclass(frozen=True)

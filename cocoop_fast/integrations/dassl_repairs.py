@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from cocoop_fast.torch_archive import InertObject, read_archive
+from cocoop_fast.files.torch_archive import InertObject, read_archive
 
 # Where a scheduler stands. Everything else it has comes from the configuration.
 _POSITION = ("last_epoch", "_step_count", "_last_lr")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cocoop_fast.config import flatten, to_mapping
-from cocoop_fast.files import write_atomically, write_json
+from cocoop_fast.files.atomic import write_atomically, write_json
 from cocoop_fast.protocols.cells import Experiment
 from cocoop_fast.protocols.published import published_setting
 from cocoop_fast.protocols.run_cell import Outcome

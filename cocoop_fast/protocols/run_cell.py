@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.files import write_json
+from cocoop_fast.files.atomic import write_json
 from cocoop_fast.protocols.cells import Cell, Test
 from cocoop_fast.training import experiment
 from cocoop_fast.training.observer import EvaluationInfo, Observer, Observers

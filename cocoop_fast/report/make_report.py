@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.files import write_atomically
+from cocoop_fast.files.atomic import write_atomically
 from cocoop_fast.report.chapters import Chapter, make_chapters
 from cocoop_fast.report.inspection import Inspector
 from cocoop_fast.report.page import render

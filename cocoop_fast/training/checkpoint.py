@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.classifier import PromptClassifier
-from cocoop_fast.files import sync_directory, write_atomically
+from cocoop_fast.files.atomic import sync_directory, write_atomically
 
 _MAGIC = "cocoop_fast checkpoint"
 _VERSION = 1

@@ -1,7 +1,7 @@
 """Read and write the reference implementation's checkpoints (``prompt_learner/model.pth.tar-N``).
 
 The reference pickles its learning-rate scheduler object into the file, so ``torch.load`` refuses it or runs code.
-:mod:`cocoop_fast.torch_archive` reads it without running anything.
+:mod:`cocoop_fast.files.torch_archive` reads it without running anything.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cocoop_fast.config import OptimConfig
 from cocoop_fast.context_learner import ContextLearner
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.classifier import PromptClassifier
-from cocoop_fast.files import write_atomically
-from cocoop_fast.torch_archive import read_archive
+from cocoop_fast.files.atomic import write_atomically
+from cocoop_fast.files.torch_archive import read_archive
 from cocoop_fast.training.schedule import reference_state
 
 _TOKEN_BUFFERS = ("token_prefix", "token_suffix")  # constants of CLIP and the class names

@@ -24,7 +24,7 @@ import yaml
 
 from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml, to_mapping
 from cocoop_fast.errors import UserError
-from cocoop_fast.files import write_atomically, write_json
+from cocoop_fast.files.atomic import write_atomically, write_json
 from cocoop_fast.training import checkpoint
 from cocoop_fast.training.checkpoint import Checkpoint
 

@@ -15,8 +15,9 @@ from tiny_models import tiny_clip
 from tiny_runs import loaded_tiny_clip
 from torch import nn
 
-from cocoop_fast import UserError, torch_archive
+from cocoop_fast import UserError
 from cocoop_fast.config import OptimConfig, PromptConfig
+from cocoop_fast.files import torch_archive
 from cocoop_fast.methods import build_model
 from cocoop_fast.training import reference_checkpoint
 from cocoop_fast.training.checkpoint import learned_parameters, load_parameters

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cocoop_fast.files import write_atomically
+from cocoop_fast.files.atomic import write_atomically
 
 Tensors = Mapping[str, Tensor]
 
