@@ -19,12 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
+from cocoop_fast.clip.load import LoadedClip, load_clip
 from cocoop_fast.config import DataConfig, ModelConfig, OptimConfig, PromptConfig
 from cocoop_fast.data import Dataset, Sample, load_dataset
 from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.data.transforms import Normalize, TrainTransform
-from cocoop_fast.load_clip import LoadedClip, load_clip
 from cocoop_fast.methods import build_model
 from cocoop_fast.training.features import ImageFeatures, encode
 from cocoop_fast.training.trainer import Trainer

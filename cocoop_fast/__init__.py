@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cocoop_fast.class_tree import ClassTree
     from cocoop_fast.errors import UserError
     from cocoop_fast.model import CustomCLIP
     from cocoop_fast.prompt_learner import PromptLearner
+    from cocoop_fast.prompts.tree import ClassTree
     from cocoop_fast.text_tower import TextEncoder, TreeTextEncoder
 
 _HOME = {
-    "ClassTree": "class_tree",
+    "ClassTree": "prompts.tree",
     "CustomCLIP": "model",
     "PromptLearner": "prompt_learner",
     "TextEncoder": "text_tower",

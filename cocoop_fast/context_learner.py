@@ -8,11 +8,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from cocoop_fast.clip import ClipModel, FrozenCLIP
+from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
 from cocoop_fast.config import ClassPosition
 from cocoop_fast.errors import UserError
-from cocoop_fast.prompt_layout import PromptLayout, layout_at
-from cocoop_fast.prompt_tokens import tokenize_prompts
+from cocoop_fast.prompts.layout import PromptLayout, layout_at
+from cocoop_fast.prompts.tokens import tokenize_prompts
 
 
 class Learner(nn.Module):

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip import Affine
+from cocoop_fast.clip.frozen import Affine
 from cocoop_fast.ops import cpu_kernels as cpu
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip import Affine, TextBlock, TextWeights
+from cocoop_fast.clip.frozen import Affine, TextBlock, TextWeights
 from cocoop_fast.cpu_linear import FrozenLinear, LibraryLinear, frozen_linear
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops import cpu_kernels as cpu

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip import Affine, TextWeights
+from cocoop_fast.clip.frozen import Affine, TextWeights
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.dispatch import kernel_table
 from cocoop_fast.tower_buffers import Buffers, Lease, Pool, Statistics

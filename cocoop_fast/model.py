@@ -8,12 +8,12 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from cocoop_fast.class_tree import ClassTree
-from cocoop_fast.clip import ClipModel, FrozenCLIP
+from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
 from cocoop_fast.context_learner import Learner
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.head import cosine_cross_entropy, cosine_logits_ref
 from cocoop_fast.prompt_learner import PromptLearner
+from cocoop_fast.prompts.tree import ClassTree
 from cocoop_fast.pruning import Pruned, check_prune_mass, pruned_cross_entropy
 from cocoop_fast.text_tower import TextEncoder, TreeTextEncoder
 

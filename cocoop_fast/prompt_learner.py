@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocoop_fast.clip import ClipModel
+from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.config import ClassPosition
 from cocoop_fast.context_learner import ContextLearner, master_dtype
 from cocoop_fast.errors import UserError

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cocoop_fast.class_tree import ClassTree
-from cocoop_fast.clip import ClipModel, FrozenCLIP, text_module
+from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP, text_module
 from cocoop_fast.cpu_tower import CpuTower
 from cocoop_fast.errors import UserError
 from cocoop_fast.gpu_tower import GpuTower, tower_on
 from cocoop_fast.ops.dispatch import Backend, select_backend
+from cocoop_fast.prompts.tree import ClassTree
 from cocoop_fast.streaming import MemoryBudget, encode_in_pieces
 from cocoop_fast.torch_tower import TorchTower
 from cocoop_fast.tower_rows import TowerConstants, compute_constants, finish_block, project, qkv_rows

@@ -8,12 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cocoop_fast.class_tree import ClassTree
-from cocoop_fast.clip import Affine, TextBlock, TextWeights
+from cocoop_fast.clip.frozen import Affine, TextBlock, TextWeights
 from cocoop_fast.ops.activation import activation_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 from cocoop_fast.ops.linear import linear_ref
 from cocoop_fast.ops.path_attention import path_attention_ref
+from cocoop_fast.prompts.tree import ClassTree
 
 
 def qkv_rows(

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cocoop_fast.benchmark.agreement import TOLERANCE
 from cocoop_fast.benchmark.problem import Problem
-from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.clip.frozen import FrozenCLIP
+from cocoop_fast.clip.load import to_low_precision
 from cocoop_fast.config import OptimConfig
-from cocoop_fast.load_clip import to_low_precision
 from cocoop_fast.model import CustomCLIP
 from cocoop_fast.ops.dispatch import BACKENDS
 from cocoop_fast.reference import DensePromptedCLIP, encode_prompts, place_contexts

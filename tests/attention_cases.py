@@ -10,8 +10,8 @@ from comparison import assert_close
 from kernel_testing import POISON
 from torch import Tensor
 
-from cocoop_fast.class_tree import ClassTree
 from cocoop_fast.ops.tree_attention import tree_attention_ref
+from cocoop_fast.prompts.tree import ClassTree
 
 EOT = 99
 

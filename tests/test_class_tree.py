@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cocoop_fast import ClassTree, UserError
-from cocoop_fast.prompt_tokens import tokenize_prompts
+from cocoop_fast.prompts.tokens import tokenize_prompts
 
 SOS, EOT = 900, 999
 

@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_clip, tiny_openai_clip
 
 from cocoop_fast import UserError
-from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.clip.frozen import FrozenCLIP
 
 
 @pytest.mark.parametrize("model", [tiny_clip(), tiny_clip(resnet=True, quick_gelu=False), tiny_openai_clip()])

@@ -13,11 +13,12 @@ from comparison import assert_close
 from safetensors.torch import save_file
 from tiny_models import IMAGE_SIZE, tiny_clip
 
-from cocoop_fast import ClassTree, TreeTextEncoder, UserError, clip_weights
-from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast import ClassTree, TreeTextEncoder, UserError
+from cocoop_fast.clip import weights as clip_weights
+from cocoop_fast.clip.frozen import FrozenCLIP
+from cocoop_fast.clip.load import load_clip
 from cocoop_fast.config import ModelConfig
-from cocoop_fast.load_clip import load_clip
-from cocoop_fast.prompt_tokens import tokenize_prompts
+from cocoop_fast.prompts.tokens import tokenize_prompts
 from cocoop_fast.reference import encode_prompts
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 3}

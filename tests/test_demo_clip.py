@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from cocoop_fast.demo_clip import (
+from cocoop_fast.clip.demo import (
     ASSET,
     DEMO_IMAGE_MEAN,
     DEMO_IMAGE_SIZE,

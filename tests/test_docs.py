@@ -57,7 +57,7 @@ class Reached(BaseException):
 WORK = {
     "train": ["cocoop_fast.training.experiment.run"],
     "eval": ["cocoop_fast.training.experiment.evaluate_run"],
-    "predict": ["cocoop_fast.evaluation.predict.Predictor.from_run", "cocoop_fast.load_clip.load_clip"],
+    "predict": ["cocoop_fast.evaluation.predict.Predictor.from_run", "cocoop_fast.clip.load.load_clip"],
     "run": ["cocoop_fast.protocols.cells.check_present"],
     "sweep": ["cocoop_fast.protocols.cells.check_present"],
     "bench": ["cocoop_fast.benchmark.problem.build_problem"],

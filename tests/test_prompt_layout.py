@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from tiny_models import tiny_clip, tiny_openai_clip
 
 from cocoop_fast import ClassTree, TreeTextEncoder, UserError, reference, torch_tower
+from cocoop_fast.clip.tokenizer import tokenizer
 from cocoop_fast.ops.path_attention import path_attention_ref
 from cocoop_fast.ops.tree_attention import tree_attention_ref
-from cocoop_fast.prompt_layout import CLASS_NAME, Context, PromptLayout, layout_at, layout_of_segments
-from cocoop_fast.prompt_tokens import tokenize_prompts, tokenizer
+from cocoop_fast.prompts.layout import CLASS_NAME, Context, PromptLayout, layout_at, layout_of_segments
+from cocoop_fast.prompts.tokens import tokenize_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:Classes with the same prompt")
 

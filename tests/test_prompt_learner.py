@@ -8,8 +8,9 @@ from comparison import assert_close
 from tiny_models import IMAGE_SIZE, tiny_clip, tiny_openai_clip
 
 from cocoop_fast import PromptLearner, UserError
+from cocoop_fast.clip.tokenizer import tokenizer
 from cocoop_fast.prompt_learner import reference_cfg
-from cocoop_fast.prompt_tokens import tokenize_names, tokenize_prompts, tokenizer, warn_of_unknown_words
+from cocoop_fast.prompts.tokens import tokenize_names, tokenize_prompts, warn_of_unknown_words
 
 NAMES = ["tabby_cat", "digit zero", "dog"]
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tiny_models import tiny_clip
 
 from cocoop_fast import ClassTree, TreeTextEncoder, UserError
-from cocoop_fast.class_tree import ClassTree as Tree
 from cocoop_fast.extension import extension_available
+from cocoop_fast.prompts.tree import ClassTree as Tree
 from cocoop_fast.streaming import MemoryBudget, Pieces, parse_bytes, shard
 
 SOS, EOT, M = 900, 999, 4

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_clip, tiny_openai_clip
 
 from cocoop_fast import ClassTree, TextEncoder, TreeTextEncoder, UserError
-from cocoop_fast.prompt_tokens import tokenize_prompts
+from cocoop_fast.prompts.tokens import tokenize_prompts
 from cocoop_fast.reference import encode_prompts
 
 NAMES = ["cat", "tabby cat", "tabby", "digit zero", "digit one", "digit zero zero", "x-ray", "cat"]

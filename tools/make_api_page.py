@@ -60,21 +60,21 @@ CHAPTERS: dict[str, tuple[str, list[str]]] = {
     "Prompts of any layout": (
         "Where in a prompt the context, the class name and words stand.",
         [
-            "cocoop_fast.prompt_layout.Context",
-            "cocoop_fast.prompt_layout.ClassName",
-            "cocoop_fast.prompt_layout.PromptLayout",
-            "cocoop_fast.prompt_layout.layout_at",
-            "cocoop_fast.prompt_layout.layout_of_segments",
+            "cocoop_fast.prompts.layout.Context",
+            "cocoop_fast.prompts.layout.ClassName",
+            "cocoop_fast.prompts.layout.PromptLayout",
+            "cocoop_fast.prompts.layout.layout_at",
+            "cocoop_fast.prompts.layout.layout_of_segments",
         ],
     ),
     "CLIP models": (
         "From a name, a file or a hub to a frozen model.",
         [
-            "cocoop_fast.load_clip.load_clip",
-            "cocoop_fast.load_clip.LoadedClip",
-            "cocoop_fast.clip_weights.create_clip",
-            "cocoop_fast.demo_clip.load_demo_clip",
-            "cocoop_fast.clip.FrozenCLIP",
+            "cocoop_fast.clip.load.load_clip",
+            "cocoop_fast.clip.load.LoadedClip",
+            "cocoop_fast.clip.weights.create_clip",
+            "cocoop_fast.clip.demo.load_demo_clip",
+            "cocoop_fast.clip.frozen.FrozenCLIP",
         ],
     ),
     "Memory and pruning": (

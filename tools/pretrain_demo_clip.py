@@ -32,7 +32,7 @@ from open_clip.model import CLIP
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from cocoop_fast.demo_clip import (
+from cocoop_fast.clip.demo import (
     ASSET,
     DEMO_IMAGE_MEAN,
     DEMO_IMAGE_SIZE,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocoop_fast.benchmark.problem import Problem
-from cocoop_fast.clip import ClipModel
+from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.model import PromptedCLIP
 from cocoop_fast.ops.assemble_prompts import assemble_prompts_ref
 from cocoop_fast.prompt_learner import PromptLearner

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip import TextWeights
+from cocoop_fast.clip.frozen import TextWeights
 
 
 class GemmFloor:

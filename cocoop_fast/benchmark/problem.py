@@ -11,12 +11,12 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from torch import Tensor, nn
 
-from cocoop_fast.class_tree import ClassTree
-from cocoop_fast.clip import FrozenCLIP, TextWeights
+from cocoop_fast.clip.frozen import FrozenCLIP, TextWeights
+from cocoop_fast.clip.load import load_clip
 from cocoop_fast.config import ModelConfig
 from cocoop_fast.errors import UserError
-from cocoop_fast.load_clip import load_clip
 from cocoop_fast.prompt_learner import PromptLearner, reference_cfg
+from cocoop_fast.prompts.tree import ClassTree
 
 DEFAULT_MODEL = "ViT-B/16 text tower, random weights"
 

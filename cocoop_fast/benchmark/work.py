@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cocoop_fast.class_tree import ClassTree
-from cocoop_fast.clip import TextWeights
+from cocoop_fast.clip.frozen import TextWeights
 from cocoop_fast.plan.buffers import LayerRows, saved_bytes
 from cocoop_fast.plan.cost import Product, layer_products, tree_inference
 from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+from cocoop_fast.prompts.tree import ClassTree
 
 
 @dataclass(frozen=True)

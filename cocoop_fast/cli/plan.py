@@ -16,10 +16,10 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.readable import readable_bytes, readable_flops, readable_time
 
 if TYPE_CHECKING:
-    from cocoop_fast.class_tree import ClassTree
     from cocoop_fast.plan.devices import Device
     from cocoop_fast.plan.predict import Model, Prediction, Schedule, Setting
     from cocoop_fast.plan.sizes import RowCounts
+    from cocoop_fast.prompts.tree import ClassTree
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -124,10 +124,10 @@ def command(
 
 
 def _read(model: str, names: tuple[str, ...], ctx_init: str) -> tuple[Model, RowCounts, ClassTree]:
-    from cocoop_fast.class_tree import ClassTree
     from cocoop_fast.plan.model import describe_model
     from cocoop_fast.plan.sizes import RowCounts
-    from cocoop_fast.prompt_tokens import tokenize_prompts
+    from cocoop_fast.prompts.tokens import tokenize_prompts
+    from cocoop_fast.prompts.tree import ClassTree
 
     described = describe_model(model)
     if not ctx_init.split():

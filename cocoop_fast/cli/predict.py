@@ -113,9 +113,9 @@ def _zero_shot(
 ) -> Predictor:
     """Nothing learned. The embedded CLIP knows digits, so these are its classes if none are given."""
     from cocoop_fast.cli import configuration
+    from cocoop_fast.clip.load import load_clip
     from cocoop_fast.data import load_dataset
     from cocoop_fast.evaluation.predict import Predictor
-    from cocoop_fast.load_clip import load_clip
     from cocoop_fast.methods import build_model
 
     config = configuration.build(

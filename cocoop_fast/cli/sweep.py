@@ -138,7 +138,7 @@ def device_names(text: str | None) -> list[str]:
     """
     import torch
 
-    from cocoop_fast.load_clip import resolve_device
+    from cocoop_fast.clip.load import resolve_device
 
     if text is None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -99,7 +99,7 @@ def command(
     spec = _spec(names, batch_size, model, pretrained, ctx_init)
 
     from cocoop_fast.benchmark.problem import build_problem
-    from cocoop_fast.load_clip import resolve_device
+    from cocoop_fast.clip.load import resolve_device
     from cocoop_fast.verify import contestants, measure_pruning, verify
 
     where = resolve_device(device)

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.data.batches import test_batches
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.data.transforms import Normalize, TestTransform
 from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.metrics import Metrics, measure
-from cocoop_fast.load_clip import LoadedClip
 
 Progress = Callable[[int, int], None]  # images done, images in all
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.data.dataset import Dataset, Sample
 from cocoop_fast.evaluation.evaluate import Features, test_transform
 from cocoop_fast.evaluation.feature_key import feature_key
 from cocoop_fast.files.tensors import TensorFiles, Tensors
-from cocoop_fast.load_clip import LoadedClip
 
 
 @dataclass(frozen=True)

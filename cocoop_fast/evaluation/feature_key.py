@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.data.dataset import Dataset, Sample
 from cocoop_fast.files.tensors import tensor_bytes
-from cocoop_fast.load_clip import LoadedClip
 
 _VERSION = 2  # of the files' format and of how images are decoded
 _WEIGHT_DIGESTS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # hashing a ViT-B/16 takes 0.2 s

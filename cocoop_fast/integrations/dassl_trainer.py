@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip import ClipModel
+from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast
 from cocoop_fast.methods.coop import CoOp

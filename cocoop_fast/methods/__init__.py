@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from typing_extensions import Unpack
 
+from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import PromptConfig
-from cocoop_fast.load_clip import LoadedClip
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.methods.linear_probe import LinearProbe
 from cocoop_fast.methods.meta_nets import MetaNetsCLIP
@@ -18,7 +18,7 @@ from cocoop_fast.methods.templates import ensemble_templates
 from cocoop_fast.methods.zeroshot import ZeroShot
 from cocoop_fast.model import CustomCLIP, EngineOptions, LearnedPromptCLIP, PromptedCLIP
 from cocoop_fast.prompt_learner import reference_cfg
-from cocoop_fast.prompt_tokens import warn_of_unknown_words
+from cocoop_fast.prompts.tokens import warn_of_unknown_words
 
 LEARNED: dict[str, Callable[..., LearnedPromptCLIP]] = {
     "cocoop": CustomCLIP,

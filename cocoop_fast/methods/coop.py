@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from cocoop_fast.clip import ClipModel
+from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.context_learner import ContextLearner
 from cocoop_fast.model import EngineOptions, LearnedPromptCLIP
 

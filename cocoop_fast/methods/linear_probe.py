@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cocoop_fast.clip import ClipModel
+from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.errors import UserError
 from cocoop_fast.model import PromptedCLIP
 

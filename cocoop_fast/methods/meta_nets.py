@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from cocoop_fast.clip import ClipModel
+from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.context_learner import ContextLearner, master_dtype
 from cocoop_fast.model import EngineOptions, LearnedPromptCLIP
 from cocoop_fast.prompt_learner import MetaNet

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cocoop_fast.class_tree import ClassTree
 from cocoop_fast.extension import load_extension
+from cocoop_fast.prompts.tree import ClassTree
 
 # The rows of an image: one (B, R, d) tensor, or its context and node rows apart, (B, M, d) and (B, N, d). Either part
 # may also be (1, rows, d) or (rows, d): the same for every image.

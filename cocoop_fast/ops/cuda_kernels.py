@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cocoop_fast.class_tree import ClassTree
 from cocoop_fast.cuda_extension import load_cuda_extension
+from cocoop_fast.prompts.tree import ClassTree
 
 __all__ = ["ImageRows", "TreeAttention", "assemble_dense", "assemble_prompts_bwd", "assemble_prompts_fwd"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cocoop_fast.clip import Affine
+from cocoop_fast.clip.frozen import Affine
 
 
 def layer_norm_ref(x: Tensor, norm: Affine) -> Tensor:

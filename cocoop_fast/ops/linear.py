@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from cocoop_fast.clip import Affine
+from cocoop_fast.clip.frozen import Affine
 
 
 def linear_ref(x: Tensor, layer: Affine) -> Tensor:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from cocoop_fast.class_tree import RowPaths
+from cocoop_fast.prompts.tree import RowPaths
 
 
 def path_attention_ref(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from cocoop_fast.class_tree import ClassTree
+from cocoop_fast.prompts.tree import ClassTree
 
 
 def tree_attention_ref(

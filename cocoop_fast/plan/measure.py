@@ -22,8 +22,7 @@ from cocoop_fast.benchmark.machine import describe_machine
 from cocoop_fast.benchmark.measure import interleave
 from cocoop_fast.benchmark.memory import peak_memory
 from cocoop_fast.benchmark.problem import ProblemSpec, build_problem
-from cocoop_fast.class_tree import ClassTree
-from cocoop_fast.clip import Affine
+from cocoop_fast.clip.frozen import Affine
 from cocoop_fast.cpu_linear import FrozenLinear, PackedLinear, frozen_linear
 from cocoop_fast.cpu_tower import PANEL_ROWS, ROW_PADDING
 from cocoop_fast.errors import UserError
@@ -46,6 +45,7 @@ from cocoop_fast.plan.cost import (
 )
 from cocoop_fast.plan.sizes import RowCounts, TowerSizes
 from cocoop_fast.prompt_learner import MetaNet
+from cocoop_fast.prompts.tree import ClassTree
 
 CACHE_BYTES = 64e6  # weights beyond this are read from memory
 COPY_BYTES = 64e6

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cocoop_fast.clip import FrozenCLIP, text_module
-from cocoop_fast.demo_clip import load_demo_clip
+from cocoop_fast.clip.demo import load_demo_clip
+from cocoop_fast.clip.frozen import FrozenCLIP, text_module
+from cocoop_fast.clip.load import check_architecture
 from cocoop_fast.errors import UserError
-from cocoop_fast.load_clip import check_architecture
 from cocoop_fast.plan.predict import Model
 from cocoop_fast.plan.sizes import TowerSizes
 

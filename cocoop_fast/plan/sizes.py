@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cocoop_fast.class_tree import ClassTree
-from cocoop_fast.clip import TextWeights
+from cocoop_fast.clip.frozen import TextWeights
+from cocoop_fast.prompts.tree import ClassTree
 
 # Query rows that are summed in one go towards a context key's gradient (csrc/cpu/attention_plan.cpp, kChunkRows).
 CHUNK_ROWS = 64

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.clip.frozen import FrozenCLIP
+from cocoop_fast.clip.load import LoadedClip
+from cocoop_fast.clip.tokenizer import tokenizer
 from cocoop_fast.context_learner import ContextLearner
-from cocoop_fast.load_clip import LoadedClip
-from cocoop_fast.prompt_tokens import tokenizer
 
 NEAREST = 5
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from cocoop_fast.class_tree import ClassTree
-from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.context_learner import ContextLearner
 from cocoop_fast.extension import extension_available
 from cocoop_fast.plan.devices import ITEMSIZE, Device
 from cocoop_fast.plan.predict import Model, Prediction, Schedule, Setting, predict_dense, predict_tree
 from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+from cocoop_fast.prompts.tree import ClassTree
 from cocoop_fast.report.inspection import Inspection
 from cocoop_fast.streaming import ROWS_PER_INFERENCE_PASS
 

@@ -12,6 +12,7 @@ import torch
 from PIL.Image import Resampling
 from torch import Tensor
 
+from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import RunConfig, Subset
 from cocoop_fast.context_learner import ContextLearner
 from cocoop_fast.data import Dataset, Sample
@@ -21,7 +22,6 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import Features, autocast, encode_test_images
 from cocoop_fast.evaluation.feature_cache import FeatureCache
 from cocoop_fast.evaluation.metrics import Metrics, measure
-from cocoop_fast.load_clip import LoadedClip
 from cocoop_fast.methods import build_model, knows_other_classes
 from cocoop_fast.model import PromptedCLIP
 from cocoop_fast.report.contexts import ContextToken, Shifts, nearest_words, shifts_of

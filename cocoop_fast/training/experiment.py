@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from cocoop_fast.clip.load import LoadedClip, load_clip
 from cocoop_fast.config import DataConfig, Method, PromptConfig, RunConfig, Subset, to_mapping
 from cocoop_fast.data import Dataset, load_dataset
 from cocoop_fast.data.batches import TrainBatches
@@ -26,7 +27,6 @@ from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import Features, encode_test_images, evaluate
 from cocoop_fast.evaluation.feature_cache import TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics, harmonic_mean
-from cocoop_fast.load_clip import LoadedClip, load_clip
 from cocoop_fast.methods import LinearProbe, build_model, knows_other_classes
 from cocoop_fast.model import PromptedCLIP
 from cocoop_fast.training import checkpoint, reference_checkpoint, rng

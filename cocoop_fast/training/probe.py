@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
+from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import RunConfig
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.evaluation.evaluate import Features, encode_test_images
-from cocoop_fast.load_clip import LoadedClip
 from cocoop_fast.methods import LinearProbe
 from cocoop_fast.training.observer import Observer
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from cocoop_fast.clip.load import resolve_device, resolve_precision
 from cocoop_fast.config import Method, OptimConfig, Precision, PromptConfig, RunConfig
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.errors import UserError
-from cocoop_fast.load_clip import resolve_device, resolve_precision
 
 _BATCH_SIZE: dict[Method, int] = {"cocoop": 1, "coop": 32, "meta-nets": 1, "zeroshot": 1, "linear-probe": 1}
 _WITHOUT_EPOCHS: frozenset[Method] = frozenset(["zeroshot", "linear-probe"])

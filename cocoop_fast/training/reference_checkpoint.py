@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip import ClipModel, FrozenCLIP
+from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.context_learner import ContextLearner
 from cocoop_fast.errors import UserError

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from cocoop_fast.clip.load import load_clip
 from cocoop_fast.config import RunConfig
 from cocoop_fast.data import load_dataset
 from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.errors import UserError
-from cocoop_fast.load_clip import load_clip
 from cocoop_fast.methods import build_model
 from cocoop_fast.training import checkpoint, experiment, reference_checkpoint
 from cocoop_fast.training.checkpoint import Checkpoint

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import replace
 
+from cocoop_fast.clip.load import LoadedClip, load_clip
 from cocoop_fast.config import DataConfig, ModelConfig
 from cocoop_fast.data import Dataset, load_dataset
 from cocoop_fast.evaluation.feature_cache import FeatureCache
-from cocoop_fast.load_clip import LoadedClip, load_clip
 
 _DATASETS_KEPT = 2  # ImageNet's training list alone takes a few hundred megabytes
 
@@ -29,7 +29,7 @@ class Shared:
         self._test_sets: dict[DataConfig, Dataset] = {}
 
     def clip(self, config: ModelConfig) -> LoadedClip:
-        """As :func:`cocoop_fast.load_clip.load_clip`."""
+        """As :func:`cocoop_fast.clip.load.load_clip`."""
         if config not in self._clips:
             self._clips[config] = load_clip(config)
         return self._clips[config]

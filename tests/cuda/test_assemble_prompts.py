@@ -6,7 +6,7 @@ from attention_cases import TOLERANCES, Fenced
 from comparison import assert_close
 from kernel_testing import POISON
 
-from cocoop_fast.clip import Affine
+from cocoop_fast.clip.frozen import Affine
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 

@@ -8,7 +8,7 @@ import torch
 from attention_cases import MODES, TOLERANCES, AttentionCase, random_names, tree_of
 from comparison import assert_close
 
-from cocoop_fast.clip import Affine
+from cocoop_fast.clip.frozen import Affine
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
 from cocoop_fast.ops.dispatch import BACKENDS, kernel_table
 from cocoop_fast.ops.layer_norm import layer_norm_ref

@@ -4,7 +4,7 @@ import pytest
 import torch
 from comparison import assert_close
 
-from cocoop_fast.clip import Affine
+from cocoop_fast.clip.frozen import Affine
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 

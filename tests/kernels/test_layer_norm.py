@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from comparison import assert_close
 
-from cocoop_fast.clip import Affine
+from cocoop_fast.clip.frozen import Affine
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 
 layer_norm = pytest.importorskip("cocoop_fast.kernels.layer_norm")

@@ -11,8 +11,8 @@ from cocoop_fast import CustomCLIP, PromptLearner, UserError
 from cocoop_fast.context_learner import Learner
 from cocoop_fast.methods import CoOp, MetaNetsCLIP
 from cocoop_fast.model import LearnedPromptCLIP
-from cocoop_fast.prompt_layout import CLASS_NAME, Context, layout_of_segments
 from cocoop_fast.prompt_learner import reference_cfg
+from cocoop_fast.prompts.layout import CLASS_NAME, Context, layout_of_segments
 from cocoop_fast.reference import DensePromptedCLIP
 
 pytestmark = pytest.mark.filterwarnings("ignore:Classes with the same prompt")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from kernel_testing import Guarded, assert_close, guarded_like
 
-from cocoop_fast.clip import Affine
+from cocoop_fast.clip.frozen import Affine
 from cocoop_fast.cpu_linear import LibraryLinear, PackedLinear
 from cocoop_fast.ops import cpu_kernels
 from cocoop_fast.ops.activation import activation_ref

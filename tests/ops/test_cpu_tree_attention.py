@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_testing import Guarded, assert_close
 
-from cocoop_fast.class_tree import ClassTree
 from cocoop_fast.ops import cpu_kernels
 from cocoop_fast.ops.cpu_kernels import TreeAttention
 from cocoop_fast.ops.tree_attention import tree_attention_ref
+from cocoop_fast.prompts.tree import ClassTree
 
 EOT = 99
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cocoop_fast.clip import FrozenCLIP
+from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.errors import UserError
 from cocoop_fast.plan.model import describe_model
 from cocoop_fast.plan.sizes import TowerSizes

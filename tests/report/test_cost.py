@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from tiny_runs import loaded_tiny_clip, tiny_config
 
-from cocoop_fast.class_tree import ClassTree
 from cocoop_fast.methods import build_model
+from cocoop_fast.prompts.tree import ClassTree
 from cocoop_fast.report import cost
 from cocoop_fast.report.history import History
 from cocoop_fast.report.page import cost_rows

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from cocoop_fast.errors import UserError
 
-ASSET = Path(__file__).parent / "assets" / "demo_clip.safetensors"
+ASSET = Path(__file__).parents[1] / "assets" / "demo_clip.safetensors"
 DEMO_IMAGE_SIZE = 32
 DEMO_IMAGE_MEAN = (0.3, 0.3, 0.3)
 DEMO_IMAGE_STD = (0.36, 0.36, 0.36)

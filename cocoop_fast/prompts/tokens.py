@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
+from cocoop_fast.clip.tokenizer import tokenizer
 from cocoop_fast.errors import UserError
 
 
@@ -96,12 +95,6 @@ def pad_prompts(rows: Sequence[Sequence[int]], names: Sequence[str], context_len
             )
         tokens[k, : len(row)] = torch.tensor(row)
     return tokens
-
-
-@lru_cache(maxsize=1)
-def tokenizer() -> SimpleTokenizer:
-    """CLIP's byte-pair tokenizer; OpenAI's and open_clip's models share it."""
-    return SimpleTokenizer()
 
 
 def warn_of_unknown_words(classnames: Sequence[str], known: frozenset[int]) -> None:

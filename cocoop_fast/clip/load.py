@@ -12,12 +12,12 @@ from open_clip.model import convert_weights_to_lp
 from open_clip.transformer import LayerNorm, LayerNormFp32
 from torch import nn
 
-from cocoop_fast.clip import FrozenCLIP
-from cocoop_fast.clip_weights import FOLDER, HUB, SUFFIXES, create_clip
+from cocoop_fast.clip.demo import known_token_ids, load_demo_clip
+from cocoop_fast.clip.frozen import FrozenCLIP
+from cocoop_fast.clip.tokenizer import tokenizer
+from cocoop_fast.clip.weights import FOLDER, HUB, SUFFIXES, create_clip
 from cocoop_fast.config import ModelConfig
-from cocoop_fast.demo_clip import known_token_ids, load_demo_clip
 from cocoop_fast.errors import UserError
-from cocoop_fast.prompt_tokens import tokenizer
 
 _LOW_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -70,7 +70,7 @@ def load_clip(config: ModelConfig) -> LoadedClip:
     """Load the CLIP that a configuration names, frozen, on its device and in its precision.
 
     ``name`` "demo" is the CLIP inside the package. Any other name is an open_clip architecture, and
-    ``pretrained`` what :func:`cocoop_fast.clip_weights.create_clip` reads ("random" asks for random weights,
+    ``pretrained`` what :func:`cocoop_fast.clip.weights.create_clip` reads ("random" asks for random weights,
     which only benchmarks want); or ``name`` is a hub name or folder that holds both.
 
     Raises:

@@ -9,9 +9,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from cocoop_fast.clip.tokenizer import tokenizer
 from cocoop_fast.config import ClassPosition
 from cocoop_fast.errors import UserError
-from cocoop_fast.prompt_tokens import TokenizedPrompts, pad_prompts, spell_names, tokenizer
+from cocoop_fast.prompts.tokens import TokenizedPrompts, pad_prompts, spell_names
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from cocoop_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from cocoop_fast.prompt_layout import PromptLayout
+    from cocoop_fast.prompts.layout import PromptLayout
 
 
 @dataclass(frozen=True, eq=False)
