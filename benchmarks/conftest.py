@@ -21,7 +21,7 @@ from cocoop_fast.benchmark.problem import (
     imagenet_names,
     random_text_tower,
 )
-from cocoop_fast.free_memory import available_memory
+from cocoop_fast.engine.free_memory import available_memory
 
 # A record may take about this long to be measured, the floor before each round included.
 TARGET_SECONDS = 6.0

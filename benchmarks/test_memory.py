@@ -6,7 +6,7 @@ from cocoop_fast.benchmark.contestants import BY_NAME
 from cocoop_fast.benchmark.memory import peak_memory
 from cocoop_fast.benchmark.problem import ProblemSpec, imagenet_names
 from cocoop_fast.benchmark.work import saved_by_engine
-from cocoop_fast.free_memory import available_memory
+from cocoop_fast.engine.free_memory import available_memory
 
 CASES = [
     ("dense", 100),

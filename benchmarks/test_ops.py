@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cocoop_fast.benchmark.problem import Problem
 from cocoop_fast.extension import extension_available
-from cocoop_fast.ops import cpu_kernels as cpu
+from cocoop_fast.ops import cpu
 from cocoop_fast.ops.activation import activation_ref
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
 from cocoop_fast.ops.head import cosine_logits_ref

@@ -9,18 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cocoop_fast.engine.encoder import TextEncoder, TreeTextEncoder
     from cocoop_fast.errors import UserError
-    from cocoop_fast.model import CustomCLIP
-    from cocoop_fast.prompt_learner import PromptLearner
+    from cocoop_fast.methods.base import CustomCLIP
+    from cocoop_fast.methods.cocoop import PromptLearner
     from cocoop_fast.prompts.tree import ClassTree
-    from cocoop_fast.text_tower import TextEncoder, TreeTextEncoder
 
 _HOME = {
     "ClassTree": "prompts.tree",
-    "CustomCLIP": "model",
-    "PromptLearner": "prompt_learner",
-    "TextEncoder": "text_tower",
-    "TreeTextEncoder": "text_tower",
+    "CustomCLIP": "methods.base",
+    "PromptLearner": "methods.cocoop",
+    "TextEncoder": "engine.encoder",
+    "TreeTextEncoder": "engine.encoder",
     "UserError": "errors",
 }
 __all__ = ["ClassTree", "CustomCLIP", "PromptLearner", "TextEncoder", "TreeTextEncoder", "UserError"]

@@ -22,8 +22,8 @@ from cocoop_fast.benchmark.problem import Problem
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import to_low_precision
 from cocoop_fast.config import OptimConfig
-from cocoop_fast.model import CustomCLIP
-from cocoop_fast.ops.dispatch import BACKENDS
+from cocoop_fast.methods.base import CustomCLIP
+from cocoop_fast.ops.table import BACKENDS
 from cocoop_fast.reference import DensePromptedCLIP, encode_prompts, place_contexts
 from cocoop_fast.training.optimizer import build_optimizer
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
@@ -151,7 +151,7 @@ class PruningError:
 
     contestant: Contestant
     gradients: float  # of all parameters together, in the Euclidean norm, relative to the exact ones
-    share_left_out: float  # of the weights, as `cocoop_fast.pruning` counts it
+    share_left_out: float  # of the weights, as `cocoop_fast.engine.pruning` counts it
     classes_kept: int
 
 

@@ -11,8 +11,8 @@ from tiny_models import IMAGE_SIZE, tiny_clip
 
 from cocoop_fast import ClassTree, CustomCLIP, TreeTextEncoder, UserError
 from cocoop_fast.extension import extension_available
-from cocoop_fast.ops.cpu_kernels import available_isas, set_isa
-from cocoop_fast.prompt_learner import reference_cfg
+from cocoop_fast.methods.cocoop import reference_cfg
+from cocoop_fast.ops.cpu import available_isas, set_isa
 
 pytestmark = pytest.mark.skipif(not extension_available(), reason="the C++ extension is not built")
 
@@ -107,7 +107,7 @@ def test_fuzzed_trees(paths, n_ctx, batch, quick_gelu, seed):
 def test_panels_change_nothing(layers, monkeypatch):
     engine, twin = encoders(layers=layers)
     assert engine.tree.rows > 20
-    monkeypatch.setattr("cocoop_fast.cpu_tower.PANEL_ROWS", 7)
+    monkeypatch.setattr("cocoop_fast.engine.cpu_tower.PANEL_ROWS", 7)
     compare(engine, twin, context(3, 4))
     with torch.no_grad():
         assert_close(engine(context(3, 4)), twin(context(3, 4).double()), 1e-5)

@@ -12,9 +12,9 @@ from tiny_models import IMAGE_SIZE, tiny_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cocoop_fast import CustomCLIP, TreeTextEncoder, UserError
-from cocoop_fast.ops.dispatch import BACKENDS, select_backend
-from cocoop_fast.prompt_learner import reference_cfg
-from cocoop_fast.tower_rows import compute_constants
+from cocoop_fast.engine.constants import compute_constants
+from cocoop_fast.methods.cocoop import reference_cfg
+from cocoop_fast.ops.table import BACKENDS, select_backend
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 

@@ -16,7 +16,7 @@ from tiny_models import IMAGE_SIZE, tiny_clip, tiny_openai_clip
 
 from cocoop_fast import CustomCLIP, UserError
 from cocoop_fast.methods import CoOp, ZeroShot
-from cocoop_fast.prompt_learner import reference_cfg
+from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.reference import DensePromptedCLIP, zero_shot_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:Classes with the same prompt")

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_clip, tiny_openai_clip
 
-from cocoop_fast import ClassTree, TreeTextEncoder, UserError, reference, torch_tower
+from cocoop_fast import ClassTree, TreeTextEncoder, UserError, reference
 from cocoop_fast.clip.tokenizer import tokenizer
+from cocoop_fast.engine import torch_tower
 from cocoop_fast.ops.path_attention import path_attention_ref
 from cocoop_fast.ops.tree_attention import tree_attention_ref
 from cocoop_fast.prompts.layout import CLASS_NAME, Context, PromptLayout, layout_at, layout_of_segments
@@ -228,7 +229,7 @@ def test_groups_without_gradients(monkeypatch):
     encoder = TreeTextEncoder(model, tree)
     ctx, deep = (contexts("(B,M,d)", 3, seed).detach() for seed in range(2))
     expected = encoder(ctx, [deep])
-    monkeypatch.setattr("cocoop_fast.streaming.ROWS_PER_INFERENCE_PASS", 2 * tree.rows)
+    monkeypatch.setattr("cocoop_fast.engine.pieces.ROWS_PER_INFERENCE_PASS", 2 * tree.rows)
     assert_close(encoder(ctx, [deep]), expected, 1e-13)
 
 

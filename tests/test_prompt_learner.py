@@ -9,7 +9,7 @@ from tiny_models import IMAGE_SIZE, tiny_clip, tiny_openai_clip
 
 from cocoop_fast import PromptLearner, UserError
 from cocoop_fast.clip.tokenizer import tokenizer
-from cocoop_fast.prompt_learner import reference_cfg
+from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.prompts.tokens import tokenize_names, tokenize_prompts, warn_of_unknown_words
 
 NAMES = ["tabby_cat", "digit zero", "dog"]

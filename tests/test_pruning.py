@@ -12,9 +12,9 @@ from test_streaming import M, encoder
 from tiny_models import IMAGE_SIZE, tiny_clip
 
 from cocoop_fast import CustomCLIP, UserError
+from cocoop_fast.engine.pruning import check_prune_mass, classes_to_keep, pruned_cross_entropy
+from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.ops.head import cosine_logits_ref
-from cocoop_fast.prompt_learner import reference_cfg
-from cocoop_fast.pruning import check_prune_mass, classes_to_keep, pruned_cross_entropy
 
 
 @settings(deadline=None, max_examples=100)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tiny_models import tiny_clip
 
 from cocoop_fast import ClassTree, TreeTextEncoder, UserError
+from cocoop_fast.engine.pieces import MemoryBudget, Pieces, parse_bytes, shard
 from cocoop_fast.extension import extension_available
 from cocoop_fast.prompts.tree import ClassTree as Tree
-from cocoop_fast.streaming import MemoryBudget, Pieces, parse_bytes, shard
 
 SOS, EOT, M = 900, 999, 4
 NAMES = [[1 + i % 5, 10 + i // 5, *[3] * (i % 4)] for i in range(60)] + [[1, 10], [1, 10]]

@@ -30,9 +30,9 @@ from torch import Tensor
 from cocoop_fast.benchmark.machine import describe_machine, one_line
 from cocoop_fast.benchmark.measure import interleave
 from cocoop_fast.cli.output import print_table
-from cocoop_fast.cpu_tower import ROW_PADDING
+from cocoop_fast.engine.cpu_tower import ROW_PADDING
 from cocoop_fast.extension import extension_available
-from cocoop_fast.ops import cpu_kernels
+from cocoop_fast.ops import cpu as cpu_kernels
 
 D, LAYERS = 512, 12
 SHAPES = {"qkv": (3 * D, D), "out": (D, D), "fc": (4 * D, D), "proj": (D, 4 * D)}  # weights, (out, in)

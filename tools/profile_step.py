@@ -26,7 +26,7 @@ from cocoop_fast.benchmark.machine import describe_machine, one_line
 from cocoop_fast.benchmark.problem import ProblemSpec, build_problem, imagenet_names
 from cocoop_fast.cli.output import print_table
 from cocoop_fast.errors import UserError
-from cocoop_fast.ops import cpu_kernels
+from cocoop_fast.ops import cpu as cpu_kernels
 
 GEMMS = (
     *("mm", "addmm", "matmul", "bmm", "__matmul__"),

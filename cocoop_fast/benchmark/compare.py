@@ -13,7 +13,7 @@ from cocoop_fast.benchmark.measure import Timing, interleave, seconds_of
 from cocoop_fast.benchmark.memory import peak_memory
 from cocoop_fast.benchmark.problem import Problem
 from cocoop_fast.benchmark.work import Work
-from cocoop_fast.free_memory import available_memory
+from cocoop_fast.engine.free_memory import available_memory
 
 MEMORY_SHARE = 0.8  # of what is available: more would swap
 

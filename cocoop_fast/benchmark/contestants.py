@@ -16,7 +16,7 @@ from cocoop_fast.benchmark.problem import Problem
 from cocoop_fast.benchmark.work import Work, gemm_flops, saved_by_engine, tree_flops
 from cocoop_fast.errors import UserError
 from cocoop_fast.extension import extension_available
-from cocoop_fast.model import CustomCLIP
+from cocoop_fast.methods.base import CustomCLIP
 
 COOP_BATCH = 32  # the batch size that the reference trains CoOp with
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cocoop_fast.benchmark.problem import Problem
 from cocoop_fast.clip.frozen import ClipModel
-from cocoop_fast.model import PromptedCLIP
+from cocoop_fast.methods.base import PromptedCLIP
+from cocoop_fast.methods.cocoop import PromptLearner
 from cocoop_fast.ops.assemble_prompts import assemble_prompts_ref
-from cocoop_fast.prompt_learner import PromptLearner
 from cocoop_fast.reference import DensePromptedCLIP, encode_prompts
 
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocoop_fast.benchmark.problem import Problem
-from cocoop_fast.model import PromptedCLIP
+from cocoop_fast.engine.constants import finish_block, project
+from cocoop_fast.methods.base import PromptedCLIP
+from cocoop_fast.methods.cocoop import PromptLearner
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 from cocoop_fast.ops.linear import linear_ref
-from cocoop_fast.prompt_learner import PromptLearner
-from cocoop_fast.tower_rows import finish_block, project
 
 
 class PaddingFreeCLIP(PromptedCLIP):

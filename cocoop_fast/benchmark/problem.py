@@ -15,7 +15,7 @@ from cocoop_fast.clip.frozen import FrozenCLIP, TextWeights
 from cocoop_fast.clip.load import load_clip
 from cocoop_fast.config import ModelConfig
 from cocoop_fast.errors import UserError
-from cocoop_fast.prompt_learner import PromptLearner, reference_cfg
+from cocoop_fast.methods.cocoop import PromptLearner, reference_cfg
 from cocoop_fast.prompts.tree import ClassTree
 
 DEFAULT_MODEL = "ViT-B/16 text tower, random weights"

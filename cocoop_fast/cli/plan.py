@@ -99,8 +99,8 @@ def command(
         return
     check_positive(k=k, batch_size=batch_size, shots=shots, train_images=train_images)
     check_positive(epochs=epochs, test_images=test_images, threads=threads)
+    from cocoop_fast.engine.pieces import parse_bytes
     from cocoop_fast.plan.predict import Schedule, predict_dense, predict_tree
-    from cocoop_fast.streaming import parse_bytes
 
     limit = None if budget is None else parse_bytes(budget)
     names = class_names(classes, k)
@@ -172,9 +172,9 @@ def _setting(
     threads: int | None,
     tell: Callable[[str], None],
 ) -> Setting:
+    from cocoop_fast.engine.pieces import ROWS_PER_INFERENCE_PASS
     from cocoop_fast.plan.devices import ITEMSIZE, find_gpu
     from cocoop_fast.plan.predict import Setting
-    from cocoop_fast.streaming import ROWS_PER_INFERENCE_PASS
 
     packs, process_bytes = False, 0
     found: Device

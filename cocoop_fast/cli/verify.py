@@ -162,7 +162,7 @@ def _spec(
 
 
 def _check_backends(chosen: list[str]) -> None:
-    from cocoop_fast.ops.dispatch import BACKENDS
+    from cocoop_fast.ops.table import BACKENDS
 
     known = [backend.name for backend in BACKENDS]
     for name in chosen:

@@ -11,13 +11,13 @@ from typing_extensions import Unpack
 
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import PromptConfig
+from cocoop_fast.methods.base import CustomCLIP, EngineOptions, LearnedPromptCLIP, PromptedCLIP
+from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.methods.linear_probe import LinearProbe
 from cocoop_fast.methods.meta_nets import MetaNetsCLIP
 from cocoop_fast.methods.templates import ensemble_templates
 from cocoop_fast.methods.zeroshot import ZeroShot
-from cocoop_fast.model import CustomCLIP, EngineOptions, LearnedPromptCLIP, PromptedCLIP
-from cocoop_fast.prompt_learner import reference_cfg
 from cocoop_fast.prompts.tokens import warn_of_unknown_words
 
 LEARNED: dict[str, Callable[..., LearnedPromptCLIP]] = {

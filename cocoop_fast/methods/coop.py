@@ -8,8 +8,8 @@ from typing import Any
 from typing_extensions import Unpack
 
 from cocoop_fast.clip.frozen import ClipModel
-from cocoop_fast.context_learner import ContextLearner
-from cocoop_fast.model import EngineOptions, LearnedPromptCLIP
+from cocoop_fast.methods.base import EngineOptions, LearnedPromptCLIP
+from cocoop_fast.methods.learner import ContextLearner
 
 
 class CoOp(LearnedPromptCLIP):

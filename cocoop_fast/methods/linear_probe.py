@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.errors import UserError
-from cocoop_fast.model import PromptedCLIP
+from cocoop_fast.methods.base import PromptedCLIP
 
 GRID = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)
 STEPS = 8  # halvings of the interval around the best of the grid, on a logarithmic scale

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from cocoop_fast.clip.frozen import ClipModel
-from cocoop_fast.context_learner import ContextLearner, master_dtype
-from cocoop_fast.model import EngineOptions, LearnedPromptCLIP
-from cocoop_fast.prompt_learner import MetaNet
+from cocoop_fast.methods.base import EngineOptions, LearnedPromptCLIP
+from cocoop_fast.methods.cocoop import MetaNet
+from cocoop_fast.methods.learner import ContextLearner, master_dtype
 
 
 class MetaNetsLearner(ContextLearner):

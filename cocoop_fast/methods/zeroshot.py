@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
+from cocoop_fast.engine.encoder import TextEncoder
 from cocoop_fast.errors import UserError
-from cocoop_fast.model import PromptedCLIP
+from cocoop_fast.methods.base import PromptedCLIP
 from cocoop_fast.prompts.tokens import tokenize_names
-from cocoop_fast.text_tower import TextEncoder
 
 PROMPTS_PER_PASS = 256
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cocoop_fast.ops import cpu_kernels as cpu
-from cocoop_fast.ops.dispatch import kernel_table, select_backend
+from cocoop_fast.ops import cpu
+from cocoop_fast.ops.table import kernel_table, select_backend
 
 
 def cosine_logits_ref(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from cocoop_fast.cpu_tower import PANEL_ROWS, ROW_PADDING
-from cocoop_fast.ops.cpu_kernels import PANEL_COLUMNS
+from cocoop_fast.engine.cpu_tower import PANEL_ROWS, ROW_PADDING
+from cocoop_fast.ops.cpu import PANEL_COLUMNS
 from cocoop_fast.plan.sizes import CHUNK_ROWS, RowCounts, TowerSizes
 
 FLOAT_BYTES = 4

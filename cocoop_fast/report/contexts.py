@@ -10,7 +10,7 @@ from torch import Tensor
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.clip.tokenizer import tokenizer
-from cocoop_fast.context_learner import ContextLearner
+from cocoop_fast.methods.learner import ContextLearner
 
 NEAREST = 5
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from cocoop_fast.clip.frozen import FrozenCLIP
-from cocoop_fast.context_learner import ContextLearner
+from cocoop_fast.engine.pieces import ROWS_PER_INFERENCE_PASS
 from cocoop_fast.extension import extension_available
+from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.plan.devices import ITEMSIZE, Device
 from cocoop_fast.plan.predict import Model, Prediction, Schedule, Setting, predict_dense, predict_tree
 from cocoop_fast.plan.sizes import RowCounts, TowerSizes
 from cocoop_fast.prompts.tree import ClassTree
 from cocoop_fast.report.inspection import Inspection
-from cocoop_fast.streaming import ROWS_PER_INFERENCE_PASS
 
 ENOUGH = 1 << 62  # bytes: whether a batch fits is not asked here
 _ROUNDS, _SECONDS = 2, 0.2  # a rough measurement of this machine will do

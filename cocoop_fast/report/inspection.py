@@ -14,7 +14,6 @@ from torch import Tensor
 
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import RunConfig, Subset
-from cocoop_fast.context_learner import ContextLearner
 from cocoop_fast.data import Dataset, Sample
 from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.data.images import ImageError
@@ -23,7 +22,8 @@ from cocoop_fast.evaluation.evaluate import Features, autocast, encode_test_imag
 from cocoop_fast.evaluation.feature_cache import FeatureCache
 from cocoop_fast.evaluation.metrics import Metrics, measure
 from cocoop_fast.methods import build_model, knows_other_classes
-from cocoop_fast.model import PromptedCLIP
+from cocoop_fast.methods.base import PromptedCLIP
+from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.report.contexts import ContextToken, Shifts, nearest_words, shifts_of
 from cocoop_fast.report.sources import Run
 from cocoop_fast.training.checkpoint import load_parameters

@@ -28,7 +28,7 @@ from cocoop_fast.evaluation.evaluate import Features, encode_test_images, evalua
 from cocoop_fast.evaluation.feature_cache import TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics, harmonic_mean
 from cocoop_fast.methods import LinearProbe, build_model, knows_other_classes
-from cocoop_fast.model import PromptedCLIP
+from cocoop_fast.methods.base import PromptedCLIP
 from cocoop_fast.training import checkpoint, reference_checkpoint, rng
 from cocoop_fast.training.checkpoint import Checkpoint
 from cocoop_fast.training.observer import EvaluationInfo, Observer, Observers, RunInfo

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.distributed.ranks import Group, Ranks
+from cocoop_fast.engine.pruning import Pruned
 from cocoop_fast.evaluation.evaluate import autocast
-from cocoop_fast.pruning import Pruned
 from cocoop_fast.training.precision import LossScaler
 
 

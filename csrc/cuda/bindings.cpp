@@ -1,5 +1,5 @@
 // The Python module cocoop_fast._cuda: the launchers of kernels.h. Addresses come as integers: of rows with their two
-// strides, of small arrays with their type. cocoop_fast/ops/cuda_kernels.py has checked what is there.
+// strides, of small arrays with their type. cocoop_fast/ops/cuda.py has checked what is there.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

@@ -2,7 +2,7 @@
 //
 // B images, K classes, N tree nodes, M context rows, R = M + N rows of an image, d width, H heads of size D.
 // Strides are in elements. Pointers are device memory of the current device. The caller checks shapes and addresses
-// (cocoop_fast/ops/cuda_kernels.py); a launcher refuses only sizes that it has no kernel or no grid for.
+// (cocoop_fast/ops/cuda.py); a launcher refuses only sizes that it has no kernel or no grid for.
 #pragma once
 
 #include <cuda_runtime_api.h>

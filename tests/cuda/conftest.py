@@ -6,7 +6,7 @@ import pytest
 from emulated_cuda import build
 
 from cocoop_fast import cuda_extension
-from cocoop_fast.ops import cuda_kernels
+from cocoop_fast.ops import cuda as cuda_kernels
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from comparison import assert_close
 
 from cocoop_fast.clip.frozen import Affine
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
-from cocoop_fast.ops.dispatch import BACKENDS, kernel_table
 from cocoop_fast.ops.layer_norm import layer_norm_ref
+from cocoop_fast.ops.table import BACKENDS, kernel_table
 
 pytestmark = [
     pytest.mark.gpu,

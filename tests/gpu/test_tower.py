@@ -6,7 +6,7 @@ from attention_cases import random_names, tree_of
 from tiny_models import tiny_clip
 
 from cocoop_fast import TreeTextEncoder
-from cocoop_fast.ops.dispatch import BACKENDS
+from cocoop_fast.ops.table import BACKENDS
 
 pytestmark = [
     pytest.mark.gpu,

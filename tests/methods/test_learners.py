@@ -8,10 +8,10 @@ from comparison import assert_close
 from tiny_models import IMAGE_SIZE, tiny_clip
 
 from cocoop_fast import CustomCLIP, PromptLearner, UserError
-from cocoop_fast.context_learner import Learner
 from cocoop_fast.methods import CoOp, MetaNetsCLIP
-from cocoop_fast.model import LearnedPromptCLIP
-from cocoop_fast.prompt_learner import reference_cfg
+from cocoop_fast.methods.base import LearnedPromptCLIP
+from cocoop_fast.methods.cocoop import reference_cfg
+from cocoop_fast.methods.learner import Learner
 from cocoop_fast.prompts.layout import CLASS_NAME, Context, layout_of_segments
 from cocoop_fast.reference import DensePromptedCLIP
 

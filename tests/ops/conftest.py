@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cocoop_fast import extension
-from cocoop_fast.ops import cpu_kernels
+from cocoop_fast.ops import cpu as cpu_kernels
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from kernel_testing import Guarded, assert_close, guarded_like
 
 from cocoop_fast.clip.frozen import Affine
-from cocoop_fast.cpu_linear import LibraryLinear, PackedLinear
-from cocoop_fast.ops import cpu_kernels
+from cocoop_fast.engine.linear import LibraryLinear, PackedLinear
+from cocoop_fast.ops import cpu as cpu_kernels
 from cocoop_fast.ops.activation import activation_ref
 
 # n, k, width: less than a tile, whole tiles, one row more, columns left over, sums of more than one block

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kernel_testing import Guarded, assert_close, guarded_like
 
 from cocoop_fast.clip.frozen import Affine
-from cocoop_fast.ops import cpu_kernels
+from cocoop_fast.ops import cpu as cpu_kernels
 from cocoop_fast.ops.activation import activation_ref
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
 from cocoop_fast.ops.head import cosine_logits_ref

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_testing import Guarded, assert_close
 
-from cocoop_fast.ops import cpu_kernels
-from cocoop_fast.ops.cpu_kernels import TreeAttention
+from cocoop_fast.ops import cpu as cpu_kernels
+from cocoop_fast.ops.cpu import TreeAttention
 from cocoop_fast.ops.tree_attention import tree_attention_ref
 from cocoop_fast.prompts.tree import ClassTree
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny_models import tiny_clip
 
-from cocoop_fast import cpu_tower
+from cocoop_fast.engine import cpu_tower
+from cocoop_fast.engine.encoder import TreeTextEncoder
 from cocoop_fast.extension import extension_available
-from cocoop_fast.ops import cpu_kernels
+from cocoop_fast.ops import cpu as cpu_kernels
 from cocoop_fast.plan import buffers
 from cocoop_fast.plan.sizes import RowCounts, TowerSizes
 from cocoop_fast.prompts.tokens import tokenize_prompts
 from cocoop_fast.prompts.tree import ClassTree
-from cocoop_fast.text_tower import TreeTextEncoder
 
 pytestmark = pytest.mark.skipif(not extension_available(), reason="the C++ extension is not built")
 

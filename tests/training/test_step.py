@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cocoop_fast import ClassTree
 from cocoop_fast.config import OptimConfig, PromptConfig
+from cocoop_fast.engine.torch_tower import TorchTower
 from cocoop_fast.methods import build_model
 from cocoop_fast.ops import head
-from cocoop_fast.torch_tower import TorchTower
 from cocoop_fast.training.features import EncodedBatch
 from cocoop_fast.training.optimizer import build_optimizer
 from cocoop_fast.training.precision import LossScaler

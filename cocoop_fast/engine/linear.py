@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip.frozen import Affine
-from cocoop_fast.ops import cpu_kernels as cpu
+from cocoop_fast.ops import cpu
 
 
 class FrozenLinear(Protocol):

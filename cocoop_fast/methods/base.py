@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
-from cocoop_fast.context_learner import Learner
+from cocoop_fast.engine.encoder import TextEncoder, TreeTextEncoder
+from cocoop_fast.engine.pruning import Pruned, check_prune_mass, pruned_cross_entropy
 from cocoop_fast.errors import UserError
+from cocoop_fast.methods.cocoop import PromptLearner
+from cocoop_fast.methods.learner import Learner
 from cocoop_fast.ops.head import cosine_cross_entropy, cosine_logits_ref
-from cocoop_fast.prompt_learner import PromptLearner
 from cocoop_fast.prompts.tree import ClassTree
-from cocoop_fast.pruning import Pruned, check_prune_mass, pruned_cross_entropy
-from cocoop_fast.text_tower import TextEncoder, TreeTextEncoder
 
 
 class EngineOptions(TypedDict, total=False):
     """How text is computed; the same for every learned prompt."""
 
-    backend: str  # "auto", or a backend of `cocoop_fast.ops.dispatch`
-    memory_budget: int | str | None  # see `cocoop_fast.streaming`
-    prune_mass: float  # tau of `cocoop_fast.pruning`; 0 is exact
+    backend: str  # "auto", or a backend of `cocoop_fast.ops.table`
+    memory_budget: int | str | None  # see `cocoop_fast.engine.pieces`
+    prune_mass: float  # tau of `cocoop_fast.engine.pruning`; 0 is exact
 
 
 class PromptedCLIP(nn.Module):
@@ -139,7 +139,7 @@ class LearnedPromptCLIP(PromptedCLIP):
     Args:
         clip_model: an open_clip or OpenAI CLIP with a causal, EOT-pooled text tower.
         learner: what is learned.
-        backend: "auto", or a backend of :mod:`cocoop_fast.ops.dispatch`.
+        backend: "auto", or a backend of :mod:`cocoop_fast.ops.table`.
         memory_budget: bytes, or text like "256MB", for all that a step allocates above the loaded model; None: most
             of what is free. What does not fit is computed in pieces, with the same result.
         prune_mass: tau: in training, backward leaves out classes that have at most a share tau of the probability

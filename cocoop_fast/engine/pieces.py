@@ -19,14 +19,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from cocoop_fast.cpu_tower import CpuTower
+from cocoop_fast.engine.constants import TowerConstants
+from cocoop_fast.engine.cpu_tower import CpuTower
+from cocoop_fast.engine.free_memory import free_memory
+from cocoop_fast.engine.torch_tower import TorchTower
 from cocoop_fast.errors import UserError
-from cocoop_fast.free_memory import free_memory
 from cocoop_fast.plan import buffers
 from cocoop_fast.plan.sizes import RowCounts, TowerSizes
 from cocoop_fast.prompts.tree import ClassTree
-from cocoop_fast.torch_tower import TorchTower
-from cocoop_fast.tower_rows import TowerConstants
 
 # Of the memory that activations may take, what the pass without gradients gets: it keeps one layer, backward all.
 _INFERENCE_SHARE = 1 / 8

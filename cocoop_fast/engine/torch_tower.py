@@ -12,10 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cocoop_fast.engine.constants import TowerConstants, finish_block, project, qkv_rows
 from cocoop_fast.ops.path_attention import path_attention_ref
 from cocoop_fast.ops.tree_attention import tree_attention_ref
 from cocoop_fast.prompts.tree import RowPaths
-from cocoop_fast.tower_rows import TowerConstants, finish_block, project, qkv_rows
 
 
 class TorchTower:

@@ -1,4 +1,4 @@
-"""Launchers of the CUDA C++ kernels, as :mod:`cocoop_fast.ops.cpu_kernels` has them; the rest of the table is Triton's.
+"""Launchers of the CUDA C++ kernels, as :mod:`cocoop_fast.ops.cpu` has them; the rest of the table is Triton's.
 
 Tensors are on one CUDA device; results are written into tensors of the caller, on torch's current stream, and nothing
 waits for the device or allocates. "Rows" are tensors whose last dimension is contiguous. Everything is checked before

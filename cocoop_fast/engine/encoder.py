@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP, text_module
-from cocoop_fast.cpu_tower import CpuTower
+from cocoop_fast.engine.constants import TowerConstants, compute_constants, finish_block, project, qkv_rows
+from cocoop_fast.engine.cpu_tower import CpuTower
+from cocoop_fast.engine.gpu_tower import GpuTower, tower_on
+from cocoop_fast.engine.pieces import MemoryBudget, encode_in_pieces
+from cocoop_fast.engine.torch_tower import TorchTower
 from cocoop_fast.errors import UserError
-from cocoop_fast.gpu_tower import GpuTower, tower_on
-from cocoop_fast.ops.dispatch import Backend, select_backend
+from cocoop_fast.ops.table import Backend, select_backend
 from cocoop_fast.prompts.tree import ClassTree
-from cocoop_fast.streaming import MemoryBudget, encode_in_pieces
-from cocoop_fast.torch_tower import TorchTower
-from cocoop_fast.tower_rows import TowerConstants, compute_constants, finish_block, project, qkv_rows
 
 Tower = TorchTower | CpuTower | GpuTower
 TOWERS: dict[str, Callable[[TowerConstants], Tower]] = {
@@ -41,11 +41,11 @@ class TreeTextEncoder(nn.Module):
     Args:
         clip_model: an open_clip or OpenAI CLIP whose text tower is causal and EOT-pooled.
         tree: the class tree of the K prompts.
-        backend: "auto" or the name of a backend of :mod:`cocoop_fast.ops.dispatch`. Trees of other than the
+        backend: "auto" or the name of a backend of :mod:`cocoop_fast.ops.table`. Trees of other than the
             standard shape, and deep prompts, are always computed by "torch"; a warning says so where another
             backend was named.
         memory_budget: bytes, or text like "256MB", for all that a step allocates above the loaded model. What does
-            not fit goes through the tower in pieces, see :mod:`cocoop_fast.streaming`. None: most of what is free.
+            not fit goes through the tower in pieces, see :mod:`cocoop_fast.engine.pieces`. None: most of what is free.
 
     Raises:
         UserError: an unsupported text tower or backend, a tree that does not fit the tower's context length, or a

@@ -94,11 +94,11 @@ def select_backend(device: torch.device, dtype: torch.dtype, explicit: str = "au
 
 
 def kernel_table(backend: str) -> Any:
-    """The launchers of "triton" or "cuda", with the interface of :mod:`cocoop_fast.ops.triton_kernels`."""
-    triton_kernels = importlib.import_module("cocoop_fast.ops.triton_kernels")
+    """The launchers of "triton" or "cuda", with the interface of :mod:`cocoop_fast.ops.triton`."""
+    triton_kernels = importlib.import_module("cocoop_fast.ops.triton")
     if backend == "triton":
         return triton_kernels
-    cuda_kernels = importlib.import_module("cocoop_fast.ops.cuda_kernels")
+    cuda_kernels = importlib.import_module("cocoop_fast.ops.cuda")
     names = {*triton_kernels.__all__, *cuda_kernels.__all__}
     return SimpleNamespace(
         **{name: getattr(cuda_kernels, name, getattr(triton_kernels, name, None)) for name in names}

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip.frozen import Affine, TextBlock, TextWeights
-from cocoop_fast.cpu_linear import FrozenLinear, LibraryLinear, frozen_linear
+from cocoop_fast.engine.constants import TowerConstants
+from cocoop_fast.engine.linear import FrozenLinear, LibraryLinear, frozen_linear
+from cocoop_fast.engine.memory import Buffers, Statistics
 from cocoop_fast.errors import UserError
-from cocoop_fast.ops import cpu_kernels as cpu
-from cocoop_fast.tower_buffers import Buffers, Statistics
-from cocoop_fast.tower_rows import TowerConstants
+from cocoop_fast.ops import cpu
 
 # Rows that go together from one attention to the next. Fewer, and each weight is read too often; more, and the widest
 # intermediate (4d floats a row) leaves the cache. docs/performance.md has the measurement.

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cocoop_fast.engine.encoder import TreeTextEncoder
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.head import cosine_logits_ref
-from cocoop_fast.text_tower import TreeTextEncoder
 
 
 @dataclass(frozen=True)

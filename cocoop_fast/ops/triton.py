@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels, as :mod:`cocoop_fast.ops.cpu_kernels` has them.
+"""Launchers of the Triton kernels, as :mod:`cocoop_fast.ops.cpu` has them.
 
 Tensors are on one device, rows and weights in float16, bfloat16 or float32; statistics, logits and losses are float32.
 Results are written into tensors of the caller, nothing of activation size is allocated and nothing waits for the device:

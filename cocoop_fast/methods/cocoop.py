@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.config import ClassPosition
-from cocoop_fast.context_learner import ContextLearner, master_dtype
 from cocoop_fast.errors import UserError
+from cocoop_fast.methods.learner import ContextLearner, master_dtype
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
 
 

@@ -1,6 +1,6 @@
 """The text transformer over tree rows on a GPU: fused kernels between the vendor's GEMMs, backward by hand.
 
-What is saved and why backward is so short is said in :mod:`cocoop_fast.cpu_tower`; here the rows and the weights may be
+What is saved and why backward is so short is said in :mod:`cocoop_fast.engine.cpu_tower`; here the rows and the weights may be
 float16, bfloat16 or float32 (statistics always float32), and what costs is the number of launches: 8 a layer forward and
 9 backward, and 5 each that come once. A GEMM that adds a residual would copy it into its result first, so the LayerNorm
 behind it adds residual and bias. Nothing waits for the device or depends on its results, so that a whole step can be
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip.frozen import Affine, TextWeights
+from cocoop_fast.engine.constants import TowerConstants
+from cocoop_fast.engine.memory import Buffers, Lease, Pool, Statistics
 from cocoop_fast.errors import UserError
-from cocoop_fast.ops.dispatch import kernel_table
-from cocoop_fast.tower_buffers import Buffers, Lease, Pool, Statistics
-from cocoop_fast.tower_rows import TowerConstants
+from cocoop_fast.ops.table import kernel_table
 
 
 class GpuTower:
@@ -33,7 +33,7 @@ class GpuTower:
 
     Args:
         constants: what the model and the class list fix.
-        kernels: the launchers, an interface as :mod:`cocoop_fast.ops.triton_kernels` has it.
+        kernels: the launchers, an interface as :mod:`cocoop_fast.ops.triton` has it.
         workspace: of another tower over the same weights, to share its memory. Default: a new one.
     """
 

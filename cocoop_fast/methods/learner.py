@@ -16,7 +16,7 @@ from cocoop_fast.prompts.tokens import tokenize_prompts
 
 
 class Learner(nn.Module):
-    """The interface between a method and the engine, :class:`cocoop_fast.model.LearnedPromptCLIP`.
+    """The interface between a method and the engine, :class:`cocoop_fast.methods.base.LearnedPromptCLIP`.
 
     Its parameters are all that is learned. B images, K classes, M context vectors of width d, E embedding.
     """
