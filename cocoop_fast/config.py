@@ -1,7 +1,7 @@
 """Typed configuration of a run: what the command line, YAML files and the reference's files all become.
 
 Defaults are the CoCoOp paper's recipe (``vit_b16_c4_ep10_batch1_ctxv1``). A field that is ``None`` means
-"what the data set or the method says"; :func:`cocoop_fast.training.recipe.resolve` fills it in, so that the
+"what the data set or the method says"; :func:`cocoop_fast.runs.recipe.resolve` fills it in, so that the
 ``config.yaml`` of a run directory never holds a ``None`` that decides something.
 """
 

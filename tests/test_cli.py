@@ -243,7 +243,7 @@ def test_every_exception_becomes_one_line(error, says, status, monkeypatch, caps
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr("cocoop_fast.training.experiment.run", fail)
+    monkeypatch.setattr("cocoop_fast.experiments.experiment.run", fail)
     assert cli.run(["train", "-q"]) == status
     out, err = capsys.readouterr()
     assert out == ""
@@ -254,7 +254,7 @@ def test_a_run_that_is_interrupted_early_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cocoop_fast.training.experiment.build_model", interrupted)
+    monkeypatch.setattr("cocoop_fast.experiments.experiment.build_model", interrupted)
     assert cli.run(["train", "-q", "-o", str(tmp_path / "a" / "b")]) == failures.INTERRUPTED
     assert list(tmp_path.iterdir()) == []
 

@@ -55,9 +55,9 @@ class Reached(BaseException):
 # Where the work of a command begins. Commands that are not here are stopped once their arguments are parsed; of those
 # that are, options are merged and checked too, and what never comes to these lines is run to its end.
 WORK = {
-    "train": ["cocoop_fast.training.experiment.run"],
-    "eval": ["cocoop_fast.training.experiment.evaluate_run"],
-    "predict": ["cocoop_fast.evaluation.predict.Predictor.from_run", "cocoop_fast.clip.load.load_clip"],
+    "train": ["cocoop_fast.experiments.experiment.run"],
+    "eval": ["cocoop_fast.experiments.experiment.evaluate_run"],
+    "predict": ["cocoop_fast.experiments.predict.Predictor.from_run", "cocoop_fast.clip.load.load_clip"],
     "run": ["cocoop_fast.protocols.cells.check_present"],
     "sweep": ["cocoop_fast.protocols.cells.check_present"],
     "bench": ["cocoop_fast.benchmark.problem.build_problem"],

@@ -10,11 +10,11 @@ from tiny_runs import tiny_config, write_images
 
 from cocoop_fast.config import DataConfig
 from cocoop_fast.evaluation.feature_cache import FeatureCache
+from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.protocols.cells import Cell, Experiment, make_cells
 from cocoop_fast.protocols.protocol import PROTOCOLS
 from cocoop_fast.protocols.run_cell import Outcome, run_cells
 from cocoop_fast.training.observer import Observer
-from cocoop_fast.training.shared import Shared
 
 
 def folders(tmp_path: Path, *names: str) -> dict[str, DataConfig]:

@@ -13,8 +13,7 @@ from tiny_models import IMAGE_SIZE, tiny_clip
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import DataConfig, ModelConfig, RunConfig, from_mapping
 from cocoop_fast.data import Dataset, load_dataset
-from cocoop_fast.evaluation import predict
-from cocoop_fast.training import experiment, shared
+from cocoop_fast.experiments import experiment, predict, shared
 from cocoop_fast.training.observer import Observer
 
 

@@ -67,7 +67,7 @@ def import_(
     )
     output.warn(built.warnings)
 
-    from cocoop_fast.training.reference_import import import_checkpoint
+    from cocoop_fast.experiments.reference_import import import_checkpoint
 
     with output.only_json(json):
         folder, epochs = import_checkpoint(built.config, file, overwrite=overwrite)
@@ -89,7 +89,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a run's newest checkpoint so that the reference reads it."""
-    from cocoop_fast.training.reference_import import export_checkpoint
+    from cocoop_fast.experiments.reference_import import export_checkpoint
 
     with output.only_json(json):
         path = export_checkpoint(run_dir, folder)

@@ -48,8 +48,8 @@ def command(
 
     from cocoop_fast.distributed.launch import join
     from cocoop_fast.evaluation.metrics import harmonic_mean
+    from cocoop_fast.experiments import experiment
     from cocoop_fast.progress import observe
-    from cocoop_fast.training import experiment
 
     with output.only_json(json), join() as ranks, observe(quiet=quiet or not ranks.is_first) as observer:
         results = experiment.evaluate_run(

@@ -12,7 +12,7 @@ from cocoop_fast.cli import output
 from cocoop_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from cocoop_fast.evaluation.predict import Predictor
+    from cocoop_fast.experiments.predict import Predictor
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -80,7 +80,7 @@ def command(
         if run is None:
             predictor = _zero_shot(model, pretrained, template, names, device)
         else:
-            from cocoop_fast.evaluation.predict import Predictor
+            from cocoop_fast.experiments.predict import Predictor
 
             predictor = Predictor.from_run(run, classnames=names, device=device)
         found = predictor.predict(images, topk=top_k)
@@ -115,7 +115,7 @@ def _zero_shot(
     from cocoop_fast.cli import configuration
     from cocoop_fast.clip.load import load_clip
     from cocoop_fast.data import load_dataset
-    from cocoop_fast.evaluation.predict import Predictor
+    from cocoop_fast.experiments.predict import Predictor
     from cocoop_fast.methods import build_model
 
     config = configuration.build(

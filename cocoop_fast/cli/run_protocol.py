@@ -151,10 +151,10 @@ def command(
     )
 
     from cocoop_fast.evaluation.feature_cache import FeatureCache
+    from cocoop_fast.experiments.shared import Shared
     from cocoop_fast.progress import observe
     from cocoop_fast.protocols.cells import make_cells
     from cocoop_fast.protocols.run_cell import run_cells
-    from cocoop_fast.training.shared import Shared
 
     cells = make_cells(asked)
     with output.only_json(json), observe(quiet=quiet) as observer:

@@ -106,9 +106,9 @@ def command(
     names = device_names(devices)
 
     from cocoop_fast.evaluation.feature_cache import FeatureCache
+    from cocoop_fast.experiments.shared import Shared
     from cocoop_fast.protocols.cells import make_cells, on_device
     from cocoop_fast.protocols.processes import run_in_processes
-    from cocoop_fast.training.shared import Shared
 
     # A device decides the precision "auto", and so the configuration that is compared with that of finished cells.
     asked = on_device(asked, names[0])

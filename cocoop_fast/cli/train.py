@@ -14,7 +14,7 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.readable import METHOD_TITLES
 
 if TYPE_CHECKING:
-    from cocoop_fast.training.experiment import Results
+    from cocoop_fast.experiments.experiment import Results
     from cocoop_fast.training.observer import Observer
 
 METHODS: tuple[str, ...] = get_args(Method)
@@ -281,8 +281,8 @@ def command(
     compared = methods_to_compare(compare, no_compare, built)
 
     from cocoop_fast.distributed.launch import join
+    from cocoop_fast.experiments import experiment
     from cocoop_fast.progress import observe
-    from cocoop_fast.training import experiment
 
     with output.only_json(json), join() as ranks, observe(quiet=quiet or not ranks.is_first) as observer:
         if ranks.is_first:

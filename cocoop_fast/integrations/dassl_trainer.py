@@ -15,8 +15,8 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast
 from cocoop_fast.methods.base import CustomCLIP, LearnedPromptCLIP
 from cocoop_fast.methods.coop import CoOp
+from cocoop_fast.runs.reference_checkpoint import token_buffers
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
-from cocoop_fast.training.reference_checkpoint import token_buffers
 from cocoop_fast.training.step import LossAndGradients, Step
 from cocoop_fast.training.step_graph import RecordedSteps
 

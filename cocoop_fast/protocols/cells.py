@@ -12,8 +12,8 @@ from cocoop_fast.data import REGISTRY, Dataset
 from cocoop_fast.errors import UserError
 from cocoop_fast.methods import knows_other_classes
 from cocoop_fast.protocols.protocol import Protocol
-from cocoop_fast.training.recipe import resolve
-from cocoop_fast.training.run_directory import check_same_run
+from cocoop_fast.runs.directory import check_same_run
+from cocoop_fast.runs.recipe import resolve
 
 _SHOWN = 5
 

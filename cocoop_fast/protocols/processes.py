@@ -17,10 +17,10 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from cocoop_fast.evaluation.feature_cache import FeatureCache
+from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.protocols.cells import Cell
 from cocoop_fast.protocols.run_cell import Outcome, try_cell
 from cocoop_fast.training.observer import Observer
-from cocoop_fast.training.shared import Shared
 
 _PATIENCE = 10.0  # seconds for a process to end once it is told to
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cocoop_fast.errors import UserError
+from cocoop_fast.experiments import experiment
+from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.files.atomic import write_json
 from cocoop_fast.protocols.cells import Cell, Test
-from cocoop_fast.training import experiment
+from cocoop_fast.runs.log import RunLog
 from cocoop_fast.training.observer import EvaluationInfo, Observer, Observers
-from cocoop_fast.training.run_log import RunLog
-from cocoop_fast.training.shared import Shared
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import Features, autocast, encode_test_images
 from cocoop_fast.evaluation.feature_cache import FeatureCache
 from cocoop_fast.evaluation.metrics import Metrics, measure
+from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.methods import build_model, knows_other_classes
 from cocoop_fast.methods.base import PromptedCLIP
 from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.report.contexts import ContextToken, Shifts, nearest_words, shifts_of
 from cocoop_fast.report.sources import Run
-from cocoop_fast.training.checkpoint import load_parameters
-from cocoop_fast.training.run_directory import read_run
-from cocoop_fast.training.shared import Shared
+from cocoop_fast.runs.checkpoint import load_parameters
+from cocoop_fast.runs.directory import read_run
 
 _T = TypeVar("_T")
 EXAMPLES = 4  # right ones, and as many wrong ones

@@ -28,8 +28,8 @@ from cocoop_fast.distributed.class_shards import share_classes
 from cocoop_fast.distributed.launch import join
 from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.errors import UserError
+from cocoop_fast.experiments import experiment
 from cocoop_fast.methods import build_model
-from cocoop_fast.training import experiment
 from cocoop_fast.training.observer import Observer, StepInfo
 from cocoop_fast.training.trainer import Trainer
 

@@ -13,8 +13,8 @@ import pytest
 from tiny_runs import tiny_config, use_tiny_clip
 
 from cocoop_fast.distributed import heartbeat
-from cocoop_fast.training import experiment
-from cocoop_fast.training.run_directory import read_run
+from cocoop_fast.experiments import experiment
+from cocoop_fast.runs.directory import read_run
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")

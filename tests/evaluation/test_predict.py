@@ -9,8 +9,8 @@ from tiny_runs import tiny_config, use_tiny_clip, write_images
 
 from cocoop_fast import UserError
 from cocoop_fast.evaluation.evaluate import test_transform
-from cocoop_fast.evaluation.predict import Predictor
-from cocoop_fast.training.experiment import run
+from cocoop_fast.experiments.experiment import run
+from cocoop_fast.experiments.predict import Predictor
 
 
 @pytest.fixture(scope="module")

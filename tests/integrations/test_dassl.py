@@ -18,7 +18,7 @@ import torch
 
 from cocoop_fast import UserError
 from cocoop_fast.integrations import dassl_repairs
-from cocoop_fast.training import reference_checkpoint
+from cocoop_fast.runs import reference_checkpoint
 
 REPOSITORY = Path(__file__).parent / "coop_stand_in"
 FOREIGN = ("dassl", "trainers", "cocoop_fast.integrations.dassl")

@@ -12,10 +12,10 @@ from tiny_models import tiny_clip
 from tiny_runs import tiny_config, use_tiny_clip
 
 from cocoop_fast import UserError
-from cocoop_fast.evaluation.predict import Predictor
+from cocoop_fast.experiments import experiment
+from cocoop_fast.experiments.predict import Predictor
 from cocoop_fast.methods import LinearProbe
-from cocoop_fast.training import experiment
-from cocoop_fast.training.checkpoint import load_newest
+from cocoop_fast.runs.checkpoint import load_newest
 
 
 def images(classes, count, seed, noise=1.5):

@@ -10,8 +10,8 @@ from tiny_runs import use_tiny_clip
 
 from cocoop_fast import cli
 from cocoop_fast.cli.run_protocol import join_lists
+from cocoop_fast.experiments import experiment
 from cocoop_fast.protocols import run_cell
-from cocoop_fast.training import experiment
 
 SHORT = ("--shots", "2", "optim.epochs", "1")
 

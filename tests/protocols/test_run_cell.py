@@ -14,12 +14,12 @@ from cocoop_fast import UserError
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data import load_dataset
 from cocoop_fast.evaluation.metrics import harmonic_mean
+from cocoop_fast.experiments import experiment as experiment_module
+from cocoop_fast.experiments.experiment import evaluate_run, run
 from cocoop_fast.protocols.cells import changed_cells, make_cells, refuse_changed
 from cocoop_fast.protocols.table import make_table
-from cocoop_fast.training import experiment as experiment_module
-from cocoop_fast.training.experiment import evaluate_run, run
+from cocoop_fast.runs.directory import read_run
 from cocoop_fast.training.observer import Observer
-from cocoop_fast.training.run_directory import read_run
 
 
 @pytest.fixture(autouse=True)
@@ -325,7 +325,7 @@ def test_zero_shot_takes_the_target_s_template_unless_one_was_given(tmp_path, mo
         return replace(dataset, template=own) if config.root == tmp_path / "two" else dataset
 
     monkeypatch.setattr(experiment_module, "load_dataset", with_template)
-    monkeypatch.setattr("cocoop_fast.training.shared.load_dataset", with_template)
+    monkeypatch.setattr("cocoop_fast.experiments.shared.load_dataset", with_template)
     data = folders(tmp_path, "one", "two")
     experiment = small_experiment(
         tmp_path,

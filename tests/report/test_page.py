@@ -16,12 +16,12 @@ from PIL import Image
 from tiny_runs import StopAfter, tiny_config, use_tiny_clip
 
 from cocoop_fast.config import DataConfig
+from cocoop_fast.experiments import experiment
 from cocoop_fast.protocols.cells import Experiment, make_cells
 from cocoop_fast.protocols.outputs import write_outputs
 from cocoop_fast.protocols.protocol import PROTOCOLS
 from cocoop_fast.protocols.published import published_results
 from cocoop_fast.protocols.run_cell import Outcome
-from cocoop_fast.training import experiment
 
 
 def test_every_number_of_the_table_is_on_the_page(page, results):
@@ -244,7 +244,7 @@ def test_without_close_ups_no_model_is_loaded(tiny_experiment, make_page, monkey
     def trap(*arguments):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("cocoop_fast.training.shared.load_clip", trap)
+    monkeypatch.setattr("cocoop_fast.experiments.shared.load_clip", trap)
     assert make_page(tiny_experiment, close_ups=0).text == page.text
 
 
@@ -254,7 +254,7 @@ def test_images_that_are_gone_cost_the_close_up_alone(tiny_experiment, make_page
     def gone(config):
         raise UserError("The folder photos is not there.")
 
-    monkeypatch.setattr("cocoop_fast.training.shared.load_dataset", gone)
+    monkeypatch.setattr("cocoop_fast.experiments.shared.load_dataset", gone)
     page = make_page(tiny_experiment)
     assert page.text.count("Not looked at closely. The folder photos is not there.") == 3
     assert "How training went" in page.text

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from tiny_runs import load_few_test_images, loaded_tiny_clip, tiny_config
 
-from cocoop_fast.training import checkpoint, experiment
+from cocoop_fast.experiments import experiment
+from cocoop_fast.runs import checkpoint
 from cocoop_fast.training.observer import Observer, StepInfo
 
 

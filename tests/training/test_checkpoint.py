@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from cocoop_fast import UserError
-from cocoop_fast.training import checkpoint, rng
-from cocoop_fast.training.checkpoint import Checkpoint
+from cocoop_fast.runs import checkpoint
+from cocoop_fast.runs.checkpoint import Checkpoint
+from cocoop_fast.training import rng
 
 
 def sample(step: int = 7) -> Checkpoint:

@@ -12,10 +12,11 @@ from tiny_runs import StopAfter, tiny_config, use_tiny_clip, write_images
 from cocoop_fast import UserError
 from cocoop_fast.data import load_dataset
 from cocoop_fast.evaluation.metrics import harmonic_mean
-from cocoop_fast.training import checkpoint, experiment
-from cocoop_fast.training.experiment import evaluate_reference, evaluate_run, run
+from cocoop_fast.experiments import experiment
+from cocoop_fast.experiments.experiment import evaluate_reference, evaluate_run, run
+from cocoop_fast.runs import checkpoint
+from cocoop_fast.runs.directory import read_run
 from cocoop_fast.training.observer import Observer
-from cocoop_fast.training.run_directory import read_run
 
 
 @pytest.fixture(autouse=True)

@@ -21,11 +21,11 @@ from cocoop_fast import UserError, cli
 from cocoop_fast.cli import failures
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.data import load_dataset
-from cocoop_fast.training import checkpoint
-from cocoop_fast.training.experiment import run
+from cocoop_fast.experiments.experiment import run
+from cocoop_fast.runs import checkpoint
+from cocoop_fast.runs.directory import read_run
+from cocoop_fast.runs.log import RunLog
 from cocoop_fast.training.observer import Observer
-from cocoop_fast.training.run_directory import read_run
-from cocoop_fast.training.run_log import RunLog
 from cocoop_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and permissions of POSIX")
@@ -121,7 +121,7 @@ import os, sys, time
 from pathlib import Path
 import pytest
 from tiny_runs import tiny_config, use_tiny_clip
-from cocoop_fast.training.experiment import run
+from cocoop_fast.experiments.experiment import run
 from cocoop_fast.training.observer import Observer
 class Tell(Observer):
     def on_step(self, info):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cocoop_fast.training.run_directory import read_run
+from cocoop_fast.runs.directory import read_run
 
 HERE = Path(__file__).parent
 STEPS_AN_EPOCH, SAVED_EVERY = 10, 2  # of kill_repeatedly.py

@@ -10,7 +10,7 @@ import pytest
 from cocoop_fast import UserError
 from cocoop_fast.config import DataConfig, from_mapping, to_mapping
 from cocoop_fast.data import load_dataset
-from cocoop_fast.training.recipe import resolve, with_method
+from cocoop_fast.runs.recipe import resolve, with_method
 
 DIGITS = load_dataset(DataConfig())
 

@@ -19,8 +19,8 @@ from cocoop_fast import UserError
 from cocoop_fast.config import OptimConfig, PromptConfig
 from cocoop_fast.files import torch_archive
 from cocoop_fast.methods import build_model
-from cocoop_fast.training import reference_checkpoint
-from cocoop_fast.training.checkpoint import learned_parameters, load_parameters
+from cocoop_fast.runs import reference_checkpoint
+from cocoop_fast.runs.checkpoint import learned_parameters, load_parameters
 
 
 class WarmupScheduler(torch.optim.lr_scheduler.LRScheduler):

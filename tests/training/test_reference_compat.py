@@ -11,9 +11,9 @@ from tiny_runs import StopAfter, tiny_config, use_tiny_clip
 
 from cocoop_fast.config import OptimConfig, RunConfig
 from cocoop_fast.data import load_dataset
-from cocoop_fast.training import experiment
+from cocoop_fast.experiments import experiment
+from cocoop_fast.runs.recipe import resolve
 from cocoop_fast.training.observer import Observer
-from cocoop_fast.training.recipe import resolve
 from cocoop_fast.training.schedule import frozen_rate, learning_rate
 
 RATES = [1e-5] + [0.001 * (1 + math.cos(math.pi * (epoch - 2) / 10)) for epoch in range(2, 11)]

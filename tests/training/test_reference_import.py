@@ -11,10 +11,11 @@ import torch
 from tiny_runs import StopAfter, loaded_tiny_clip, tiny_config, use_tiny_clip
 
 from cocoop_fast import UserError, cli
-from cocoop_fast.training import checkpoint, experiment, reference_checkpoint, reference_import
+from cocoop_fast.experiments import experiment, reference_import
+from cocoop_fast.experiments.reference_import import export_checkpoint, import_checkpoint
+from cocoop_fast.runs import checkpoint, reference_checkpoint
+from cocoop_fast.runs.directory import read_run
 from cocoop_fast.training.observer import Observer
-from cocoop_fast.training.reference_import import export_checkpoint, import_checkpoint
-from cocoop_fast.training.run_directory import read_run
 
 
 @pytest.fixture(autouse=True)

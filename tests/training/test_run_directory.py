@@ -14,8 +14,8 @@ from tiny_runs import tiny_config
 from cocoop_fast import UserError
 from cocoop_fast.config import DataConfig, from_mapping, load_yaml
 from cocoop_fast.data import load_dataset
-from cocoop_fast.training.recipe import resolve
-from cocoop_fast.training.run_directory import open_run, read_run
+from cocoop_fast.runs.directory import open_run, read_run
+from cocoop_fast.runs.recipe import resolve
 
 
 def config(path, **fields):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cocoop_fast.evaluation.metrics import measure
+from cocoop_fast.runs.log import RunLog
 from cocoop_fast.training.observer import EvaluationInfo, StepInfo
-from cocoop_fast.training.run_log import RunLog
 
 
 def step(batch: int, batches: int = 40, **changes) -> StepInfo:

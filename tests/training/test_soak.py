@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tiny_runs import tiny_config, use_tiny_clip
 
-from cocoop_fast.training.experiment import run
+from cocoop_fast.experiments.experiment import run
 from cocoop_fast.training.observer import Observer
 
 PROCESS = Path("/proc/self")

@@ -14,9 +14,9 @@ from tiny_training import clip_model, fast_model, make_batches
 from cocoop_fast import UserError
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data import load_dataset
-from cocoop_fast.training.experiment import run
+from cocoop_fast.experiments.experiment import run
+from cocoop_fast.runs.directory import read_run
 from cocoop_fast.training.features import ImageFeatures
-from cocoop_fast.training.run_directory import read_run
 from cocoop_fast.training.view_cache import CachedViews
 
 

@@ -27,17 +27,18 @@ from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import Features, encode_test_images, evaluate
 from cocoop_fast.evaluation.feature_cache import TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics, harmonic_mean
+from cocoop_fast.experiments.probe import fit_probe
+from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.methods import LinearProbe, build_model, knows_other_classes
 from cocoop_fast.methods.base import PromptedCLIP
-from cocoop_fast.training import checkpoint, reference_checkpoint, rng
-from cocoop_fast.training.checkpoint import Checkpoint
+from cocoop_fast.runs import checkpoint, reference_checkpoint
+from cocoop_fast.runs.checkpoint import Checkpoint
+from cocoop_fast.runs.directory import RunDirectory, check_same_run, open_run, read_run
+from cocoop_fast.runs.log import RunLog
+from cocoop_fast.runs.recipe import resolve, with_method
+from cocoop_fast.training import rng
 from cocoop_fast.training.observer import EvaluationInfo, Observer, Observers, RunInfo
-from cocoop_fast.training.probe import fit_probe
-from cocoop_fast.training.recipe import resolve, with_method
-from cocoop_fast.training.run_directory import RunDirectory, check_same_run, open_run, read_run
-from cocoop_fast.training.run_log import RunLog
 from cocoop_fast.training.schedule import frozen_rate, learning_rate
-from cocoop_fast.training.shared import Shared
 from cocoop_fast.training.trainer import Position, Trainer
 from cocoop_fast.training.view_cache import CachedViews
 

@@ -15,8 +15,8 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
 from cocoop_fast.methods import build_model
-from cocoop_fast.training.checkpoint import load_parameters
-from cocoop_fast.training.run_directory import read_run
+from cocoop_fast.runs.checkpoint import load_parameters
+from cocoop_fast.runs.directory import read_run
 
 
 class Predictor:

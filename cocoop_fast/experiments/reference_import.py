@@ -13,13 +13,14 @@ from cocoop_fast.config import RunConfig
 from cocoop_fast.data import load_dataset
 from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.errors import UserError
+from cocoop_fast.experiments import experiment
 from cocoop_fast.methods import build_model
-from cocoop_fast.training import checkpoint, experiment, reference_checkpoint
-from cocoop_fast.training.checkpoint import Checkpoint
+from cocoop_fast.runs import checkpoint, reference_checkpoint
+from cocoop_fast.runs.checkpoint import Checkpoint
+from cocoop_fast.runs.directory import read_run
+from cocoop_fast.runs.recipe import resolve
+from cocoop_fast.runs.reference_checkpoint import ReferenceCheckpoint
 from cocoop_fast.training.observer import Observer, RunInfo
-from cocoop_fast.training.recipe import resolve
-from cocoop_fast.training.reference_checkpoint import ReferenceCheckpoint
-from cocoop_fast.training.run_directory import read_run
 
 
 def import_checkpoint(config: RunConfig, path: Path, *, overwrite: bool = False) -> tuple[Path, int]:

@@ -25,8 +25,8 @@ import yaml
 from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml, to_mapping
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import write_atomically, write_json
-from cocoop_fast.training import checkpoint
-from cocoop_fast.training.checkpoint import Checkpoint
+from cocoop_fast.runs import checkpoint
+from cocoop_fast.runs.checkpoint import Checkpoint
 
 # Where a run is, and how its work is spread and reported, may change between two sessions of it. (The images that are
 # trained on may not: checkpoints hold their fingerprint.)
