@@ -2,7 +2,7 @@
 
 import pytest
 
-from cocoop_fast.benchmark.contestants import CONTESTANTS
+from cocoop_fast.measure.contestants import CONTESTANTS
 
 SIZES = [(k, b) for k in (10, 50, 100, 500, 1000) for b in (1, 4, 8)]
 COMPILED_SIZES = [(100, 1)]  # compiling takes a minute for every shape

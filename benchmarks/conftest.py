@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from cocoop_fast.benchmark.agreement import assert_same, check_against_oracle
-from cocoop_fast.benchmark.compare import MEMORY_SHARE, gemm_rate, predicted_seconds
-from cocoop_fast.benchmark.contestants import BY_NAME, Contestant, ModelRunner, Runner
-from cocoop_fast.benchmark.machine import describe_machine
-from cocoop_fast.benchmark.measure import seconds_of
-from cocoop_fast.benchmark.problem import (
+from cocoop_fast.engine.free_memory import available_memory
+from cocoop_fast.measure.agreement import assert_same, check_against_oracle
+from cocoop_fast.measure.compare import MEMORY_SHARE, gemm_rate, predicted_seconds
+from cocoop_fast.measure.contestants import BY_NAME, Contestant, ModelRunner, Runner
+from cocoop_fast.measure.machine import describe_machine
+from cocoop_fast.measure.problem import (
     Problem,
     ProblemSpec,
     build_problem,
     imagenet_names,
     random_text_tower,
 )
-from cocoop_fast.engine.free_memory import available_memory
+from cocoop_fast.measure.timing import seconds_of
 
 # A record may take about this long to be measured, the floor before each round included.
 TARGET_SECONDS = 6.0

@@ -6,9 +6,9 @@ Its price of an image is that step divided by 32.
 
 import pytest
 
-from cocoop_fast.benchmark.agreement import check_against_oracle
-from cocoop_fast.benchmark.contestants import BY_NAME, COOP_BATCH
-from cocoop_fast.benchmark.measure import seconds_of
+from cocoop_fast.measure.agreement import check_against_oracle
+from cocoop_fast.measure.contestants import BY_NAME, COOP_BATCH
+from cocoop_fast.measure.timing import seconds_of
 
 
 @pytest.mark.parametrize("b", [1, 8])

@@ -2,11 +2,11 @@
 
 import pytest
 
-from cocoop_fast.benchmark.contestants import BY_NAME
-from cocoop_fast.benchmark.memory import peak_memory
-from cocoop_fast.benchmark.problem import ProblemSpec, imagenet_names
-from cocoop_fast.benchmark.work import saved_by_engine
 from cocoop_fast.engine.free_memory import available_memory
+from cocoop_fast.measure.contestants import BY_NAME
+from cocoop_fast.measure.peak_memory import peak_memory
+from cocoop_fast.measure.problem import ProblemSpec, imagenet_names
+from cocoop_fast.measure.work import saved_by_engine
 
 CASES = [
     ("dense", 100),

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cocoop_fast.benchmark.problem import Problem
 from cocoop_fast.extension import extension_available
+from cocoop_fast.measure.problem import Problem
 from cocoop_fast.ops import cpu
 from cocoop_fast.ops.activation import activation_ref
 from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from cocoop_fast import cli
-from cocoop_fast.benchmark import compare as comparing
-from cocoop_fast.benchmark import contestants as field
-from cocoop_fast.benchmark.agreement import Disagreement, assert_same, check_against_oracle
-from cocoop_fast.benchmark.floor import GemmFloor
-from cocoop_fast.benchmark.measure import Timing, interleave
-from cocoop_fast.benchmark.memory import peak_memory
-from cocoop_fast.benchmark.problem import ProblemSpec, build_problem, imagenet_names
-from cocoop_fast.benchmark.work import gemm_flops, tree_flops
 from cocoop_fast.extension import extension_available
+from cocoop_fast.measure import compare as comparing
+from cocoop_fast.measure import contestants as field
+from cocoop_fast.measure.agreement import Disagreement, assert_same, check_against_oracle
+from cocoop_fast.measure.floor import GemmFloor
+from cocoop_fast.measure.peak_memory import peak_memory
+from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names
+from cocoop_fast.measure.timing import Timing, interleave
+from cocoop_fast.measure.work import gemm_flops, tree_flops
 
 ROOT = Path(__file__).parents[1]
 COMPILED = [c.name for c in field.CONTESTANTS if c.setup_seconds]

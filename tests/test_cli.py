@@ -15,10 +15,10 @@ from PIL import Image
 
 from cocoop_fast import cli
 from cocoop_fast.cli import failures
+from cocoop_fast.cli.progress import Bars, Lines, observe
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data.registry import REGISTRY
 from cocoop_fast.errors import UserError
-from cocoop_fast.progress import Bars, Lines, observe
 from cocoop_fast.training.observer import Observer
 
 SHORT = ["--epochs", "2", "--shots", "1"]

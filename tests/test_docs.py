@@ -12,8 +12,8 @@ from doc_blocks import PAGES, ROOT, arguments, blocks, command_lines, mentions, 
 
 from cocoop_fast import cli
 from cocoop_fast.cli import configuration
+from cocoop_fast.cli.reference_config import METHOD_RULES, RULES
 from cocoop_fast.config import RunConfig
-from cocoop_fast.reference_config import METHOD_RULES, RULES
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -60,8 +60,8 @@ WORK = {
     "predict": ["cocoop_fast.experiments.predict.Predictor.from_run", "cocoop_fast.clip.load.load_clip"],
     "run": ["cocoop_fast.protocols.cells.check_present"],
     "sweep": ["cocoop_fast.protocols.cells.check_present"],
-    "bench": ["cocoop_fast.benchmark.problem.build_problem"],
-    "plan": ["cocoop_fast.plan.measure.measure_cpu"],
+    "bench": ["cocoop_fast.measure.problem.build_problem"],
+    "plan": ["cocoop_fast.measure.this_machine.measure_cpu"],
     "datasets": [
         "cocoop_fast.data.inventory.take_inventory",
         "cocoop_fast.data.download.download",

@@ -9,7 +9,7 @@ import pytest
 from cocoop_fast import cli
 from cocoop_fast.cli import plan as command
 from cocoop_fast.extension import extension_available
-from cocoop_fast.plan.devices import gpu_table
+from cocoop_fast.measure.devices import gpu_table
 
 ON_A_GPU = ["plan", "--device", "A100", "--model", "demo"]
 
@@ -65,7 +65,7 @@ def test_a_longer_context_costs_more(capsys):
 
 @pytest.mark.skipif(not extension_available(), reason="the C++ extension is not built")
 def test_this_machine_is_measured(capsys, monkeypatch):
-    monkeypatch.setattr("cocoop_fast.plan.measure.measure_process_bytes", lambda: 12_345)
+    monkeypatch.setattr("cocoop_fast.measure.this_machine.measure_process_bytes", lambda: 12_345)
     call = ["plan", "--device", "cpu", "--model", "demo", "--k", "5", "--threads", "1", "--json"]
     assert cli.run(call) == 0
     out, err = capsys.readouterr()

@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from cocoop_fast.cli import configuration
+from cocoop_fast.cli.reference_config import BACKBONES, RULES, is_reference_key, translate
 from cocoop_fast.config import RunConfig
 from cocoop_fast.errors import UserError
-from cocoop_fast.reference_config import BACKBONES, RULES, is_reference_key, translate
 
 # In the spelling of the reference's files: tuples as text, 1e-5 (which YAML reads as text), both kinds of quotes.
 COCOOP_YAML = """

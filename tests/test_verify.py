@@ -11,11 +11,12 @@ import pytest
 import torch
 from tiny_models import tiny_clip
 
-from cocoop_fast import CustomCLIP, cli, verify
-from cocoop_fast.benchmark import problem as problems
-from cocoop_fast.benchmark.problem import ProblemSpec, build_problem
+from cocoop_fast import CustomCLIP, cli
+from cocoop_fast.measure import problem as problems
+from cocoop_fast.measure import verify
+from cocoop_fast.measure.problem import ProblemSpec, build_problem
+from cocoop_fast.measure.verify import Contestant, Errors, Verdict, build_dense, contestants
 from cocoop_fast.reference import DensePromptedCLIP
-from cocoop_fast.verify import Contestant, Errors, Verdict, build_dense, contestants
 
 NAMES = ("cat", "big dog", "bullet train", "bullet", "sky blue")
 CPU = torch.device("cpu")

@@ -13,23 +13,23 @@ import argparse
 import time
 from typing import Any
 
-from cocoop_fast.benchmark.contestants import BY_NAME
-from cocoop_fast.benchmark.machine import describe_machine, one_line
-from cocoop_fast.benchmark.measure import seconds_of
-from cocoop_fast.benchmark.memory import peak_memory
-from cocoop_fast.benchmark.problem import (
+from cocoop_fast.cli.output import print_json, print_table
+from cocoop_fast.measure import buffers
+from cocoop_fast.measure.contestants import BY_NAME
+from cocoop_fast.measure.cost import tree_inference, tree_step
+from cocoop_fast.measure.machine import describe_machine, one_line
+from cocoop_fast.measure.peak_memory import peak_memory
+from cocoop_fast.measure.predict import seconds_of_pass
+from cocoop_fast.measure.problem import (
     Problem,
     ProblemSpec,
     build_problem,
     imagenet_names,
     random_text_tower,
 )
-from cocoop_fast.cli.output import print_json, print_table
-from cocoop_fast.plan import buffers
-from cocoop_fast.plan.cost import tree_inference, tree_step
-from cocoop_fast.plan.measure import measure_cpu, measure_process_bytes, use_threads
-from cocoop_fast.plan.predict import seconds_of_pass
-from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure.this_machine import measure_cpu, measure_process_bytes, use_threads
+from cocoop_fast.measure.timing import seconds_of
 
 
 def check_seconds(problem: Problem, rounds: int = 3) -> dict[str, tuple[float, float]]:

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocoop_fast.benchmark.machine import describe_machine, one_line
-from cocoop_fast.benchmark.measure import interleave
 from cocoop_fast.cli.output import print_table
 from cocoop_fast.engine.cpu_tower import ROW_PADDING
 from cocoop_fast.extension import extension_available
+from cocoop_fast.measure.machine import describe_machine, one_line
+from cocoop_fast.measure.timing import interleave
 from cocoop_fast.ops import cpu as cpu_kernels
 
 D, LAYERS = 512, 12

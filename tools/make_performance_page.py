@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cocoop_fast.benchmark.machine import one_line
-from cocoop_fast.benchmark.plot import plot_comparison, plot_growth
-from cocoop_fast.benchmark.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
-from cocoop_fast.benchmark.work import gemm_flops, saved_by_engine, tree_flops
+from cocoop_fast.measure.machine import one_line
+from cocoop_fast.measure.plot import plot_comparison, plot_growth
+from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
+from cocoop_fast.measure.work import gemm_flops, saved_by_engine, tree_flops
 from cocoop_fast.readable import readable_seconds
 
 ROOT = Path(__file__).parents[1]

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cocoop_fast.benchmark.machine import describe_machine, one_line
-from cocoop_fast.benchmark.memory import peak_since, settled_memory
-from cocoop_fast.benchmark.problem import Problem, ProblemSpec, build_problem, imagenet_names
 from cocoop_fast.cli.output import print_table
 from cocoop_fast.engine.encoder import TreeTextEncoder
 from cocoop_fast.engine.pruning import pruned_cross_entropy
+from cocoop_fast.measure.machine import describe_machine, one_line
+from cocoop_fast.measure.peak_memory import peak_since, settled_memory
+from cocoop_fast.measure.problem import Problem, ProblemSpec, build_problem, imagenet_names
 from cocoop_fast.ops.head import cosine_logits_ref
 
 BUDGET, LARGE_BUDGET = "256MB", "1GB"

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from cocoop_fast.benchmark.contestants import BY_NAME, Runner
-from cocoop_fast.benchmark.machine import describe_machine, one_line
-from cocoop_fast.benchmark.problem import ProblemSpec, build_problem, imagenet_names
 from cocoop_fast.cli.output import print_table
 from cocoop_fast.errors import UserError
+from cocoop_fast.measure.contestants import BY_NAME, Runner
+from cocoop_fast.measure.machine import describe_machine, one_line
+from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names
 from cocoop_fast.ops import cpu as cpu_kernels
 
 GEMMS = (

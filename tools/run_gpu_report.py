@@ -30,8 +30,8 @@ import triton
 from torch import Tensor
 
 from cocoop_fast import TreeTextEncoder
-from cocoop_fast.benchmark.problem import Problem, ProblemSpec, build_problem, imagenet_names
 from cocoop_fast.cuda_extension import describe_cuda_extension
+from cocoop_fast.measure.problem import Problem, ProblemSpec, build_problem, imagenet_names
 from cocoop_fast.ops.table import BACKENDS, kernel_table
 
 ROOT = Path(__file__).parents[1]

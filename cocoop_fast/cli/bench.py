@@ -12,7 +12,7 @@ from cocoop_fast.cli import output
 from cocoop_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from cocoop_fast.benchmark.compare import Comparison, Result
+    from cocoop_fast.measure.compare import Comparison, Result
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -91,10 +91,10 @@ def command(
 
     import torch
 
-    from cocoop_fast.benchmark.compare import compare
-    from cocoop_fast.benchmark.contestants import choose
-    from cocoop_fast.benchmark.plot import plot_comparison
-    from cocoop_fast.benchmark.problem import ProblemSpec, build_problem
+    from cocoop_fast.measure.compare import compare
+    from cocoop_fast.measure.contestants import choose
+    from cocoop_fast.measure.plot import plot_comparison
+    from cocoop_fast.measure.problem import ProblemSpec, build_problem
 
     contestants = choose(only, skip)
     previous = torch.get_num_threads()
@@ -146,7 +146,7 @@ def _check_writable(plot: Path | None) -> None:
 
 
 def class_names(path: Path | None, k: int | None) -> tuple[str, ...]:
-    from cocoop_fast.benchmark.problem import imagenet_names, read_class_names
+    from cocoop_fast.measure.problem import imagenet_names, read_class_names
 
     if path is None:
         return imagenet_names(100 if k is None else k)
@@ -164,7 +164,7 @@ def _tell(line: str) -> None:
 
 
 def _print(comparison: Comparison) -> None:
-    from cocoop_fast.benchmark.machine import describe_machine, one_line
+    from cocoop_fast.measure.machine import describe_machine, one_line
 
     spec = comparison.problem.spec
     columns = ["Contestant", "Rows", "Step", "Median", "× floor", "Speed-up", "Forward"]

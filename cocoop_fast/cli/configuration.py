@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from cocoop_fast import reference_config
+from cocoop_fast.cli import reference_config
 from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml
 from cocoop_fast.errors import UserError
 

@@ -46,10 +46,10 @@ def command(
     if subset is not None and subset not in get_args(Subset):
         raise UserError(f"--subset is {subset!r}, but it must be one of {', '.join(get_args(Subset))}.")
 
+    from cocoop_fast.cli.progress import observe
     from cocoop_fast.distributed.launch import join
     from cocoop_fast.evaluation.metrics import harmonic_mean
     from cocoop_fast.experiments import experiment
-    from cocoop_fast.progress import observe
 
     with output.only_json(json), join() as ranks, observe(quiet=quiet or not ranks.is_first) as observer:
         results = experiment.evaluate_run(

@@ -16,9 +16,9 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.readable import readable_bytes, readable_flops, readable_time
 
 if TYPE_CHECKING:
-    from cocoop_fast.plan.devices import Device
-    from cocoop_fast.plan.predict import Model, Prediction, Schedule, Setting
-    from cocoop_fast.plan.sizes import RowCounts
+    from cocoop_fast.measure.devices import Device
+    from cocoop_fast.measure.predict import Model, Prediction, Schedule, Setting
+    from cocoop_fast.measure.sizes import RowCounts
     from cocoop_fast.prompts.tree import ClassTree
 
 EPILOG = """
@@ -100,7 +100,7 @@ def command(
     check_positive(k=k, batch_size=batch_size, shots=shots, train_images=train_images)
     check_positive(epochs=epochs, test_images=test_images, threads=threads)
     from cocoop_fast.engine.pieces import parse_bytes
-    from cocoop_fast.plan.predict import Schedule, predict_dense, predict_tree
+    from cocoop_fast.measure.predict import Schedule, predict_dense, predict_tree
 
     limit = None if budget is None else parse_bytes(budget)
     names = class_names(classes, k)
@@ -124,8 +124,8 @@ def command(
 
 
 def _read(model: str, names: tuple[str, ...], ctx_init: str) -> tuple[Model, RowCounts, ClassTree]:
-    from cocoop_fast.plan.model import describe_model
-    from cocoop_fast.plan.sizes import RowCounts
+    from cocoop_fast.measure.architecture import describe_model
+    from cocoop_fast.measure.sizes import RowCounts
     from cocoop_fast.prompts.tokens import tokenize_prompts
     from cocoop_fast.prompts.tree import ClassTree
 
@@ -142,7 +142,7 @@ def _read(model: str, names: tuple[str, ...], ctx_init: str) -> tuple[Model, Row
 
 
 def _choose_precision(precision: str, device: str) -> str:
-    from cocoop_fast.plan.devices import ITEMSIZE
+    from cocoop_fast.measure.devices import ITEMSIZE
 
     if precision not in ("auto", *ITEMSIZE):
         raise UserError(f"--precision is '{precision}', but it must be auto, {', '.join(ITEMSIZE)}.")
@@ -173,20 +173,20 @@ def _setting(
     tell: Callable[[str], None],
 ) -> Setting:
     from cocoop_fast.engine.pieces import ROWS_PER_INFERENCE_PASS
-    from cocoop_fast.plan.devices import ITEMSIZE, find_gpu
-    from cocoop_fast.plan.predict import Setting
+    from cocoop_fast.measure.devices import ITEMSIZE, find_gpu
+    from cocoop_fast.measure.predict import Setting
 
     packs, process_bytes = False, 0
     found: Device
     if device not in THIS_MACHINE:
         found = find_gpu(device).at(precision)
     elif not _is_cpu(device):
-        from cocoop_fast.plan.measure_gpu import measure_gpu
+        from cocoop_fast.measure.this_gpu import measure_gpu
 
         tell("measuring this machine's GPU")
         found = measure_gpu(precision)
     else:
-        from cocoop_fast.plan.measure import measure_cpu, measure_process_bytes, use_threads
+        from cocoop_fast.measure.this_machine import measure_cpu, measure_process_bytes, use_threads
 
         with use_threads(threads):
             tell("measuring this machine's products, kernels and copies")
@@ -298,7 +298,7 @@ def _print(
 
 
 def _print_devices(json: bool) -> None:
-    from cocoop_fast.plan.devices import gpu_table
+    from cocoop_fast.measure.devices import gpu_table
 
     if json:
         output.print_json({"command": "plan", "devices": [asdict(gpu) for gpu in gpu_table()]})

@@ -150,9 +150,9 @@ def command(
         pairs=pairs or (),
     )
 
+    from cocoop_fast.cli.progress import observe
     from cocoop_fast.evaluation.feature_cache import FeatureCache
     from cocoop_fast.experiments.shared import Shared
-    from cocoop_fast.progress import observe
     from cocoop_fast.protocols.cells import make_cells
     from cocoop_fast.protocols.run_cell import run_cells
 
@@ -294,7 +294,7 @@ def join_lists(arguments: Sequence[str]) -> list[str]:
 
     A list ends at the next option, and at the first key of trailing ``KEY VALUE`` pairs.
     """
-    from cocoop_fast.reference_config import is_reference_key
+    from cocoop_fast.cli.reference_config import is_reference_key
 
     fields = configuration.field_names()
     joined: list[str] = []

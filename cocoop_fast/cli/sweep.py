@@ -151,7 +151,7 @@ def device_names(text: str | None) -> list[str]:
 
 def observer_of(cell: str, *, quiet: bool) -> Observer:
     """Progress of a cell in a process of its own: plain lines that name the cell."""
-    from cocoop_fast.progress import Lines
+    from cocoop_fast.cli.progress import Lines
     from cocoop_fast.training.observer import Observer
 
     return Observer() if quiet else Lines(_Prefixed(cell))  # type: ignore[arg-type]

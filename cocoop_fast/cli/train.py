@@ -280,9 +280,9 @@ def command(
     )
     compared = methods_to_compare(compare, no_compare, built)
 
+    from cocoop_fast.cli.progress import observe
     from cocoop_fast.distributed.launch import join
     from cocoop_fast.experiments import experiment
-    from cocoop_fast.progress import observe
 
     with output.only_json(json), join() as ranks, observe(quiet=quiet or not ranks.is_first) as observer:
         if ranks.is_first:

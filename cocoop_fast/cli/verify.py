@@ -14,8 +14,8 @@ from cocoop_fast.cli.bench import check_positive, class_names
 from cocoop_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from cocoop_fast.benchmark.problem import ProblemSpec
-    from cocoop_fast.verify import PruningError, Verdict
+    from cocoop_fast.measure.problem import ProblemSpec
+    from cocoop_fast.measure.verify import PruningError, Verdict
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -98,9 +98,9 @@ def command(
     names = class_names(classes, 20 if classes is None and k is None else k)
     spec = _spec(names, batch_size, model, pretrained, ctx_init)
 
-    from cocoop_fast.benchmark.problem import build_problem
     from cocoop_fast.clip.load import resolve_device
-    from cocoop_fast.verify import contestants, measure_pruning, verify
+    from cocoop_fast.measure.problem import build_problem
+    from cocoop_fast.measure.verify import contestants, measure_pruning, verify
 
     where = resolve_device(device)
     for name in precision or ():
@@ -148,8 +148,8 @@ def command(
 def _spec(
     names: tuple[str, ...], batch_size: int, model: str | None, pretrained: str | None, ctx_init: str
 ) -> ProblemSpec:
-    from cocoop_fast.benchmark.problem import ProblemSpec
-    from cocoop_fast.reference_config import open_clip_name
+    from cocoop_fast.cli.reference_config import open_clip_name
+    from cocoop_fast.measure.problem import ProblemSpec
 
     if pretrained is not None and model is None:
         raise UserError("--pretrained needs the --model that it belongs to.")

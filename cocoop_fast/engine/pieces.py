@@ -24,8 +24,8 @@ from cocoop_fast.engine.cpu_tower import CpuTower
 from cocoop_fast.engine.free_memory import free_memory
 from cocoop_fast.engine.torch_tower import TorchTower
 from cocoop_fast.errors import UserError
-from cocoop_fast.plan import buffers
-from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure import buffers
+from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.prompts.tree import ClassTree
 
 # Of the memory that activations may take, what the pass without gradients gets: it keeps one layer, backward all.

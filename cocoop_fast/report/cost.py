@@ -9,10 +9,10 @@ import torch
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.engine.pieces import ROWS_PER_INFERENCE_PASS
 from cocoop_fast.extension import extension_available
+from cocoop_fast.measure.devices import ITEMSIZE, Device
+from cocoop_fast.measure.predict import Model, Prediction, Schedule, Setting, predict_dense, predict_tree
+from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.methods.learner import ContextLearner
-from cocoop_fast.plan.devices import ITEMSIZE, Device
-from cocoop_fast.plan.predict import Model, Prediction, Schedule, Setting, predict_dense, predict_tree
-from cocoop_fast.plan.sizes import RowCounts, TowerSizes
 from cocoop_fast.prompts.tree import ClassTree
 from cocoop_fast.report.inspection import Inspection
 
@@ -86,12 +86,12 @@ def _measure(
 ) -> tuple[Device | None, bool]:
     """This machine, if it can be measured, and whether the engine keeps packed weights on it."""
     if where.type == "cuda":
-        from cocoop_fast.plan.measure_gpu import measure_gpu
+        from cocoop_fast.measure.this_gpu import measure_gpu
 
         return measure_gpu(precision if precision in ITEMSIZE else "fp32"), False
     if not extension_available():
         return None, False
-    from cocoop_fast.plan.measure import measure_cpu
+    from cocoop_fast.measure.this_machine import measure_cpu
 
     machine = measure_cpu(sizes, tree, batch, rounds=_ROUNDS, max_seconds=_SECONDS)
     return machine, machine.packs_weights

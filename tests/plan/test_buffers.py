@@ -9,9 +9,9 @@ from tiny_models import tiny_clip
 from cocoop_fast.engine import cpu_tower
 from cocoop_fast.engine.encoder import TreeTextEncoder
 from cocoop_fast.extension import extension_available
+from cocoop_fast.measure import buffers
+from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.ops import cpu as cpu_kernels
-from cocoop_fast.plan import buffers
-from cocoop_fast.plan.sizes import RowCounts, TowerSizes
 from cocoop_fast.prompts.tokens import tokenize_prompts
 from cocoop_fast.prompts.tree import ClassTree
 

@@ -8,10 +8,10 @@ from tiny_models import tiny_clip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cocoop_fast.benchmark import contestants as field
-from cocoop_fast.benchmark.problem import ProblemSpec, build_problem, imagenet_names
-from cocoop_fast.plan.cost import Product, RowKernel, dense_step, tree_inference, tree_step
-from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure import contestants as field
+from cocoop_fast.measure.cost import Product, RowKernel, dense_step, tree_inference, tree_step
+from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names
+from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 
 
 def problem_of(*, layers=3, batch=2, classes=12):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.plan.cost import Product, RowKernel
-from cocoop_fast.plan.devices import (
+from cocoop_fast.measure.cost import Product, RowKernel
+from cocoop_fast.measure.devices import (
     BANDWIDTH_EFFICIENCY,
     EAGER_LAUNCH_SECONDS,
     GEMM_EFFICIENCY,

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cocoop_fast.benchmark.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
 from cocoop_fast.errors import UserError
 from cocoop_fast.extension import extension_available
-from cocoop_fast.plan import measure
-from cocoop_fast.plan.cost import Product, RowKernel, tree_step
-from cocoop_fast.plan.measure import Machine, measure_cpu, use_threads
-from cocoop_fast.plan.measure_gpu import measure_rates
-from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure import this_machine as measure
+from cocoop_fast.measure.cost import Product, RowKernel, tree_step
+from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
+from cocoop_fast.measure.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure.this_gpu import measure_rates
+from cocoop_fast.measure.this_machine import Machine, measure_cpu, use_threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,7 +108,7 @@ def test_without_the_extension_there_is_nothing_to_measure(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_is_measured():
-    from cocoop_fast.plan.measure_gpu import measure_gpu
+    from cocoop_fast.measure.this_gpu import measure_gpu
 
     found = measure_gpu("fp16")
     assert found.seconds(Product(4096, 4096, 4096), 2) < 0.1

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.errors import UserError
-from cocoop_fast.plan.model import describe_model
-from cocoop_fast.plan.sizes import TowerSizes
+from cocoop_fast.measure.architecture import describe_model
+from cocoop_fast.measure.sizes import TowerSizes
 
 
 @pytest.mark.parametrize("name", ["RN50-quickgelu", "ViT-B-32-256"])

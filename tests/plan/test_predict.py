@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from cocoop_fast.plan.cost import tree_step
-from cocoop_fast.plan.devices import find_gpu
-from cocoop_fast.plan.predict import (
+from cocoop_fast.measure.cost import tree_step
+from cocoop_fast.measure.devices import find_gpu
+from cocoop_fast.measure.predict import (
     MOST_IMAGES,
     Model,
     Schedule,
@@ -18,7 +18,7 @@ from cocoop_fast.plan.predict import (
     predict_tree,
     seconds_of_pass,
 )
-from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 
 SIZES = TowerSizes(layers=12, width=512, mlp_width=2048, heads=8, embed_dim=512, context_length=77)
 COUNTS = RowCounts(

@@ -14,8 +14,8 @@ from cocoop_fast.clip.demo import load_demo_clip
 from cocoop_fast.clip.frozen import FrozenCLIP, text_module
 from cocoop_fast.clip.load import check_architecture
 from cocoop_fast.errors import UserError
-from cocoop_fast.plan.predict import Model
-from cocoop_fast.plan.sizes import TowerSizes
+from cocoop_fast.measure.predict import Model
+from cocoop_fast.measure.sizes import TowerSizes
 
 META = torch.device("meta")
 

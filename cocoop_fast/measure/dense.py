@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cocoop_fast.benchmark.problem import Problem
 from cocoop_fast.clip.frozen import ClipModel
+from cocoop_fast.measure.problem import Problem
 from cocoop_fast.methods.base import PromptedCLIP
 from cocoop_fast.methods.cocoop import PromptLearner
 from cocoop_fast.ops.assemble_prompts import assemble_prompts_ref

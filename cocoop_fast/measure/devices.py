@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import yaml
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.plan.cost import Operation, Product
+from cocoop_fast.measure.cost import Operation, Product
 
 # What is assumed where nothing is measured. Large GEMMs reach about this share of the dense peak, streaming kernels
 # this share of the bandwidth; a launch costs this much replayed from a CUDA graph, and this much from eager PyTorch.

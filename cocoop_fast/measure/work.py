@@ -1,6 +1,6 @@
 """How much a contestant has to do: rows, FLOPs of the matrix multiplications, bytes kept for backward.
 
-Counted by :mod:`cocoop_fast.plan.cost`. R rows, Q rows that are asked for after the last layer. A multiply-add is two
+Counted by :mod:`cocoop_fast.measure.cost`. R rows, Q rows that are asked for after the last layer. A multiply-add is two
 FLOPs. The weights are frozen, so backward has one multiplication per forward one: a step is twice a forward pass.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cocoop_fast.clip.frozen import TextWeights
-from cocoop_fast.plan.buffers import LayerRows, saved_bytes
-from cocoop_fast.plan.cost import Product, layer_products, tree_inference
-from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure.buffers import LayerRows, saved_bytes
+from cocoop_fast.measure.cost import Product, layer_products, tree_inference
+from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.prompts.tree import ClassTree
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from cocoop_fast.engine.cpu_tower import PANEL_ROWS, ROW_PADDING
+from cocoop_fast.measure.sizes import CHUNK_ROWS, RowCounts, TowerSizes
 from cocoop_fast.ops.cpu import PANEL_COLUMNS
-from cocoop_fast.plan.sizes import CHUNK_ROWS, RowCounts, TowerSizes
 
 FLOAT_BYTES = 4
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from cocoop_fast.plan import buffers
-from cocoop_fast.plan.buffers import FLOAT_BYTES, LayerRows, layer_rows
-from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure import buffers
+from cocoop_fast.measure.buffers import FLOAT_BYTES, LayerRows, layer_rows
+from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cocoop_fast.benchmark import dense
-from cocoop_fast.benchmark.floor import GemmFloor
-from cocoop_fast.benchmark.padding_free import PaddingFreeCLIP
-from cocoop_fast.benchmark.problem import Problem
-from cocoop_fast.benchmark.work import Work, gemm_flops, saved_by_engine, tree_flops
 from cocoop_fast.errors import UserError
 from cocoop_fast.extension import extension_available
+from cocoop_fast.measure import dense
+from cocoop_fast.measure.floor import GemmFloor
+from cocoop_fast.measure.padding_free import PaddingFreeCLIP
+from cocoop_fast.measure.problem import Problem
+from cocoop_fast.measure.work import Work, gemm_flops, saved_by_engine, tree_flops
 from cocoop_fast.methods.base import CustomCLIP
 
 COOP_BATCH = 32  # the batch size that the reference trains CoOp with

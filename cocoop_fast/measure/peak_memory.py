@@ -1,6 +1,6 @@
 """Peak memory of a contestant above the loaded model, each in a process of its own.
 
-``python -m cocoop_fast.benchmark.memory`` is that process: a request as JSON on stdin, the answer on stdout.
+``python -m cocoop_fast.measure.peak_memory`` is that process: a request as JSON on stdin, the answer on stdout.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from cocoop_fast.benchmark.contestants import BY_NAME
-from cocoop_fast.benchmark.problem import ProblemSpec, build_problem
+from cocoop_fast.measure.contestants import BY_NAME
+from cocoop_fast.measure.problem import ProblemSpec, build_problem
 
 ACTIONS = ("step", "forward")
 

@@ -18,22 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cocoop_fast.benchmark.machine import describe_machine
-from cocoop_fast.benchmark.measure import interleave
-from cocoop_fast.benchmark.memory import peak_memory
-from cocoop_fast.benchmark.problem import ProblemSpec, build_problem
 from cocoop_fast.clip.frozen import Affine
 from cocoop_fast.engine.cpu_tower import PANEL_ROWS, ROW_PADDING
 from cocoop_fast.engine.free_memory import available_memory
 from cocoop_fast.engine.linear import FrozenLinear, PackedLinear, frozen_linear
 from cocoop_fast.errors import UserError
 from cocoop_fast.extension import extension_available
-from cocoop_fast.methods.cocoop import MetaNet
-from cocoop_fast.ops import cpu
-from cocoop_fast.ops.head import cosine_cross_entropy
-from cocoop_fast.plan import buffers
-from cocoop_fast.plan.buffers import FLOAT_BYTES, panel
-from cocoop_fast.plan.cost import (
+from cocoop_fast.measure import buffers
+from cocoop_fast.measure.buffers import FLOAT_BYTES, panel
+from cocoop_fast.measure.cost import (
     Operation,
     PassCost,
     Product,
@@ -44,7 +37,14 @@ from cocoop_fast.plan.cost import (
     learner_kernel,
     tree_step,
 )
-from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure.machine import describe_machine
+from cocoop_fast.measure.peak_memory import peak_memory
+from cocoop_fast.measure.problem import ProblemSpec, build_problem
+from cocoop_fast.measure.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure.timing import interleave
+from cocoop_fast.methods.cocoop import MetaNet
+from cocoop_fast.ops import cpu
+from cocoop_fast.ops.head import cosine_cross_entropy
 from cocoop_fast.prompts.tree import ClassTree
 
 CACHE_BYTES = 64e6  # weights beyond this are read from memory

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cocoop_fast.benchmark.problem import Problem
 from cocoop_fast.engine.constants import finish_block, project
+from cocoop_fast.measure.problem import Problem
 from cocoop_fast.methods.base import PromptedCLIP
 from cocoop_fast.methods.cocoop import PromptLearner
 from cocoop_fast.ops.layer_norm import layer_norm_ref

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from cocoop_fast.benchmark.contestants import Contestant, ModelRunner
-from cocoop_fast.benchmark.dense import dense_oracle
-from cocoop_fast.benchmark.problem import Problem
+from cocoop_fast.measure.contestants import Contestant, ModelRunner
+from cocoop_fast.measure.dense import dense_oracle
+from cocoop_fast.measure.problem import Problem
 
 TOLERANCE = 1e-4  # of the largest element; float32 throughout
 SMALL_CLASSES, SMALL_BATCH = 6, 2  # where the dense oracle is a matter of seconds

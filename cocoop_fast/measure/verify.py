@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cocoop_fast.benchmark.agreement import TOLERANCE
-from cocoop_fast.benchmark.problem import Problem
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import to_low_precision
 from cocoop_fast.config import OptimConfig
+from cocoop_fast.measure.agreement import TOLERANCE
+from cocoop_fast.measure.problem import Problem
 from cocoop_fast.methods.base import CustomCLIP
 from cocoop_fast.ops.table import BACKENDS
 from cocoop_fast.reference import DensePromptedCLIP, encode_prompts, place_contexts

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cocoop_fast.benchmark import machine
-from cocoop_fast.benchmark.agreement import assert_same, check_against_oracle
-from cocoop_fast.benchmark.contestants import BY_NAME, Contestant, ModelRunner, Runner
-from cocoop_fast.benchmark.measure import Timing, interleave, seconds_of
-from cocoop_fast.benchmark.memory import peak_memory
-from cocoop_fast.benchmark.problem import Problem
-from cocoop_fast.benchmark.work import Work
 from cocoop_fast.engine.free_memory import available_memory
+from cocoop_fast.measure import machine
+from cocoop_fast.measure.agreement import assert_same, check_against_oracle
+from cocoop_fast.measure.contestants import BY_NAME, Contestant, ModelRunner, Runner
+from cocoop_fast.measure.peak_memory import peak_memory
+from cocoop_fast.measure.problem import Problem
+from cocoop_fast.measure.timing import Timing, interleave, seconds_of
+from cocoop_fast.measure.work import Work
 
 MEMORY_SHARE = 0.8  # of what is available: more would swap
 

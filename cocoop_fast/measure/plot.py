@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cocoop_fast.benchmark.machine import one_line
 from cocoop_fast.errors import UserError
+from cocoop_fast.measure.machine import one_line
 from cocoop_fast.readable import readable_seconds
 
 # Okabe and Ito's palette, told apart by people of any colour vision.

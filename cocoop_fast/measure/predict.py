@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cocoop_fast.plan import buffers
-from cocoop_fast.plan.cost import PassCost, RowKernel, dense_inference, dense_step, tree_inference, tree_step
-from cocoop_fast.plan.devices import Device
-from cocoop_fast.plan.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure import buffers
+from cocoop_fast.measure.cost import (
+    PassCost,
+    RowKernel,
+    dense_inference,
+    dense_step,
+    tree_inference,
+    tree_step,
+)
+from cocoop_fast.measure.devices import Device
+from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 
 MOST_IMAGES = 1 << 20  # beyond this no batch is looked for
 REFERENCE_TEST_BATCH = 100
