@@ -42,7 +42,7 @@ def train(output, fields, **more):
 def start(file, work, *launcher):
     """A process that reads its work from a file."""
     file.write_text(json.dumps(work))
-    paths = os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])
+    paths = os.pathsep.join([str(HERE.parent / "helpers"), str(HERE.parents[1])])
     return subprocess.Popen(
         [sys.executable, *launcher, str(HERE / "run_ranks.py"), str(file)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},

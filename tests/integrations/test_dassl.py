@@ -320,7 +320,7 @@ def test_without_dassl(monkeypatch):
 
 
 def test_the_script_runner_changes_no_file(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "helpers")}
     command = [sys.executable, "-m", "cocoop_fast.integrations.dassl"]
     result = subprocess.run(
         [

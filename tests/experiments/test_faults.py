@@ -138,7 +138,7 @@ def test_a_signal_to_all_processes_of_a_run_is_saved_too(tmp_path, which):
     tests = Path(__file__).parents[1]
     process = subprocess.Popen(
         [sys.executable, "-c", READING_PROCESSES, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests / "helpers"), str(tests.parent)])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -159,7 +159,7 @@ def test_a_second_signal_ends_at_once(which):
     tests = Path(__file__).parents[1]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_STEPS],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests / "helpers"), str(tests.parent)])},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )

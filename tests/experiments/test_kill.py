@@ -25,7 +25,10 @@ STEPS_AN_EPOCH, SAVED_EVERY = 10, 2  # of kill_repeatedly.py
 def test_killed_repeatedly(tmp_path, kills, epochs):
     done = subprocess.run(
         [sys.executable, str(HERE / "kill_repeatedly.py"), str(tmp_path), str(kills), str(epochs)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent / "helpers"), str(HERE.parents[1])]),
+        },
         capture_output=True,
         text=True,
         timeout=30 * kills,

@@ -22,7 +22,7 @@ from cocoop_fast.clip.demo import (
     load_demo_clip,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = [f"digit {word}" for word in "zero one two three four five six seven eight nine".split()]  # noqa: SIM905
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from comparison import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_streaming import M, encoder
+from tiny_encoders import M, encoder
 from tiny_models import IMAGE_SIZE, tiny_clip
 
 from cocoop_fast import CustomCLIP, UserError

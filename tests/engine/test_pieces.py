@@ -7,28 +7,12 @@ import torch
 from comparison import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_clip
+from tiny_encoders import NAMES, M, encoder, tree_of
 
-from cocoop_fast import ClassTree, TreeTextEncoder, UserError
+from cocoop_fast import UserError
 from cocoop_fast.engine.pieces import MemoryBudget, Pieces, parse_bytes, shard
 from cocoop_fast.extension import extension_available
 from cocoop_fast.prompts.tree import ClassTree as Tree
-
-SOS, EOT, M = 900, 999, 4
-NAMES = [[1 + i % 5, 10 + i // 5, *[3] * (i % 4)] for i in range(60)] + [[1, 10], [1, 10]]
-
-
-def tree_of(names, n_ctx=M):
-    ids = torch.zeros(len(names), 77, dtype=torch.int64)
-    for k, name in enumerate(names):
-        row = [SOS, *[7] * n_ctx, *name, EOT]
-        ids[k, : len(row)] = torch.tensor(row)
-    return ClassTree(ids, n_ctx)
-
-
-def encoder(dtype=torch.float32, backend="auto", memory_budget=None):
-    model = tiny_clip(dtype=dtype, vocab_size=1000)
-    return TreeTextEncoder(model, tree_of(NAMES), backend=backend, memory_budget=memory_budget)
 
 
 def features_and_gradient(encoder, ctx):

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EMULATOR = ROOT / "tests/cuda/emulator"
 
 # How kernels are compiled. "races": every memory access is reported to the emulator. "addresses": under the address

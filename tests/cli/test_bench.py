@@ -21,7 +21,7 @@ from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_nam
 from cocoop_fast.measure.timing import Timing, interleave
 from cocoop_fast.measure.work import gemm_flops, tree_flops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMPILED = [c.name for c in field.CONTESTANTS if c.setup_seconds]
 QUICK = [f"--skip={name}" for name in COMPILED]
 TINY = ["bench", "--model", "demo", "--k", "5", "--rounds", "1"]
