@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cocoop_fast.engine.free_memory import available_memory
+from cocoop_fast.engine.memory import free_memory
 from cocoop_fast.measure.agreement import assert_same, check_against_oracle
 from cocoop_fast.measure.compare import MEMORY_SHARE, gemm_rate, predicted_seconds
 from cocoop_fast.measure.contestants import BY_NAME, Contestant, ModelRunner, Runner
@@ -111,7 +111,7 @@ def _skip_what_does_not_fit(contestant: Contestant, problem: Problem, seconds: f
     longest = LONGEST_TREE if contestant.name in ("engine", "floor") else LONGEST_BASELINE
     if seconds > longest and not known:
         pytest.skip(f"one run would take about {seconds:.0f} s")
-    needed, available = contestant.work(problem).saved_bytes, available_memory()
+    needed, available = contestant.work(problem).saved_bytes, free_memory()
     if action == "step" and available is not None and needed > MEMORY_SHARE * available:
         pytest.skip(f"would take about {needed / 1e9:.0f} GB of memory")
 

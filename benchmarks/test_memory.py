@@ -2,11 +2,11 @@
 
 import pytest
 
-from cocoop_fast.engine.free_memory import available_memory
+from cocoop_fast.engine.memory import free_memory
 from cocoop_fast.measure.contestants import BY_NAME
+from cocoop_fast.measure.cost import TreeCost, layout_on
 from cocoop_fast.measure.peak_memory import peak_memory
 from cocoop_fast.measure.problem import ProblemSpec, imagenet_names
-from cocoop_fast.measure.work import saved_by_engine
 
 CASES = [
     ("dense", 100),
@@ -27,7 +27,7 @@ def test_peak_memory_of_a_step(benchmark, problem_of, name, k):
     reason = contestant.why_not()
     if reason is not None:
         pytest.skip(reason)
-    expected, available = contestant.work(problem).saved_bytes, available_memory()
+    expected, available = contestant.work(problem).saved_bytes, free_memory()
     if available is not None and expected > 0.8 * available:
         pytest.skip(f"would take about {expected / 1e9:.0f} GB")
     benchmark.group = f"peak memory, {k} classes"
@@ -35,5 +35,5 @@ def test_peak_memory_of_a_step(benchmark, problem_of, name, k):
     peak = benchmark.pedantic(peak_memory, args=(spec, name), rounds=1)
     benchmark.extra_info |= {"contestant": name, "classes": k, "peak_mb": round(peak / 1e6)}
     if name == "engine":
-        saved = saved_by_engine(problem.weights, problem.tree, 1)
+        saved = TreeCost(problem.weights, problem.tree, layout_on("cpu")).step(1).saved_bytes
         benchmark.extra_info["saved_activations_mb"] = round(saved / 1e6)

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from cocoop_fast.extension import extension_available
 from cocoop_fast.measure.problem import Problem
 from cocoop_fast.ops import cpu
 from cocoop_fast.ops.activation import activation_ref
-from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
+from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_dense_ref
+from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.ops.head import cosine_logits_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 from cocoop_fast.ops.linear import linear_ref
 from cocoop_fast.ops.tree_attention import tree_attention_ref
 
-pytestmark = pytest.mark.skipif(not extension_available(), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
 
 # Two ways to compute the same: both return what is to be compared.
 Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
@@ -43,7 +43,7 @@ def layer_norm_forward(p: Problem) -> Pair:
     y, mean, rstd = torch.empty_like(x), torch.empty(len(x)), torch.empty(len(x))
 
     def fast() -> Tensor:
-        cpu.layer_norm_fwd(x, None, norm.weight, norm.bias, norm.eps, y, mean, rstd)
+        cpu.layer_norm_fwd(x, None, None, norm.weight, norm.bias, norm.eps, y, mean, rstd)
         return y
 
     return fast, lambda: layer_norm_ref(x, norm)
@@ -53,7 +53,7 @@ def layer_norm_backward(p: Problem) -> Pair:
     x, norm = rows(p, p.weights.width), p.weights.blocks[0].ln_2
     dy, dx = torch.randn_like(x), torch.empty_like(x)
     y, mean, rstd = torch.empty_like(x), torch.empty(len(x)), torch.empty(len(x))
-    cpu.layer_norm_fwd(x, None, norm.weight, norm.bias, norm.eps, y, mean, rstd)
+    cpu.layer_norm_fwd(x, None, None, norm.weight, norm.bias, norm.eps, y, mean, rstd)
 
     def fast() -> Tensor:
         cpu.layer_norm_bwd(dy, x, norm.weight, mean, rstd, dx, accumulate=False)
@@ -64,30 +64,28 @@ def layer_norm_backward(p: Problem) -> Pair:
 
 
 def activation_forward(p: Problem) -> Pair:
-    bias = p.weights.blocks[0].fc.bias
-    u = rows(p, len(bias))
+    u = rows(p, len(p.weights.blocks[0].fc.bias))
     out = torch.empty_like(u)
 
     def fast() -> Tensor:
-        cpu.activation_fwd(u, bias, p.weights.activation, out)
+        cpu.activation_fwd(u, p.weights.activation, out)
         return out
 
-    return fast, lambda: activation_ref(u + bias, p.weights.activation)
+    return fast, lambda: activation_ref(u, p.weights.activation)
 
 
 def activation_backward(p: Problem) -> Pair:
-    bias = p.weights.blocks[0].fc.bias
-    u = rows(p, len(bias))
+    u = rows(p, len(p.weights.blocks[0].fc.bias))
     dg = torch.randn_like(u)
     changed = torch.empty_like(u)
 
     def fast() -> Tensor:
         changed.copy_(dg)  # the kernel works in place; the engine has no such copy
-        cpu.activation_bwd(u, bias, p.weights.activation, changed)
+        cpu.activation_bwd(u, p.weights.activation, changed)
         return changed.flatten()
 
     leaf = u.clone().requires_grad_()
-    return fast, gradient(activation_ref(leaf + bias, p.weights.activation), (leaf,), dg)
+    return fast, gradient(activation_ref(leaf, p.weights.activation), (leaf,), dg)
 
 
 def linear_forward(p: Problem) -> Pair:
@@ -139,7 +137,7 @@ def attention(p: Problem, *, backward: bool, leaves: bool) -> Pair:
 
     if backward:
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        workspace = plan.workspace(1, heads, head)
+        workspace = torch.empty(plan.workspace_floats(1, heads, head))
 
         def fast_backward() -> Tensor:
             plan.backward(do, q, k, v, sos_k, sos_v, heads, dq, dk, dv, workspace)
@@ -159,40 +157,40 @@ def attention(p: Problem, *, backward: bool, leaves: bool) -> Pair:
 
 
 def assemble_contexts(p: Problem) -> Pair:
-    """Context and Meta-Net output to layer-0 rows and their LayerNorm."""
+    """Context vectors and the shift of each image to layer-0 rows and their LayerNorm."""
     norm, d, batch, m = p.weights.blocks[0].ln_1, p.weights.width, 8, p.tree.n_ctx
-    ctx, position = p.learned["ctx"], p.weights.positional_embedding[1 : 1 + m]
-    bias = torch.randn(batch, d, generator=torch.Generator().manual_seed(3))
+    vectors, position = p.learned["ctx"], p.weights.positional_embedding[1 : 1 + m]
+    shift = torch.randn(batch, d, generator=torch.Generator().manual_seed(3))
     x, y = torch.empty(batch, m, d), torch.empty(batch, m, d)
     mean, rstd = torch.empty(batch * m), torch.empty(batch * m)
 
     def fast() -> Tensor:
-        cpu.assemble_prompts_fwd(ctx, bias, position, norm.weight, norm.bias, norm.eps, x, y, mean, rstd)
+        cpu.assemble_prompts_fwd(vectors, shift, position, norm.weight, norm.bias, norm.eps, x, y, mean, rstd)
         return y
 
-    return fast, lambda: layer_norm_ref(assemble_context_ref(ctx, bias) + position, norm)
+    return fast, lambda: layer_norm_ref(assemble_context_ref(vectors, shift) + position, norm)
 
 
 def assemble_dense(p: Problem) -> Pair:
     learner = p.learner()
     context = torch.randn(1, *learner.ctx.shape, generator=torch.Generator().manual_seed(4))
-    prefix, suffix = learner.token_prefix, learner.token_suffix
+    prefix, suffix = learner.token_prefix[:, 0].contiguous(), learner.token_suffix
     out = torch.empty(1, *p.tokens.shape, p.weights.width)
 
     def fast() -> Tensor:
-        cpu.assemble_dense(context, prefix[:, 0].contiguous(), suffix, out)
+        cpu.assemble_dense(context, prefix, suffix, out)
         return out
 
-    return fast, lambda: assemble_prompts_ref(context, prefix, suffix)
+    return fast, lambda: assemble_dense_ref(context, prefix, suffix)
 
 
 def head_case(p: Problem, *, backward: bool) -> Pair:
-    k, e, scale = len(p.tokens), p.features.shape[1], 14.0
+    k, e, scale = len(p.tokens), p.features.shape[1], torch.tensor(14.0)
     generator = torch.Generator().manual_seed(5)
     text = torch.randn(1, k, e, generator=generator).requires_grad_()
     image = torch.nn.functional.normalize(torch.randn(1, e, generator=generator), dim=-1)
     logits, inverse = torch.empty(1, k), torch.empty(1, k)
-    log_scale = torch.tensor(scale).log()
+    log_scale = scale.log()
     cpu.head_fwd(text, image, scale, logits, inverse)
     if backward:
         d_logits, d_text = torch.randn(1, k, generator=generator), torch.empty(1, k, e)

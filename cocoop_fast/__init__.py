@@ -9,17 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cocoop_fast.engine.encoder import TextEncoder, TreeTextEncoder
+    from cocoop_fast.engine.encoder import TreeTextEncoder
     from cocoop_fast.errors import UserError
-    from cocoop_fast.methods.base import CustomCLIP
-    from cocoop_fast.methods.cocoop import PromptLearner
+    from cocoop_fast.methods.cocoop import CustomCLIP, PromptLearner, TextEncoder
     from cocoop_fast.prompts.tree import ClassTree
 
 _HOME = {
     "ClassTree": "prompts.tree",
-    "CustomCLIP": "methods.base",
+    "CustomCLIP": "methods.cocoop",
     "PromptLearner": "methods.cocoop",
-    "TextEncoder": "engine.encoder",
+    "TextEncoder": "methods.cocoop",
     "TreeTextEncoder": "engine.encoder",
     "UserError": "errors",
 }

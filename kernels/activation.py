@@ -1,8 +1,8 @@
-"""The MLP's activation with the bias before it, and its gradient: QuickGELU u s(1.702 u) or the exact GELU u Phi(u).
+"""The MLP's activation and its gradient: QuickGELU u s(1.702 u) or the exact GELU u Phi(u).
 
 One program owns a stretch of 1024 columns of one row. Memory traffic a row of w = 4d numbers of s bytes: forward 2 w s
-(u in, result out), backward 3 w s (u and dg in, dg out); the bias stays in the caches. Eight numbers a thread are one
-16-byte load in half precision, and the arithmetic (an exponential or an error function a number) hides behind it.
+(u in, result out), backward 3 w s (u and dg in, dg out). Eight numbers a thread are one 16-byte load in half
+precision, and the arithmetic (an exponential or an error function a number) hides behind it.
 Predicted: 80 to 90 % of the memory's bandwidth from some thousand rows on, where QuickGELU is used; with the error
 function 70 to 85 % in half precision.
 """
@@ -14,25 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import check_array, row_layout, row_offset
+from .rows import row_layout, row_offset
 from .variants import STORAGE, Variant
 
 KINDS = ("quick_gelu", "gelu")
 BLOCK, WARPS = 1024, 4
 
 
-@triton.jit
-def _load_with_bias(u, bias, columns, inside, HAS_BIAS: tl.constexpr):
-    value = tl.load(u + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        value += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    return value
-
-
 @triton.jit(do_not_specialize=["per_image"])
 def _activation_fwd_kernel(
     u,
-    bias,
     out,
     per_image,
     width,
@@ -41,7 +32,6 @@ def _activation_fwd_kernel(
     stride_ob,
     stride_or,
     KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -49,7 +39,7 @@ def _activation_fwd_kernel(
     inside = columns < width
     u += row_offset(row, per_image, stride_ub, stride_ur)
     out += row_offset(row, per_image, stride_ob, stride_or)
-    value = _load_with_bias(u, bias, columns, inside, HAS_BIAS)
+    value = tl.load(u + columns, mask=inside, other=0.0).to(tl.float32)
     if KIND == "quick_gelu":
         result = value * tl.sigmoid(1.702 * value)
     else:
@@ -57,22 +47,20 @@ def _activation_fwd_kernel(
     tl.store(out + columns, result, mask=inside)
 
 
-def activation_fwd(u: Tensor, bias: Tensor | None, kind: str, out: Tensor) -> None:
-    """out = act(u + bias).
+def activation_fwd(u: Tensor, kind: str, out: Tensor) -> None:
+    """out = act(u).
 
     Args:
         u: rows (n, w) or (B, n/B, w).
-        bias: (w,) or None.
         kind: "quick_gelu" or "gelu".
         out: rows, written; may be `u`.
     """
-    _launch(_activation_fwd_kernel, u, bias, kind, out)
+    _launch(_activation_fwd_kernel, u, kind, out)
 
 
 @triton.jit(do_not_specialize=["per_image"])
 def _activation_bwd_kernel(
     u,
-    bias,
     dg,
     per_image,
     width,
@@ -81,7 +69,6 @@ def _activation_bwd_kernel(
     stride_dgb,
     stride_dgr,
     KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -89,7 +76,7 @@ def _activation_bwd_kernel(
     inside = columns < width
     u += row_offset(row, per_image, stride_ub, stride_ur)
     dg += row_offset(row, per_image, stride_dgb, stride_dgr)
-    value = _load_with_bias(u, bias, columns, inside, HAS_BIAS)
+    value = tl.load(u + columns, mask=inside, other=0.0).to(tl.float32)
     if KIND == "quick_gelu":  # s + 1.702 u s (1 - s), s = sigmoid(1.702 u)
         s = tl.sigmoid(1.702 * value)
         slope = s + 1.702 * value * s * (1.0 - s)
@@ -100,30 +87,27 @@ def _activation_bwd_kernel(
     tl.store(dg + columns, gradient, mask=inside)
 
 
-def activation_bwd(u: Tensor, bias: Tensor | None, kind: str, dg: Tensor) -> None:
-    """dg *= act'(u + bias): from the gradient of the output to that of `u`, in place.
+def activation_bwd(u: Tensor, kind: str, dg: Tensor) -> None:
+    """dg *= act'(u): from the gradient of the output to that of `u`, in place.
 
     Args:
         u: rows (n, w) or (B, n/B, w).
-        bias: (w,) or None.
         kind: "quick_gelu" or "gelu".
         dg: rows, changed.
     """
-    _launch(_activation_bwd_kernel, u, bias, kind, dg)
+    _launch(_activation_bwd_kernel, u, kind, dg)
 
 
-def _launch(kernel, u: Tensor, bias: Tensor | None, kind: str, result: Tensor) -> None:
+def _launch(kernel, u: Tensor, kind: str, result: Tensor) -> None:
     if kind not in KINDS:
         raise ValueError(f"`kind` must be {' or '.join(KINDS)}, got {kind!r}")
     rows = row_layout(u=u, result=result)
-    if bias is not None:
-        check_array("bias", bias, (rows.width,), u)
     if not rows.count:
         return
     with torch.cuda.device_of(u):
         kernel[(rows.count, triton.cdiv(rows.width, BLOCK))](
-            u, u if bias is None else bias, result, rows.per_image, rows.width, *rows.strides,
-            KIND=kind, HAS_BIAS=bias is not None, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
+            u, result, rows.per_image, rows.width, *rows.strides,
+            KIND=kind, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
         )  # fmt: skip
 
 
@@ -135,13 +119,11 @@ def _variants() -> tuple[Variant, ...]:
     ):
         for dtype in STORAGE:
             strides = ("stride_ub", "stride_ur", f"stride_{initial}b", f"stride_{initial}r")
-            signature = dict.fromkeys(("u", "bias", result), f"*{dtype}")
+            signature = dict.fromkeys(("u", result), f"*{dtype}")
             signature |= dict.fromkeys(("per_image", "width", *strides), "i32")
             for kind in KINDS:
-                for has_bias in (False, True):
-                    constexprs = {"KIND": kind, "HAS_BIAS": has_bias, "BLOCK": BLOCK}
-                    name = kind + ", bias" * has_bias
-                    found.append(Variant(kernel, name, dtype, signature, constexprs, WARPS))
+                constexprs = {"KIND": kind, "BLOCK": BLOCK}
+                found.append(Variant(kernel, kind, dtype, signature, constexprs, WARPS))
     return tuple(found)
 
 

@@ -1,9 +1,9 @@
-"""From context vectors and Meta-Net biases to the context rows of layer 0, normalised, and to dense prompts.
+"""From context vectors and their shift to the context rows of layer 0, normalised, and to dense prompts.
 
-`assemble_prompts`: one program owns one context row. It adds context, bias and position, writes the row and its
+`assemble_prompts`: one program owns one context row. It adds vector, shift and position, writes the row and its
 LayerNorm: 2 d s bytes a row of d numbers of s bytes, as the inputs, read by many rows, come from the caches. With
 B M rows in all it costs a launch. Its gradient: one program owns 256 columns of one sum, over the images or over the
-context tokens, in ascending order; every row is read twice, 2 d s bytes.
+context vectors, in ascending order; every row is read twice, 2 d s bytes.
 
 `assemble_dense`: one program copies 512 columns of four consecutive rows of the result, each from where it comes from;
 the (B, K, L, d) prompts are written once and nothing else is of that size: d s bytes a row out, and of the sources,
@@ -28,8 +28,8 @@ COPY_BLOCK, COPY_ROWS, COPY_WARPS = 512, 4, 1
 
 @triton.jit(do_not_specialize=["m"])
 def _assemble_prompts_fwd_kernel(
-    ctx,
-    bias,
+    vectors,
+    shift,
     position,
     gamma,
     beta,
@@ -44,6 +44,8 @@ def _assemble_prompts_fwd_kernel(
     stride_yb,
     stride_ym,
     eps,
+    SHARED: tl.constexpr,
+    OF_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -52,8 +54,10 @@ def _assemble_prompts_fwd_kernel(
     inside = columns < width
     x += image * stride_xb + token * stride_xm
     y += image * stride_yb + token * stride_ym
-    value = tl.load(ctx + token * width + columns, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(bias + image * width + columns, mask=inside, other=0.0).to(tl.float32)
+    shift += (row.to(tl.int64) if OF_ROW else image) * width
+    value = tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
+    if SHARED:
+        value += tl.load(vectors + token * width + columns, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(position + token * width + columns, mask=inside, other=0.0).to(tl.float32)
     # Rounded before it is normalised: the statistics are those of the row that backward reads.
     value = value.to(x.dtype.element_ty)
@@ -65,8 +69,8 @@ def _assemble_prompts_fwd_kernel(
 
 
 def assemble_prompts_fwd(
-    ctx: Tensor,
-    bias: Tensor,
+    vectors: Tensor | None,
+    shift: Tensor,
     position: Tensor,
     gamma: Tensor,
     beta: Tensor,
@@ -76,20 +80,22 @@ def assemble_prompts_fwd(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    """x[b, m] = ctx[m] + bias[b] + position[m], y = LN(x), in one pass.
+    """x[b, m] = vectors[m] + shift[b, m] + position[m], y = LN(x), in one pass.
 
     Args:
-        ctx, position: (M, d), d <= 2048.
-        bias: (B, d).
+        vectors: (M, d), d <= 2048; or None.
+        shift: (B, d), the same for all of an image, or (B, M, d).
+        position: (M, d).
         gamma, beta: (d,).
-        x, y: rows (B, M, d), written. `ctx` and the others may be wider types: the sum is in fp32.
+        eps: LayerNorm's epsilon.
+        x, y: rows (B, M, d), written. `vectors` and the others may be wider types: the sum is in fp32.
         mean, rstd: (B * M,) fp32, written.
     """
     rows = row_layout(x=x, y=y)
     m, d = rows.per_image, rows.width
-    batch = _images("x", x)
-    check_array("ctx", ctx, (m, d), x)
-    check_array("bias", bias, (batch, d), x)
+    of_row = _check_shift("shift", shift, _images("x", x), m, x)
+    if vectors is not None:
+        check_array("vectors", vectors, (m, d), x)
     check_array("position", position, (m, d), x)
     check_array("gamma", gamma, (d,), x)
     check_array("beta", beta, (d,), x)
@@ -100,52 +106,79 @@ def assemble_prompts_fwd(
     block, warps = row_block(d)
     with torch.cuda.device_of(x):
         _assemble_prompts_fwd_kernel[(rows.count,)](
-            ctx, bias, position, gamma, beta, x, y, mean, rstd, m, d, *rows.strides, eps,
-            BLOCK=block, num_warps=warps, num_stages=1,
+            shift if vectors is None else vectors, shift, position, gamma, beta, x, y, mean, rstd,
+            m, d, *rows.strides, eps,
+            SHARED=vectors is not None, OF_ROW=of_row, BLOCK=block, num_warps=warps, num_stages=1,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["batch", "m"])
+@triton.jit(do_not_specialize=["batch", "m", "shared"])
 def _assemble_prompts_bwd_kernel(
-    dx, d_ctx, d_bias, batch, m, width, stride_xb, stride_xm, BLOCK: tl.constexpr
+    dx,
+    d_vectors,
+    d_shift,
+    batch,
+    m,
+    shared,
+    width,
+    stride_xb,
+    stride_xm,
+    OF_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    # Program 0 .. M - 1 sums its context token over the images, the others their image over the tokens.
+    # The first `shared` programs, M or none, each sum a context vector over the images. The others sum an image over
+    # its context vectors, or with OF_ROW copy one of its rows.
     row = tl.program_id(0)
-    of_token = row < m
-    image = row - m
-    first = tl.where(of_token, row.to(tl.int64) * stride_xm, image.to(tl.int64) * stride_xb)
-    step = tl.where(of_token, stride_xb, stride_xm).to(tl.int64)
-    count = tl.where(of_token, batch, m)
+    of_vectors = row < shared
+    rest = row - shared
+    if OF_ROW:
+        first = (rest // m).to(tl.int64) * stride_xb + (rest % m).to(tl.int64) * stride_xm
+        count = tl.where(of_vectors, batch, 1)
+    else:
+        first = rest.to(tl.int64) * stride_xb
+        count = tl.where(of_vectors, batch, m)
+    first = tl.where(of_vectors, row.to(tl.int64) * stride_xm, first)
+    step = tl.where(of_vectors, stride_xb, stride_xm).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in range(0, count):
         total += tl.load(dx + first + i * step + columns, mask=inside, other=0.0).to(tl.float32)
-    if of_token:
-        tl.store(d_ctx + row.to(tl.int64) * width + columns, total, mask=inside)
+    if of_vectors:
+        tl.store(d_vectors + row.to(tl.int64) * width + columns, total, mask=inside)
     else:
-        tl.store(d_bias + image.to(tl.int64) * width + columns, total, mask=inside)
+        tl.store(d_shift + rest.to(tl.int64) * width + columns, total, mask=inside)
 
 
-def assemble_prompts_bwd(dx: Tensor, d_ctx: Tensor, d_bias: Tensor) -> None:
-    """d_ctx[m] = sum_b dx[b, m], d_bias[b] = sum_m dx[b, m], in ascending order.
+def assemble_prompts_bwd(dx: Tensor, d_vectors: Tensor | None, d_shift: Tensor) -> None:
+    """d_vectors[m] = sum_b dx[b, m]; d_shift[b] = sum_m dx[b, m], or d_shift = dx. Sums in ascending order.
 
     Args:
         dx: rows (B, M, d).
-        d_ctx: (M, d), written.
-        d_bias: (B, d), written.
+        d_vectors: (M, d), written; or None.
+        d_shift: (B, d) or (B, M, d), written.
     """
     rows = row_layout(dx=dx)
     batch, m, d = _images("dx", dx), rows.per_image, rows.width
-    check_array("d_ctx", d_ctx, (m, d), dx)
-    check_array("d_bias", d_bias, (batch, d), dx)
-    if not (batch + m) * d:
+    of_row = _check_shift("d_shift", d_shift, batch, m, dx)
+    if d_vectors is not None:
+        check_array("d_vectors", d_vectors, (m, d), dx)
+    shared = 0 if d_vectors is None else m
+    programs = shared + (batch * m if of_row else batch)
+    if not programs * d:
         return
     with torch.cuda.device_of(dx):
-        _assemble_prompts_bwd_kernel[(m + batch, triton.cdiv(d, SUM_BLOCK))](
-            dx, d_ctx, d_bias, batch, m, d, *rows.strides,
-            BLOCK=SUM_BLOCK, num_warps=SUM_WARPS, num_stages=1,
+        _assemble_prompts_bwd_kernel[(programs, triton.cdiv(d, SUM_BLOCK))](
+            dx, d_shift if d_vectors is None else d_vectors, d_shift, batch, m, shared, d, *rows.strides,
+            OF_ROW=of_row, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS, num_stages=1,
         )  # fmt: skip
+
+
+def _check_shift(name: str, shift: Tensor, batch: int, m: int, rows: Tensor) -> bool:
+    """Whether a shift has a row of its own for each context vector of an image."""
+    width = rows.shape[-1]
+    check_array(name, shift, (batch, m, width) if shift.ndim == 3 else (batch, width), rows)
+    return shift.ndim == 3
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "m", "length"])
@@ -213,22 +246,26 @@ def _variants() -> tuple[Variant, ...]:
             p = f"*{parameters}"
             suffix = ", fp32 parameters" if parameters != dtype else ""
             strides = ("stride_xb", "stride_xm", "stride_yb", "stride_ym")
-            forward = dict.fromkeys(("ctx", "bias", "position", "gamma", "beta"), p)
+            forward = dict.fromkeys(("vectors", "shift", "position", "gamma", "beta"), p)
             forward |= {"x": r, "y": r, "mean": s, "rstd": s}
             forward |= dict.fromkeys(("m", "width", *strides), "i32") | {"eps": "fp32"}
-            for block, warps in ROW_BLOCKS.items():
-                constexprs = {"BLOCK": block}
-                found.append(
-                    Variant(
-                        _assemble_prompts_fwd_kernel, f"d<={block}{suffix}", dtype, forward, constexprs, warps
+            backward = {"dx": r, "d_vectors": p, "d_shift": p}
+            backward |= dict.fromkeys(("batch", "m", "shared", "width", *strides[:2]), "i32")
+            # A shift of each image with shared vectors, or of each row with and without them.
+            forms = {"": (True, False), "rows": (True, True), "rows alone": (False, True)}
+            for form, (shared, of_row) in forms.items():
+                for block, warps in ROW_BLOCKS.items():
+                    name = ", ".join(filter(None, (f"d<={block}", form))) + suffix
+                    constexprs = {"SHARED": shared, "OF_ROW": of_row, "BLOCK": block}
+                    found.append(
+                        Variant(_assemble_prompts_fwd_kernel, name, dtype, forward, constexprs, warps)
                     )
-                )
-            backward = {"dx": r, "d_ctx": p, "d_bias": p}
-            backward |= dict.fromkeys(("batch", "m", "width", *strides[:2]), "i32")
-            constexprs = {"BLOCK": SUM_BLOCK}
-            found.append(
-                Variant(_assemble_prompts_bwd_kernel, suffix[2:], dtype, backward, constexprs, SUM_WARPS)
-            )
+                if shared:  # without them it is the same kernel
+                    constexprs = {"OF_ROW": of_row, "BLOCK": SUM_BLOCK}
+                    name = (form + suffix).removeprefix(", ")
+                    found.append(
+                        Variant(_assemble_prompts_bwd_kernel, name, dtype, backward, constexprs, SUM_WARPS)
+                    )
         dense = dict.fromkeys(("context", "prefix", "suffix", "out"), r)
         dense |= dict.fromkeys(("rows", "classes", "m", "length", "width"), "i32")
         constexprs = {"ROWS": COPY_ROWS, "BLOCK": COPY_BLOCK}

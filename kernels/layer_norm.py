@@ -1,8 +1,8 @@
 """LayerNorm over rows, with the addition of a bias and a residual before it, and its input gradient.
 
 One program owns one row, held in registers: forward reads the row once and takes the variance of the centred row.
-Memory traffic a row of d numbers of s bytes: forward 2 d s (x in, y out), with a bias 3 d s (x out as well), with a
-residual 4 d s; backward 3 d s, with accumulation 4 d s (dy, x, dx in; dx out). gamma, beta and the bias stay in the
+Memory traffic a row of d numbers of s bytes: forward 2 d s (x in, y out), with bias and residual 4 d s (residual in, x
+out as well); backward 3 d s, with accumulation 4 d s (dy, x, dx in; dx out). gamma, beta and the bias stay in the
 caches; the statistics are 8 bytes a row. Both are bound by memory: sixteen numbers a thread and one to four warps a row
 leave room for 32 rows on a multiprocessor, about 32 KB in flight in fp16. Predicted: 80 to 90 % of the memory's
 bandwidth from some ten thousand rows on, and below a thousand rows the time of a launch.
@@ -33,7 +33,7 @@ def normalise(value, gamma, beta, columns, inside, width, eps):
 @triton.jit(do_not_specialize=["per_image"])
 def _layer_norm_fwd_kernel(
     x,
-    add_bias,
+    bias,
     residual,
     gamma,
     beta,
@@ -49,8 +49,7 @@ def _layer_norm_fwd_kernel(
     stride_rb,
     stride_rr,
     eps,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,  # with a bias only
+    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -59,12 +58,10 @@ def _layer_norm_fwd_kernel(
     x += row_offset(row, per_image, stride_xb, stride_xr)
     y += row_offset(row, per_image, stride_yb, stride_yr)
     value = tl.load(x + columns, mask=inside, other=0.0)
-    if HAS_BIAS:
-        bias = tl.load(add_bias + columns, mask=inside, other=0.0)
-        total = value.to(tl.float32) + bias.to(tl.float32)
-        if HAS_RESIDUAL:
-            residual += row_offset(row, per_image, stride_rb, stride_rr)
-            total += tl.load(residual + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        residual += row_offset(row, per_image, stride_rb, stride_rr)
+        total = value.to(tl.float32) + tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(residual + columns, mask=inside, other=0.0).to(tl.float32)
         # Rounded before it is normalised: the statistics are those of the row that backward reads.
         value = total.to(value.dtype)
         tl.store(x + columns, value, mask=inside)
@@ -76,34 +73,31 @@ def _layer_norm_fwd_kernel(
 
 def layer_norm_fwd(
     x: Tensor,
-    add_bias: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
     gamma: Tensor,
     beta: Tensor,
     eps: float,
     y: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    residual: Tensor | None = None,
 ) -> None:
-    """x += add_bias + residual, y = LN(x), in one pass over the rows.
-
-    What a GEMM wrote becomes the block's sum here: added to the GEMM's result by the GEMM itself, the residual would be
-    copied there first.
+    """x += bias + residual, y = LN(x), in one pass over the rows.
 
     Args:
-        x: rows (n, d) or (B, n/B, d), d <= 2048; changed in place if `add_bias` is given.
-        add_bias: (d,) or None.
+        x: rows (n, d) or (B, n/B, d), d <= 2048; changed in place if there is a bias.
+        bias: (d,), or None.
+        residual: rows in the dtype of `x`; None where the bias is.
         gamma, beta: (d,).
         eps: LayerNorm's epsilon.
         y: rows, written.
         mean, rstd: (n,) fp32, written.
-        residual: rows in the dtype of `x`, or None, as it must be without `add_bias`.
     """
+    if (bias is None) != (residual is None):
+        raise ValueError("`residual` must be None exactly if `bias` is")
     rows = row_layout(x=x, y=y, residual=x if residual is None else residual)
-    if residual is not None and add_bias is None:
-        raise ValueError("a `residual` needs an `add_bias`, got None")
-    if add_bias is not None:
-        check_array("add_bias", add_bias, (rows.width,), x)
+    if bias is not None:
+        check_array("bias", bias, (rows.width,), x)
     check_array("gamma", gamma, (rows.width,), x)
     check_array("beta", beta, (rows.width,), x)
     check_array("mean", mean, (rows.count,), x, torch.float32)
@@ -113,10 +107,9 @@ def layer_norm_fwd(
     block, warps = row_block(rows.width)
     with torch.cuda.device_of(x):
         _layer_norm_fwd_kernel[(rows.count,)](
-            x, x if add_bias is None else add_bias, x if residual is None else residual,
+            x, x if bias is None else bias, x if residual is None else residual,
             gamma, beta, y, mean, rstd, rows.per_image, rows.width, *rows.strides, eps,
-            HAS_BIAS=add_bias is not None, HAS_RESIDUAL=residual is not None,
-            BLOCK=block, num_warps=warps, num_stages=1,
+            ADD=bias is not None, BLOCK=block, num_warps=warps, num_stages=1,
         )  # fmt: skip
 
 
@@ -166,7 +159,8 @@ def layer_norm_bwd(
     mean: Tensor,
     rstd: Tensor,
     dx: Tensor,
-    accumulate: bool = True,
+    *,
+    accumulate: bool,
 ) -> None:
     """dx += rstd (g - mean(g) - xhat mean(g xhat)), g = dy gamma, xhat = (x - mean) rstd.
 
@@ -197,7 +191,7 @@ def _variants() -> tuple[Variant, ...]:
         for weights in dict.fromkeys((dtype, "fp32")):
             r, w, s = f"*{dtype}", f"*{weights}", "*fp32"
             sizes = {"per_image": "i32", "width": "i32"}
-            forward = dict.fromkeys(("x", "add_bias", "residual", "y"), r)
+            forward = dict.fromkeys(("x", "bias", "residual", "y"), r)
             forward |= {"gamma": w, "beta": w, "mean": s, "rstd": s}
             strides = ("stride_xb", "stride_xr", "stride_yb", "stride_yr", "stride_rb", "stride_rr")
             forward |= sizes | dict.fromkeys(strides, "i32") | {"eps": "fp32"}
@@ -206,15 +200,11 @@ def _variants() -> tuple[Variant, ...]:
             backward |= dict.fromkeys(strides, "i32")
             for block, warps in ROW_BLOCKS.items():
                 name = f"d<={block}" + (", fp32 weights" if weights != dtype else "")
-                for what, bias, residual in (
-                    ("", False, False),
-                    (", bias", True, False),
-                    (", residual", True, True),
-                ):
+                for add in (False, True):
                     found.append(
                         Variant(
-                            _layer_norm_fwd_kernel, name + what, dtype, forward,
-                            {"HAS_BIAS": bias, "HAS_RESIDUAL": residual, "BLOCK": block}, warps,
+                            _layer_norm_fwd_kernel, name + ", residual" * add, dtype, forward,
+                            {"ADD": add, "BLOCK": block}, warps,
                         )
                     )  # fmt: skip
                 for flag in (False, True):

@@ -1,4 +1,4 @@
-"""Rows by index: gathered into a smaller tensor, or scattered, or added, into a larger one.
+"""Rows by index: gathered into a smaller tensor, or added to some of a larger one.
 
 One program moves 512 columns of one row: 2 d s bytes a row of d numbers of s bytes, 3 d s when added. The EOT rows go
 this way, once in the last layer of a step. Predicted: 80 to 90 % of the memory's bandwidth from some ten thousand rows
@@ -29,8 +29,7 @@ def _move_rows_kernel(
     stride_xr,
     stride_ob,
     stride_or,
-    SCATTER: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -38,10 +37,10 @@ def _move_rows_kernel(
     other = tl.load(index + i)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    x += image * stride_xb + (i if SCATTER else other) * stride_xr
-    out += image * stride_ob + (other if SCATTER else i) * stride_or
+    x += image * stride_xb + (i if ADD else other) * stride_xr
+    out += image * stride_ob + (other if ADD else i) * stride_or
     value = tl.load(x + columns, mask=inside)
-    if ACCUMULATE:
+    if ADD:
         value = value.to(tl.float32) + tl.load(out + columns, mask=inside).to(tl.float32)
     tl.store(out + columns, value, mask=inside)
 
@@ -55,11 +54,11 @@ def gather_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
         out: rows (B, n, d), written.
     """
     _check_shapes("x", x, index, "out", out)
-    _launch(x, index, out, scatter=False, accumulate=False)
+    _launch(x, index, out, add=False)
 
 
-def scatter_rows(x: Tensor, index: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out[b, index[i]] = x[b, i], or += it.
+def add_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
+    """out[b, index[i]] += x[b, i].
 
     Args:
         x: rows (B, n, d).
@@ -67,7 +66,7 @@ def scatter_rows(x: Tensor, index: Tensor, out: Tensor, accumulate: bool = False
         out: rows (B, R, d), changed in the rows of `index` alone.
     """
     _check_shapes("out", out, index, "x", x)
-    _launch(x, index, out, scatter=True, accumulate=accumulate)
+    _launch(x, index, out, add=True)
 
 
 def _check_shapes(whole_name: str, whole: Tensor, index: Tensor, part_name: str, part: Tensor) -> None:
@@ -81,27 +80,27 @@ def _check_shapes(whole_name: str, whole: Tensor, index: Tensor, part_name: str,
         )
 
 
-def _launch(x: Tensor, index: Tensor, out: Tensor, scatter: bool, accumulate: bool) -> None:
+def _launch(x: Tensor, index: Tensor, out: Tensor, add: bool) -> None:
     batch, n, d = len(x), len(index), x.shape[2]
     if not batch * n * d:
         return
     with torch.cuda.device_of(x):
         _move_rows_kernel[(batch * n, triton.cdiv(d, BLOCK))](
             x, index, out, n, d, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
-            SCATTER=scatter, ACCUMULATE=accumulate, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
+            ADD=add, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
         )  # fmt: skip
 
 
 def _variants() -> tuple[Variant, ...]:
     found = []
-    forms = {"gather": (False, False), "scatter": (True, False), "scatter, accumulate": (True, True)}
     for dtype in STORAGE:
         signature = {"x": f"*{dtype}", "index": "*i64", "out": f"*{dtype}"}
         strides = ("stride_xb", "stride_xr", "stride_ob", "stride_or")
         signature |= dict.fromkeys(("n", "width", *strides), "i32")
-        for name, (scatter, accumulate) in forms.items():
-            constexprs = {"SCATTER": scatter, "ACCUMULATE": accumulate, "BLOCK": BLOCK}
-            found.append(Variant(_move_rows_kernel, name, dtype, signature, constexprs, WARPS))
+        for name, add in (("gather", False), ("add", True)):
+            found.append(
+                Variant(_move_rows_kernel, name, dtype, signature, {"ADD": add, "BLOCK": BLOCK}, WARPS)
+            )
     return tuple(found)
 
 

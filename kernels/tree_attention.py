@@ -388,14 +388,9 @@ class TreeAttention:
         self.all_rows = queries is None
         self.plan: AttentionPlan = plan_attention(tree, queries, device)
 
-    def workspace(self, batch: int, heads: int, head_size: int) -> Tensor:
-        """A new workspace for :meth:`backward`; any larger one serves as well."""
-        size = self.workspace_floats(batch, heads, head_size)
-        return torch.empty(size, device=self.plan.visible.device)
-
     def workspace_floats(self, batch: int, heads: int, head_size: int) -> int:
-        """The partials' size: P rows of dk and dv an image."""
-        return batch * self.plan.partials * 2 * heads * head_size
+        """Float32 numbers of :meth:`backward`'s workspace."""
+        return self.plan.workspace_floats(batch, heads, head_size)
 
     def forward(
         self,

@@ -73,6 +73,10 @@ class AttentionPlan:
         """T."""
         return len(self.tile_query) - 1
 
+    def workspace_floats(self, batch: int, heads: int, head_size: int) -> int:
+        """The partials' size: P rows of dk and dv an image."""
+        return batch * self.partials * 2 * heads * head_size
+
 
 def plan_attention(tree: Tree, queries: Tensor | None, device: torch.device | str) -> AttentionPlan:
     """The plan of a tree.

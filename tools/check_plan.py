@@ -14,9 +14,8 @@ import time
 from typing import Any
 
 from cocoop_fast.cli.output import print_json, print_table
-from cocoop_fast.measure import buffers
 from cocoop_fast.measure.contestants import BY_NAME
-from cocoop_fast.measure.cost import tree_inference, tree_step
+from cocoop_fast.measure.cost import TreeCost, layout_on
 from cocoop_fast.measure.machine import describe_machine, one_line
 from cocoop_fast.measure.peak_memory import peak_memory
 from cocoop_fast.measure.predict import seconds_of_pass
@@ -27,15 +26,14 @@ from cocoop_fast.measure.problem import (
     imagenet_names,
     random_text_tower,
 )
-from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.measure.this_machine import measure_cpu, measure_process_bytes, use_threads
 from cocoop_fast.measure.timing import seconds_of
 
 
 def check_seconds(problem: Problem, rounds: int = 3) -> dict[str, tuple[float, float]]:
     """Predicted and measured seconds of a step and of a forward pass: the best of each, over interleaved rounds."""
-    sizes, counts, batch = TowerSizes.of(problem.weights), RowCounts.of(problem.tree), problem.spec.batch
-    passes = {"step": tree_step(sizes, counts, batch), "forward": tree_inference(sizes, counts, batch)}
+    batch, cost = problem.spec.batch, TreeCost(problem.weights, problem.tree, layout_on("cpu"))
+    passes = {"step": cost.step(batch), "forward": cost.inference(batch)}
     runner = BY_NAME["engine"].build(problem)
     actions = {"step": runner.step, "forward": runner.forward}
     predicted: dict[str, list[float]] = {name: [] for name in passes}
@@ -44,9 +42,9 @@ def check_seconds(problem: Problem, rounds: int = 3) -> dict[str, tuple[float, f
         for action in actions.values():
             action()
         for _ in range(rounds):
-            machine = measure_cpu(sizes, problem.tree, batch, rounds=2, clock=time.process_time)
-            for name, cost in passes.items():
-                predicted[name].append(seconds_of_pass(cost, machine))
+            machine = measure_cpu(problem.weights, problem.tree, batch, rounds=2, clock=time.process_time)
+            for name, one in passes.items():
+                predicted[name].append(seconds_of_pass(one, machine))
                 measured[name] += [seconds_of(actions[name], time.process_time) for _ in range(2)]
     return {name: (min(predicted[name]), min(measured[name])) for name in passes}
 
@@ -54,10 +52,9 @@ def check_seconds(problem: Problem, rounds: int = 3) -> dict[str, tuple[float, f
 def check_memory(spec: ProblemSpec) -> tuple[int, int]:
     """Predicted and measured bytes of a step at its peak, beyond the model."""
     problem = build_problem(spec)
-    sizes, counts = TowerSizes.of(problem.weights), RowCounts.of(problem.tree)
-    predicted = tree_step(sizes, counts, spec.batch).activation_bytes + measure_process_bytes()
-    predicted += buffers.constant_bytes(sizes, counts) + buffers.packed_bytes(sizes)
-    return predicted, peak_memory(spec, "engine")
+    cost = TreeCost(problem.weights, problem.tree, layout_on("cpu"))
+    predicted = cost.activation_bytes(spec.batch, keeps=True) + cost.class_list_bytes
+    return predicted + measure_process_bytes(), peak_memory(spec, "engine")
 
 
 def check(k: int, batch: int, layers: int, memory: bool) -> dict[str, Any]:

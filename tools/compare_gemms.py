@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.cli.output import print_table
-from cocoop_fast.engine.cpu_tower import ROW_PADDING
-from cocoop_fast.extension import extension_available
 from cocoop_fast.measure.machine import describe_machine, one_line
 from cocoop_fast.measure.timing import interleave
 from cocoop_fast.ops import cpu as cpu_kernels
+from cocoop_fast.ops.cpu import ROW_PADDING
+from cocoop_fast.ops.extensions import CPP
 
 D, LAYERS = 512, 12
 SHAPES = {"qkv": (3 * D, D), "out": (D, D), "fc": (4 * D, D), "proj": (D, 4 * D)}  # weights, (out, in)
@@ -58,7 +58,7 @@ def product_variants(x: Tensor, weight: Tensor) -> Variants:
     if mkl is not None:
         original = weight.contiguous()
         variants["MKL packed"] = lambda: torch.ops.mkl._mkl_linear(x, mkl, original, None, len(x))
-    if extension_available() and cpu_kernels.isa() != "portable":
+    if (CPP.why_unavailable() is None) and cpu_kernels.isa() != "portable":
         variants["own kernel"] = _own_kernel(x, weight, out)
     expected = x @ weight.T
     for name, run in variants.items():

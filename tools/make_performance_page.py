@@ -18,10 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cocoop_fast.measure.cost import TreeCost, layout_on, linear_flops
 from cocoop_fast.measure.machine import one_line
 from cocoop_fast.measure.plot import plot_comparison, plot_growth
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
-from cocoop_fast.measure.work import gemm_flops, saved_by_engine, tree_flops
+from cocoop_fast.measure.sizes import TowerSizes
 from cocoop_fast.readable import readable_seconds
 
 ROOT = Path(__file__).parents[1]
@@ -124,15 +125,16 @@ def accounting() -> str:
         times = {row["name"]: row["step"]["best"] for row in read(f"step-k{k}")["contestants"]}
         profile = read(f"profile-k{k}")
         rows = problem.tree.rows
-        floor_flops = 2 * gemm_flops(problem.weights, rows)
-        flops = 2 * tree_flops(problem.weights, problem.tree, 1)
+        floor_flops = 2 * linear_flops(TowerSizes.of(problem.weights), rows)
+        step = TreeCost(problem.weights, problem.tree, layout_on("cpu")).step(1)
+        flops = step.gemm_flops
         share = _by_kind(profile["ops"])
         columns.append(
             [
                 f"{rows:,}",
                 f"{floor_flops / 1e9:.1f} GFLOP",
                 f"{flops / 1e9:.1f} GFLOP ({flops / floor_flops - 1:+.1%})".replace("-", "−"),
-                f"{saved_by_engine(problem.weights, problem.tree, 1) / 1e6:,.0f} MB",
+                f"{step.saved_bytes / 1e6:,.0f} MB",
                 f"{readable_seconds(times['floor'])} ({floor_flops / times['floor'] / 1e9:.0f} GFLOP/s)",
                 readable_seconds(times["floor"] * flops / floor_flops),
                 f"{readable_seconds(times['engine'])} ({times['engine'] / times['floor']:.2f} × floor)",

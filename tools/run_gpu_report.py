@@ -30,9 +30,9 @@ import triton
 from torch import Tensor
 
 from cocoop_fast import TreeTextEncoder
-from cocoop_fast.cuda_extension import describe_cuda_extension
 from cocoop_fast.measure.problem import Problem, ProblemSpec, build_problem, imagenet_names
-from cocoop_fast.ops.table import BACKENDS, kernel_table
+from cocoop_fast.ops.extensions import CUDA
+from cocoop_fast.ops.table import BACKENDS, Backend
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/gpu", "tests/kernels")
@@ -85,7 +85,7 @@ def describe_device() -> str:
         f"{properties.total_memory / 2**30:.0f} GiB",
         f"- torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}, "
         f"CUDA {torch.version.cuda}, ROCm {torch.version.hip}",
-        f"- {describe_cuda_extension()}",
+        f"- {CUDA.describe()}",
         f"- commit {commit.stdout.strip() or 'unknown'}, {datetime.date.today().isoformat()}",
     ]
     return "\n".join(lines)
@@ -156,9 +156,11 @@ def problems() -> Iterator[Problem]:
             yield build_problem(ProblemSpec(imagenet_names(classes), batch))
 
 
-def usable(backend: str, dtype: torch.dtype) -> bool:
-    (record,) = (one for one in BACKENDS if one.name == backend)
-    return record.refusal(torch.device("cuda"), dtype) is None
+GPU_BACKENDS = [one for one in BACKENDS if one.name in ("triton", "cuda")]
+
+
+def usable(backend: Backend, dtype: torch.dtype) -> bool:
+    return backend.refusal(torch.device("cuda"), dtype) is None
 
 
 def measure_attention(rate: float, heads: int = 8, head_size: int = 64) -> Table:
@@ -172,19 +174,20 @@ def measure_attention(rate: float, heads: int = 8, head_size: int = 64) -> Table
             sos_k, sos_v = torch.randn(2, d, device="cuda").to(dtype)
             inputs = (*qkv.split(d, -1), sos_k, sos_v, heads)
             results: dict[str, list[Tensor]] = {}
-            for backend in ("triton", "cuda"):
+            for backend in GPU_BACKENDS:
                 if not usable(backend, dtype):
                     continue
-                attention = kernel_table(backend).TreeAttention(tree, None, "cuda")
+                attention = backend.load().tree_attention(tree, None, torch.device("cuda"))
                 grads = torch.empty_like(qkv).split(d, -1)
-                workspace = attention.workspace(batch, heads, head_size)
+                floats = attention.workspace_floats(batch, heads, head_size)
+                workspace = torch.empty(floats, device="cuda")
                 forward = bind(attention.forward, *inputs, o)
                 backward = bind(attention.backward, grad_o, *inputs, *grads, workspace)
                 times = [seconds(forward), seconds(backward)]
-                results[backend] = [o.clone(), *(grad.clone() for grad in grads)]
+                results[backend.name] = [o.clone(), *(grad.clone() for grad in grads)]
                 row_bytes = batch * tree.rows * d * o.element_size()
                 shares = [parts * row_bytes / time / rate for parts, time in zip((4, 7), times, strict=True)]
-                row = [str(len(problem.spec.classes)), str(batch), precision, backend]
+                row = [str(len(problem.spec.classes)), str(batch), precision, backend.name]
                 for time, share in zip(times, shares, strict=True):
                     row += [f"{time * 1e6:.1f}", f"{share:.0%}"]
                 table.append(row)
@@ -216,10 +219,10 @@ def measure_tower() -> Table:
             width = problem.weights.width
             ctx = torch.randn(problem.spec.batch, problem.tree.n_ctx, width, device="cuda").to(dtype)
             ctx = (0.02 * ctx).requires_grad_()
-            for backend in ("torch", "triton", "cuda"):
+            for backend in BACKENDS:
                 if not usable(backend, dtype):
                     continue
-                encoder = TreeTextEncoder(model, problem.tree, backend=backend)
+                encoder = TreeTextEncoder(model, problem.tree, backend=backend.name)
 
                 def step(encoder: TreeTextEncoder = encoder, ctx: Tensor = ctx) -> None:
                     features = encoder(ctx)
@@ -232,7 +235,7 @@ def measure_tower() -> Table:
                 torch.cuda.reset_peak_memory_stats()
                 time = seconds(step)
                 memory = torch.cuda.max_memory_allocated() - before
-                row = [str(len(problem.spec.classes)), str(problem.spec.batch), precision, backend]
+                row = [str(len(problem.spec.classes)), str(problem.spec.batch), precision, backend.name]
                 table.append([*row, f"{time * 1e3:.3f}", f"{memory / 1e6:.0f}"])
     return table
 

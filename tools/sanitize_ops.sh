@@ -35,9 +35,9 @@ import pathlib, sys
 
 import pytest
 
-from cocoop_fast.extension import load_extension
+from cocoop_fast.ops.extensions import CPP
 
-built = pathlib.Path(load_extension().__file__)
+built = pathlib.Path(CPP.load().__file__)
 assert "__asan_init" in built.read_bytes().decode("latin-1"), f"{built} is not the instrumented build"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 END

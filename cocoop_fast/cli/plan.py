@@ -16,9 +16,7 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.readable import readable_bytes, readable_flops, readable_time
 
 if TYPE_CHECKING:
-    from cocoop_fast.measure.devices import Device
     from cocoop_fast.measure.predict import Model, Prediction, Schedule, Setting
-    from cocoop_fast.measure.sizes import RowCounts
     from cocoop_fast.prompts.tree import ClassTree
 
 EPILOG = """
@@ -99,20 +97,20 @@ def command(
         return
     check_positive(k=k, batch_size=batch_size, shots=shots, train_images=train_images)
     check_positive(epochs=epochs, test_images=test_images, threads=threads)
-    from cocoop_fast.engine.pieces import parse_bytes
+    from cocoop_fast.engine.memory import parse_bytes
     from cocoop_fast.measure.predict import Schedule, predict_dense, predict_tree
 
     limit = None if budget is None else parse_bytes(budget)
     names = class_names(classes, k)
     with output.only_json(json):
         tell = (lambda line: None) if quiet or json else _tell
-        described, counts, tree = _read(model, names, ctx_init)
         chosen = _choose_precision(precision, device)
-        setting = _setting(described, counts, tree, batch_size, chosen, device, threads, tell)
+        described, tree = _read(model, names, ctx_init, chosen)
+        setting = _setting(described, tree, batch_size, chosen, device, threads, tell)
     limit = limit if limit is not None else setting.device.memory_bytes
     if limit is None:
         raise UserError("This system does not tell how much memory is available; give --budget.")
-    schedule = Schedule(train_images or shots * counts.classes, epochs, test_images)
+    schedule = Schedule(train_images or shots * tree.n_classes, epochs, test_images)
     predictions = {
         "tree": predict_tree(setting, schedule, limit),
         "dense": predict_dense(setting, schedule, limit),
@@ -123,29 +121,31 @@ def command(
         _print(setting, chosen, schedule, limit, predictions)
 
 
-def _read(model: str, names: tuple[str, ...], ctx_init: str) -> tuple[Model, RowCounts, ClassTree]:
+def _read(model: str, names: tuple[str, ...], ctx_init: str, precision: str) -> tuple[Model, ClassTree]:
     from cocoop_fast.measure.architecture import describe_model
-    from cocoop_fast.measure.sizes import RowCounts
+    from cocoop_fast.measure.devices import DTYPES
     from cocoop_fast.prompts.tokens import tokenize_prompts
     from cocoop_fast.prompts.tree import ClassTree
 
-    described = describe_model(model)
+    described = describe_model(model, DTYPES[precision])
     if not ctx_init.split():
         raise UserError(
             "--ctx-init is empty, but its words fix the length of the context; give, say, 'X X X X'."
         )
     prompts = tokenize_prompts(
-        names, ctx_init=ctx_init, n_ctx=len(ctx_init.split()), context_length=described.sizes.context_length
+        names,
+        ctx_init=ctx_init,
+        n_ctx=len(ctx_init.split()),
+        context_length=described.sizes.context_length,
     )
-    tree = ClassTree(prompts.tokens, prompts.n_ctx)
-    return described, RowCounts.of(tree), tree
+    return described, ClassTree(prompts.tokens, prompts.n_ctx)
 
 
 def _choose_precision(precision: str, device: str) -> str:
-    from cocoop_fast.measure.devices import ITEMSIZE
+    from cocoop_fast.measure.devices import DTYPES
 
-    if precision not in ("auto", *ITEMSIZE):
-        raise UserError(f"--precision is '{precision}', but it must be auto, {', '.join(ITEMSIZE)}.")
+    if precision not in ("auto", *DTYPES):
+        raise UserError(f"--precision is '{precision}', but it must be auto, {', '.join(DTYPES)}.")
     on_cpu = _is_cpu(device)
     if on_cpu and precision not in ("auto", "fp32"):
         raise UserError(f"The engine computes in fp32 on a CPU, not in {precision}; leave --precision out.")
@@ -164,7 +164,6 @@ def _is_cpu(device: str) -> bool:
 
 def _setting(
     model: Model,
-    counts: RowCounts,
     tree: ClassTree,
     batch: int,
     precision: str,
@@ -172,37 +171,24 @@ def _setting(
     threads: int | None,
     tell: Callable[[str], None],
 ) -> Setting:
-    from cocoop_fast.engine.pieces import ROWS_PER_INFERENCE_PASS
-    from cocoop_fast.measure.devices import ITEMSIZE, find_gpu
+    from cocoop_fast.measure.cost import layout_on
+    from cocoop_fast.measure.devices import find_gpu
     from cocoop_fast.measure.predict import Setting
 
-    packs, process_bytes = False, 0
-    found: Device
     if device not in THIS_MACHINE:
-        found = find_gpu(device).at(precision)
-    elif not _is_cpu(device):
+        return Setting(model, tree, batch, find_gpu(device).at(precision), layout_on("cuda"))
+    if not _is_cpu(device):
         from cocoop_fast.measure.this_gpu import measure_gpu
 
         tell("measuring this machine's GPU")
-        found = measure_gpu(precision)
-    else:
-        from cocoop_fast.measure.this_machine import measure_cpu, measure_process_bytes, use_threads
+        return Setting(model, tree, batch, measure_gpu(precision), layout_on("cuda"))
+    from cocoop_fast.measure.this_machine import measure_cpu, measure_process_bytes, use_threads
 
-        with use_threads(threads):
-            tell("measuring this machine's products, kernels and copies")
-            found = machine = measure_cpu(model.sizes, tree, batch)
-            tell("measuring what a step takes besides its buffers")
-            packs, process_bytes = machine.packs_weights, measure_process_bytes()
-    return Setting(
-        model=model,
-        counts=counts,
-        batch=batch,
-        itemsize=ITEMSIZE[precision],
-        device=found,
-        rows_per_inference_pass=ROWS_PER_INFERENCE_PASS,
-        packs_weights=packs,
-        process_bytes=process_bytes,
-    )
+    with use_threads(threads):
+        tell("measuring this machine's products, kernels and copies")
+        machine = measure_cpu(model.weights, tree, batch)
+        tell("measuring what a step takes besides its buffers")
+        return Setting(model, tree, batch, machine, layout_on("cpu"), measure_process_bytes())
 
 
 def _tell(line: str) -> None:

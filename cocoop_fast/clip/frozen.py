@@ -6,7 +6,7 @@ Nothing here changes a weight, a mode or a gradient flag of the model it looks a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -27,6 +27,9 @@ class Affine:
     bias: Tensor
     eps: float = 0.0  # LayerNorm only
 
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Affine:
+        return Affine(self.weight.to(device, dtype), self.bias.to(device, dtype), self.eps)
+
 
 @dataclass(frozen=True, eq=False)
 class TextBlock:
@@ -38,6 +41,9 @@ class TextBlock:
     ln_2: Affine
     fc: Affine  # (4d, d)
     proj: Affine  # (d, 4d)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TextBlock:
+        return TextBlock(**{one.name: getattr(self, one.name).to(device, dtype) for one in fields(self)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +73,17 @@ class TextWeights:
     @property
     def width(self) -> int:
         return self.positional_embedding.shape[1]
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TextWeights:
+        """Copies on a device, or of a dtype."""
+        return replace(
+            self,
+            token_embedding=self.token_embedding.to(device, dtype),
+            positional_embedding=self.positional_embedding.to(device, dtype),
+            blocks=tuple(block.to(device, dtype) for block in self.blocks),
+            ln_final=self.ln_final.to(device, dtype),
+            projection=self.projection.to(device, dtype),
+        )
 
 
 class FrozenCLIP:

@@ -17,8 +17,7 @@ from torch import Tensor
 from cocoop_fast.distributed.ranks import Group
 from cocoop_fast.engine.pruning import Pruned, backward_through, choose_classes
 from cocoop_fast.errors import UserError
-from cocoop_fast.evaluation.classifier import PromptClassifier
-from cocoop_fast.methods.base import LearnedPromptCLIP
+from cocoop_fast.methods.base import LearnedPromptCLIP, PromptClassifier
 from cocoop_fast.ops.head import cosine_logits_ref
 from cocoop_fast.prompts.tree import ClassTree
 

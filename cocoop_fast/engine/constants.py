@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,6 +46,11 @@ def project(x: Tensor, weights: TextWeights) -> Tensor:
     return linear_ref(layer_norm_ref(x, weights.ln_final), projection)
 
 
+def own_types(device: torch.device) -> AbstractContextManager[object]:
+    """The engine computes in the dtype of its weights: autocast, where it is on, ends at its door."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 @dataclass(frozen=True, eq=False)
 class TowerConstants:
     """What a model and a class tree fix once and for all.
@@ -72,12 +78,17 @@ class TowerConstants:
     @cached_property
     def node_qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         """(T, H, D) each: layer 0's query, key and value of the tokens."""
-        with torch.no_grad(), torch.autocast(self.weights.device.type, enabled=False):
+        with torch.no_grad(), own_types(self.weights.device):
             return qkv_rows(self.node_rows, self.weights.blocks[0], self.weights.heads)
 
     def part(self, tree: ClassTree) -> TowerConstants:
         """The same for a subtree of the tree, by :meth:`ClassTree.subtree`."""
         return compute_constants(self.weights, tree, self.fixed_kv)
+
+    def on_meta(self, tree: ClassTree) -> TowerConstants:
+        """The shapes alone, for this tree or a subtree of it."""
+        fixed_kv = tuple((k.to("meta"), v.to("meta")) for k, v in self.fixed_kv)
+        return compute_constants(self.weights.to(torch.device("meta")), tree, fixed_kv)
 
     @cached_property
     def sos_kv(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -97,15 +108,15 @@ def compute_constants(
     """
     device = weights.device
     position = weights.positional_embedding.to(weights.dtype)
-    slot = torch.cat([torch.arange(tree.n_ctx), tree.slot]).to(device)
-    place = torch.cat([1 + torch.arange(tree.n_ctx), _node_places(tree)]).to(device)
+    slot = torch.cat([torch.arange(tree.n_ctx), tree.slot])
+    place = torch.cat([1 + torch.arange(tree.n_ctx), _node_places(tree)])
     learnable = (slot >= 0).nonzero()[:, 0]
     return TowerConstants(
         weights=weights,
         tree=tree,
-        learnable=learnable,
-        slots=slot[learnable],
-        positions=position[place[learnable]],
+        learnable=learnable.to(device),
+        slots=slot[learnable].to(device),
+        positions=position[place[learnable].to(device)],
         fixed_kv=_fixed_rows(weights, tree) if fixed_kv is None else fixed_kv,
         leaves=tree.leaves.to(device),
         leaf_of_class=tree.leaf_of_class.to(device),

@@ -7,32 +7,22 @@ precedes, is a constant of the model and no row at all. What is exact about this
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP, text_module
-from cocoop_fast.engine.constants import TowerConstants, compute_constants, finish_block, project, qkv_rows
-from cocoop_fast.engine.cpu_tower import CpuTower
-from cocoop_fast.engine.gpu_tower import GpuTower, tower_on
-from cocoop_fast.engine.pieces import MemoryBudget, encode_in_pieces
+from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
+from cocoop_fast.engine.constants import TowerConstants, compute_constants, own_types
+from cocoop_fast.engine.contexts import ContextRows, Contexts, ShiftedContext
+from cocoop_fast.engine.fused_tower import FusedTower
+from cocoop_fast.engine.pieces import MemoryBudget, Tower, encode_in_pieces
 from cocoop_fast.engine.torch_tower import TorchTower
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.table import Backend, select_backend
 from cocoop_fast.prompts.tree import ClassTree
-
-Tower = TorchTower | CpuTower | GpuTower
-TOWERS: dict[str, Callable[[TowerConstants], Tower]] = {
-    "torch": TorchTower,
-    "cpu": CpuTower,
-    "triton": partial(tower_on, "triton"),
-    "cuda": partial(tower_on, "cuda"),
-}
 
 
 class TreeTextEncoder(nn.Module):
@@ -81,15 +71,15 @@ class TreeTextEncoder(nn.Module):
         self._check_tree(tree)
         self.tree = tree
         self._tower: Tower | None = None
-        self._deep_tower: TorchTower | None = None  # where the other one cannot take deep prompts
+        self._deep_tower: Tower | None = None  # where the other one cannot take deep prompts
         self.backend = self._select_backend()
 
-    def forward(self, ctx: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, ctx: Contexts, deep: Sequence[Tensor] = ()) -> Tensor:
         """Encode the K prompts under each context.
 
         Args:
-            ctx: (M, d) or (B, M, d) context vectors; (K, M, d) or (B, K, M, d) where each class has its own.
-                Differentiable; computed in the dtype of the model.
+            ctx: (M, d) or (B, M, d) context vectors; (K, M, d) or (B, K, M, d) where each class has its own; or the
+                two parts of (B, M, d). Differentiable; computed in the dtype of the model.
             deep: up to layers - 1 tensors, each of the shape of `ctx`: what takes the place of the context rows
                 at the input of layers 1, 2, ... (MaPLe, section 3.2). Position embeddings are not added to them.
 
@@ -99,16 +89,13 @@ class TreeTextEncoder(nn.Module):
         Raises:
             UserError: `ctx` or `deep` has another shape or is not floating point.
         """
-        batched = self._is_batched(ctx)
-        self._check_deep(ctx, deep)
-        rows = [one.flatten(-3, -2) if self.tree.class_specific else one for one in (ctx, *deep)]
-        rows = rows if batched else [one[None] for one in rows]
         with _outside_inference_mode():
             tower = self._current_tower(deep=bool(deep))
+            rows, batched = self._rows(ctx, deep)
             features = encode_in_pieces(tower, rows, self.memory)[:, tower.constants.leaf_of_class]
         return features if batched else features[0]
 
-    def encode_classes(self, ctx: Tensor, classes: Tensor) -> Tensor:
+    def encode_classes(self, ctx: Contexts, classes: Tensor) -> Tensor:
         """Encode the prompts of some classes alone.
 
         Args:
@@ -128,9 +115,14 @@ class TreeTextEncoder(nn.Module):
         """
         return EncoderPart(self, classes)
 
+    @property
+    def tower(self) -> Tower:
+        """What computes now, for contexts without deep prompts."""
+        return self._current_tower(deep=False)
+
     def lower_memory(self, batch: int) -> None:
         """After a step of B images ran out of memory: see :meth:`MemoryBudget.lower`."""
-        self.memory.lower(self._current_tower(deep=False), batch)
+        self.memory.lower(self.tower, batch)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the towers, whose memory is this encoder's own; they are made anew."""
@@ -153,8 +145,13 @@ class TreeTextEncoder(nn.Module):
                 f"{self.frozen.vocab_size} tokens; tokenize them with the model's own tokenizer."
             )
 
-    def _is_batched(self, ctx: Tensor) -> bool:
-        """Whether `ctx` has a dimension B in front."""
+    def _rows(self, ctx: Contexts, deep: Sequence[Tensor] = ()) -> tuple[ContextRows, bool]:
+        """As a tower takes them, and whether `ctx` has a dimension B in front."""
+        if isinstance(ctx, ShiftedContext):
+            self._check_shifted(ctx)
+            if self.tree.is_standard and not deep:
+                return ContextRows(self._readable(ctx.vectors), self._readable(ctx.shift)), True
+            ctx = ctx.sum()
         own = (self.tree.n_classes,) if self.tree.class_specific else ()
         expected = (*own, self.tree.n_slots, self.frozen.width)
         extra = ctx.ndim - len(expected)
@@ -164,7 +161,31 @@ class TreeTextEncoder(nn.Module):
                 f"`ctx` must be a floating-point ({names}) or (B, {names}) tensor with ({names}) = {expected}, "
                 f"got {ctx.dtype} of shape {tuple(ctx.shape)}."
             )
-        return extra == 1
+        self._check_deep(ctx, deep)
+        rows = [one.flatten(-3, -2) if own else one for one in (ctx, *deep)]
+        first, *others = (self._readable(one if extra else one[None]) for one in rows)
+        return ContextRows(None, first, tuple(others)), extra == 1
+
+    def _readable(self, contexts: Tensor) -> Tensor:
+        """In a dtype that the backend reads: float32 parameters of a float16 model stay float32 until they are added up,
+        float16 sums that autocast makes for a float32 model do not."""
+        return (
+            contexts
+            if contexts.dtype in self.backend.dtypes
+            else contexts.to(self.frozen.text_weights().dtype)
+        )
+
+    def _check_shifted(self, ctx: ShiftedContext) -> None:
+        m, d = expected = self.tree.n_slots, self.frozen.width
+        shift = ctx.shift.shape
+        fits = len(shift) in (2, 3) and tuple(shift[1:]) in ((d,), (m, d))
+        floats = ctx.vectors.is_floating_point() and ctx.shift.is_floating_point()
+        if tuple(ctx.vectors.shape) != expected or not fits or not floats or self.tree.class_specific:
+            raise UserError(
+                f"A shifted context must have floating-point `vectors` of shape (M, d) = {expected} and a `shift` of "
+                f"(B, d) or (B, M, d), and all classes must share it; got {tuple(ctx.vectors.shape)} and "
+                f"{tuple(shift)}."
+            )
 
     def _check_deep(self, ctx: Tensor, deep: Sequence[Tensor]) -> None:
         if len(deep) >= self.frozen.layers:
@@ -189,14 +210,18 @@ class TreeTextEncoder(nn.Module):
         weights = self.frozen.text_weights()
         if self._tower is None or self._tower.constants.weights is not weights:
             self.backend = self._select_backend()
-            with torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
-                self._tower = TOWERS[self.backend.name](compute_constants(weights, self.tree))
+            with torch.no_grad(), own_types(weights.device):
+                self._tower = _tower_of(self.backend, compute_constants(weights, self.tree))
             self._deep_tower = None
-        if not deep or isinstance(self._tower, TorchTower):
+        if not deep or self._tower.takes_deep_prompts:
             return self._tower
         if self._deep_tower is None:
             self._deep_tower = TorchTower(self._tower.constants)
         return self._deep_tower
+
+
+def _tower_of(backend: Backend, constants: TowerConstants) -> Tower:
+    return TorchTower(constants) if backend.load is None else FusedTower(constants, backend.load())
 
 
 @contextmanager
@@ -214,72 +239,21 @@ class EncoderPart:
     """Some classes of an encoder, see :meth:`TreeTextEncoder.part`."""
 
     def __init__(self, encoder: TreeTextEncoder, classes: Tensor) -> None:
-        tree, whole = encoder.tree, encoder._current_tower(deep=False)
+        tree, whole = encoder.tree, encoder.tower
         leaves, asked = tree.leaf_of_class[classes.cpu()].unique(return_inverse=True)
         nodes = tree.ancestors(tree.leaves[leaves])
         self._encoder = encoder
         self._tower = whole.for_part(whole.constants.part(tree.subtree(nodes)))
         self._asked = asked.to(whole.constants.weights.device)
 
-    def __call__(self, ctx: Tensor) -> Tensor:
+    def __call__(self, ctx: Contexts) -> Tensor:
         """As :meth:`TreeTextEncoder.encode_classes`."""
-        batched = self._encoder._is_batched(ctx)
-        rows = ctx.flatten(-3, -2) if self._encoder.tree.class_specific else ctx
+        rows, batched = self._encoder._rows(ctx)
         with _outside_inference_mode():
-            features = encode_in_pieces(self._tower, [rows if batched else rows[None]], self._encoder.memory)
+            features = encode_in_pieces(self._tower, rows, self._encoder.memory)
         features = features[:, self._asked]
         return features if batched else features[0]
 
     def lower_memory(self, batch: int) -> None:
         """As :meth:`TreeTextEncoder.lower_memory`, by the size of this part."""
         self._encoder.memory.lower(self._tower, batch)
-
-
-class TextEncoder(nn.Module):
-    """The reference's dense text encoder: one transformer pass a prompt, here up to the last EOT only.
-
-    Args:
-        clip_model: an open_clip or OpenAI CLIP whose text tower is causal and EOT-pooled.
-    """
-
-    def __init__(self, clip_model: ClipModel) -> None:
-        super().__init__()
-        self.frozen = FrozenCLIP(clip_model)
-        text = text_module(clip_model)
-        self.transformer = text.transformer
-        self.positional_embedding = text.positional_embedding
-        self.ln_final = text.ln_final
-        self.text_projection = text.text_projection
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.frozen.dtype
-
-    def forward(self, prompts: Tensor, tokenized_prompts: Tensor) -> Tensor:
-        """Encode prompts given as embeddings.
-
-        Args:
-            prompts: (n, L, d) token embeddings, context included.
-            tokenized_prompts: (n, L) integer ids; each row's largest is its EOT.
-
-        Returns:
-            (n, E) text features, not normalised.
-
-        Raises:
-            UserError: the shapes do not belong together.
-        """
-        if prompts.ndim != 3 or tuple(tokenized_prompts.shape) != tuple(prompts.shape[:2]):
-            raise UserError(
-                f"`prompts` must be (n, L, d) and `tokenized_prompts` (n, L), got {tuple(prompts.shape)} "
-                f"and {tuple(tokenized_prompts.shape)}."
-            )
-        weights = self.frozen.text_weights()
-        ends = tokenized_prompts.to(prompts.device).argmax(dim=-1)
-        length = int(ends.max()) + 1  # nothing after the last EOT is ever read
-        x = prompts[:, :length].to(weights.dtype) + weights.positional_embedding[:length].to(weights.dtype)
-        for block in weights.blocks:
-            q, k, v = qkv_rows(x, block, weights.heads)
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (n, H, L, D)
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = finish_block(x, o.transpose(1, 2), block, weights.activation)
-        return project(x[torch.arange(len(x), device=x.device), ends], weights)

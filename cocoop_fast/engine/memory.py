@@ -1,14 +1,26 @@
-"""Memory that the fast towers use again and again: named buffers, lent to one pass at a time."""
+"""Memory of passes over a class tree: buffers that are used again and again, lent to one pass at a time; what is free."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
+import contextlib
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cocoop_fast.errors import UserError
 
 Statistics = tuple[Tensor, Tensor]  # float32 mean and reciprocal standard deviation of each row
+
+# Memory of so many passes is kept for later ones; one graph at a time is the rule. What more graphs used is let go.
+_MOST_KEPT = 2
 
 
 class Buffers:
@@ -22,6 +34,10 @@ class Buffers:
         self.dtype, self.device = dtype, device
         self._storage: dict[str, Tensor] = {}
 
+    @property
+    def nbytes(self) -> int:
+        return sum(storage.nbytes for storage in self._storage.values())
+
     def get(self, name: str, *shape: int) -> Tensor:
         """A contiguous view of the named buffer; its content is whatever was there."""
         size = 1
@@ -33,15 +49,35 @@ class Buffers:
             self._storage[name] = storage
         return storage[:size].view(shape)
 
-    def release(self) -> None:
-        """Give the memory back."""
-        self._storage.clear()
+
+class PassMemory:
+    """The memory of one pass through a tower.
+
+    Args:
+        dtype, device: of the rows.
+        layers: of the tower.
+        keeps: every layer keeps its activations for a backward. Otherwise all use the same buffers in turn.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, layers: int, *, keeps: bool) -> None:
+        self.keeps = keeps
+        self.scratch = Buffers(dtype, device)
+        self.floats = Buffers(torch.float32, device)
+        self.layers = [Buffers(dtype, device) if keeps else self.scratch for _ in range(layers)]
+        self.layout: object = None  # what its tower has last made of it
+
+    @property
+    def nbytes(self) -> int:
+        saved = sum(layer.nbytes for layer in self.layers) if self.keeps else 0
+        return self.scratch.nbytes + self.floats.nbytes + saved
+
+    def statistics(self, name: str, rows: int) -> Statistics:
+        """Mean and reciprocal standard deviation of so many rows."""
+        mean, rstd = self.floats.get(f"statistics of {name}", 2, rows).unbind()
+        return mean, rstd
 
 
-Memory = TypeVar("Memory")
-
-
-class Pool(Generic[Memory]):
+class Pool:
     """Memory of passes that are done with, for the next pass.
 
     While a CUDA graph is recorded, every pass gets new memory, which never comes here: the graph writes into it
@@ -51,29 +87,140 @@ class Pool(Generic[Memory]):
         make: more memory.
     """
 
-    def __init__(self, make: Callable[[], Memory]) -> None:
+    def __init__(self, make: Callable[[], PassMemory]) -> None:
         self._make = make
-        self.free: list[Memory] = []
+        self._free: list[PassMemory] = []
 
-    def borrow(self) -> Lease[Memory]:
-        """Memory that nobody else has until the lease is gone."""
+    def borrow(self) -> Lease:
+        """Memory that nobody else has until the lease is given back."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return Lease(self._make(), None)
-        return Lease(self.free.pop() if self.free else self._make(), self)
+        try:
+            return Lease(self._free.pop(), self)
+        except IndexError:
+            return Lease(self._make(), self)
+
+    @property
+    def nbytes(self) -> int:
+        """What waits for the next pass."""
+        return sum(memory.nbytes for memory in self._free)
+
+    def take_back(self, memory: PassMemory) -> None:
+        if len(self._free) < _MOST_KEPT:
+            self._free.append(memory)
+
+    def release(self) -> None:
+        """Let go of the memory of passes that are over."""
+        self._free.clear()
 
 
-class Lease(Generic[Memory]):
-    """Memory that goes back to its pool when the last reference to the lease does."""
+class Lease:
+    """Memory that goes back to its pool when it is given back, or when the last reference to the lease goes.
 
-    def __init__(self, memory: Memory, pool: Pool[Memory] | None) -> None:
+    A pass that keeps its activations leaves the lease with its node of autograd's graph. Autograd drops the tensors that
+    a node saved as soon as it needs them no more, while the node itself may live on with the result: the end of a saved
+    :meth:`owner` gives the memory back. A saved-tensor hook, though, keeps something else in its place. Then the owner
+    is gone before the graph is there, and the memory stays with the node.
+    """
+
+    def __init__(self, memory: PassMemory, pool: Pool | None) -> None:
         self.memory, self._pool = memory, pool
+        self._held: weakref.ref[_Held] | None = None
 
     def owner(self) -> Tensor:
-        """An empty tensor that holds the lease: autograd drops saved tensors as soon as a graph is done with."""
-        owner = torch.empty(0)
-        owner.lease = self  # type: ignore[attr-defined]
+        """An empty tensor for the node to save."""
+        owner, held = torch.empty(0), _Held()
+        owner.held = held  # type: ignore[attr-defined]
+        self._held = weakref.ref(held)
         return owner
 
+    def follow_owner(self) -> None:
+        """The graph is there: from now on the owner's end is that of its need."""
+        held = None if self._held is None else self._held()
+        if held is not None:
+            weakref.finalize(held, self.give_back).atexit = False
+
+    def give_back(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.take_back(self.memory)
+
     def __del__(self) -> None:
-        if self._pool is not None:
-            self._pool.free.append(self.memory)
+        self.give_back()
+
+
+class _Held:
+    """Something whose end can be noticed."""
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the tensors that operations make while it is on: `bytes` is the most that were there at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):  # a view of what was there before is nothing new
+                self._note(tensor.untyped_storage(), 0)
+        made = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        return made
+
+    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._now += size
+        self.bytes = max(self.bytes, self._now)
+        weakref.finalize(storage, self._forget, key, size).atexit = False
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+T = TypeVar("T")
+
+
+def undisturbed(work: Callable[[], T]) -> T:
+    """Do something where nothing of the caller's applies: autocast, saved-tensor hooks, modes. They are a thread's own."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
+
+
+def free_memory(device: torch.device | None = None) -> int | None:
+    """Bytes that can still be had on a device, where it tells; default: the CPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def parse_bytes(budget: int | str) -> int:
+    """ "256MB", "1.5 GiB" or a number of bytes.
+
+    Raises:
+        UserError: neither.
+    """
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+        return budget
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", str(budget), flags=re.IGNORECASE)
+    size = 0.0
+    if found is not None:
+        size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+    if size < 1:
+        raise UserError(
+            f"The memory budget '{budget}' is not an amount of memory; give bytes, or say 256MB or 1.5GiB."
+        )
+    return int(size)

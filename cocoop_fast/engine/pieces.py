@@ -8,8 +8,7 @@ the context is added up in a fixed order. One more forward is the price: three p
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -20,16 +19,10 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.engine.constants import TowerConstants
-from cocoop_fast.engine.cpu_tower import CpuTower
-from cocoop_fast.engine.free_memory import free_memory
-from cocoop_fast.engine.torch_tower import TorchTower
+from cocoop_fast.engine.contexts import ContextRows
+from cocoop_fast.engine.memory import free_memory, parse_bytes
 from cocoop_fast.errors import UserError
-from cocoop_fast.measure import buffers
-from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.prompts.tree import ClassTree
-
-# Of the memory that activations may take, what the pass without gradients gets: it keeps one layer, backward all.
-_INFERENCE_SHARE = 1 / 8
 
 # Without a budget: the part of the free memory that activations may take.
 _OF_FREE_MEMORY = 0.8
@@ -44,8 +37,22 @@ class Tower(Protocol):
 
     constants: TowerConstants
 
-    def encode(self, ctx: Tensor) -> Tensor:
-        """(B, S, d) contexts to (B, Q, E) features of the leaves."""
+    @property
+    def takes_deep_prompts(self) -> bool: ...
+
+    @property
+    def kept_bytes(self) -> int:
+        """What stays allocated whatever passes come."""
+
+    @property
+    def pooled_bytes(self) -> int:
+        """The memory of passes that are over, for the next ones."""
+
+    def encode(self, contexts: ContextRows) -> Tensor:
+        """To (B, Q, E) features of the leaves, differentiable."""
+
+    def pass_bytes(self, tree: ClassTree, batch: int, *, keeps: bool) -> int:
+        """What a pass over B images of this tree, or a part of it, allocates; `keeps`: with its backward."""
 
     def for_part(self, constants: TowerConstants) -> Tower:
         """A tower of the same weights for another tree."""
@@ -72,25 +79,6 @@ class Pieces:
     def of(self, batch: int) -> Iterator[slice]:
         """The groups of images."""
         return (slice(first, min(first + self.images, batch)) for first in range(0, batch, self.images))
-
-
-def parse_bytes(budget: int | str) -> int:
-    """ "256MB", "1.5 GiB" or a number of bytes.
-
-    Raises:
-        UserError: neither.
-    """
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
-        return budget
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", str(budget), flags=re.IGNORECASE)
-    size = 0.0
-    if found is not None:
-        size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
-    if size < 1:
-        raise UserError(
-            f"The memory budget '{budget}' is not an amount of memory; give bytes, or say 256MB or 1.5GiB."
-        )
-    return int(size)
 
 
 def shard(tree: ClassTree, max_nodes: int) -> tuple[Shard, ...]:
@@ -160,36 +148,39 @@ class MemoryBudget:
             UserError: not even one class of one image fits that.
         """
         tower.release()
-        tree, use = tower.constants.tree, _MemoryUse(tower, keeps=True)
         pieces = self.pieces(tower, batch, keeps=True)
-        largest = max((use.of(part.tree, 1) for part in pieces.shards), default=use.of(tree, pieces.images))
-        self.bytes = use.fixed(tree, batch) + largest // 2
+        largest = _largest_pass(tower, pieces, keeps=True)
+        self.bytes = _fixed_bytes(tower, batch) + int(largest / 2 / _share(tower, keeps=True))
         self._known.clear()
         for keeps in (True, False):
             self.pieces(tower, batch, keeps=keeps)
 
     def _decide(self, tower: Tower, batch: int, keeps: bool) -> Pieces:
-        tree, use = tower.constants.tree, _MemoryUse(tower, keeps)
+        tree = tower.constants.tree
         most = batch if keeps else max(1, min(batch, ROWS_PER_INFERENCE_PASS // tree.rows))
         total = self._total(tower.constants.weights.device)
         if total is None:
             return Pieces(most)
-        share = 1 if keeps else _INFERENCE_SHARE
-        left = int(share * (total - use.fixed(tree, batch)))
-        if use.of(tree, most) <= left:
+        fixed = _fixed_bytes(tower, batch)
+        if keeps and tower.pass_bytes(tree, most, keeps=True) <= total - fixed:
             return Pieces(most)
-        largest = use.of(tree, 1)
+        share = _share(tower, keeps=keeps)
+        left = int(share * (total - fixed))
+        if not keeps and tower.pass_bytes(tree, most, keeps=False) <= left:
+            return Pieces(most)
+        largest = tower.pass_bytes(tree, 1, keeps=keeps)
         if largest <= left:
             return Pieces(min(most, left // largest))
         nodes = len(tree)
         while nodes > 1 and left > 0:
             nodes = max(1, int(nodes * min(0.9, left / largest)))
-            shards = shard(tree, nodes)
-            largest = max(use.of(part.tree, 1) for part in shards)
+            pieces = Pieces(1, shard(tree, nodes))
+            largest = _largest_pass(tower, pieces, keeps)
             if largest <= left:
-                return Pieces(1, shards)
+                return pieces
         deepest = tree.leaves[tree.depth[tree.leaves].argmax()].reshape(1)
-        least = use.fixed(tree, batch) + use.of(tree.subtree(tree.ancestors(deepest)), 1) / share
+        path = tree.subtree(tree.ancestors(deepest))
+        least = fixed + tower.pass_bytes(path, 1, keeps=keeps) / share
         raise UserError(
             f"A memory budget of {total / 1e6:.3g} MB is too small: a batch of {batch} and {tree.n_classes} classes "
             f"needs {ceil(least / 1e4) / 100:.2f} MB at least; give more."
@@ -202,86 +193,90 @@ class MemoryBudget:
         return None if free is None else int(free * _OF_FREE_MEMORY)
 
 
-class _MemoryUse:
-    """Bytes that passes over trees of the same weights allocate."""
-
-    # What autograd keeps of the torch operations is more than what the engines keep, by about this factor:
-    # "class tree, torch operations" against "C++ engine" in docs/performance.md.
-    AUTOGRAD = 5
-
-    def __init__(self, tower: Tower, keeps: bool) -> None:
-        weights = tower.constants.weights
-        self.sizes, self.keeps = TowerSizes.of(weights), keeps
-        self.item = weights.dtype.itemsize
-        self.by_autograd, self.packed = isinstance(tower, TorchTower), isinstance(tower, CpuTower)
-
-    def fixed(self, tree: ClassTree, batch: int) -> int:
-        """Whatever the pieces are."""
-        features = buffers.head_bytes(self.sizes, RowCounts.of(tree), batch, self.item)
-        return features + (buffers.packed_bytes(self.sizes) if self.packed else 0)
-
-    def of(self, tree: ClassTree, batch: int) -> int:
-        """Of one pass over `batch` images of a tree."""
-        counts = RowCounts.of(tree)
-        scratch = buffers.scratch_bytes(self.sizes, counts, batch, self.item, keeps=self.keeps)
-        saved = buffers.saved_bytes(self.sizes, counts, batch, self.item) if self.keeps else 0
-        use = scratch + saved * (self.AUTOGRAD if self.by_autograd else 1)
-        return use + buffers.constant_bytes(self.sizes, counts, self.item)
+def _share(tower: Tower, *, keeps: bool) -> float:
+    """Of the memory for activations. Where backward goes in pieces, the pass without gradients and that with them are
+    there at once: by what they need of an image, both go in about as many pieces."""
+    inference, training = (
+        tower.pass_bytes(tower.constants.tree, 1, keeps=with_them) for with_them in (False, True)
+    )
+    return (training if keeps else inference) / (inference + training)
 
 
-def encode_in_pieces(tower: Tower, rows: Sequence[Tensor], budget: MemoryBudget) -> Tensor:
-    """A context (B, S, d), and its deep prompts if there are any, to features (B, Q, E), within the budget.
+def _fixed_bytes(tower: Tower, batch: int) -> int:
+    """Whatever the pieces are: copies of weights; the features of leaves and classes, and the gradients of both."""
+    tree, weights = tower.constants.tree, tower.constants.weights
+    features = batch * (len(tree.leaves) + tree.n_classes) * weights.projection.weight.shape[1]
+    return tower.kept_bytes + 2 * features * weights.dtype.itemsize
+
+
+def _largest_pass(tower: Tower, pieces: Pieces, keeps: bool) -> int:
+    """Of all pieces. A shard that is the largest has the most rows or the most leaves."""
+    trees = [part.tree for part in pieces.shards] or [tower.constants.tree]
+    largest = {max(trees, key=lambda tree: tree.rows), max(trees, key=lambda tree: len(tree.leaves))}
+    return max(tower.pass_bytes(tree, pieces.images, keeps=keeps) for tree in largest)
+
+
+def encode_in_pieces(tower: Tower, contexts: ContextRows, budget: MemoryBudget) -> Tensor:
+    """To features (B, Q, E), within the budget.
 
     Raises:
         UserError: see :meth:`MemoryBudget.pieces`.
     """
-    batch = len(rows[0])
-    if torch.is_grad_enabled() and any(one.requires_grad for one in rows):
+    batch = contexts.batch
+    if contexts.requires_grad:
         backward = budget.pieces(tower, batch, keeps=True)
         if backward.images >= batch and not backward.shards:
-            return _encode(tower, rows)
-        features: Tensor = _InPieces.apply(tower, budget.pieces(tower, batch, keeps=False), backward, *rows)
+            return tower.encode(contexts)
+        forward = budget.pieces(tower, batch, keeps=False)
+        features: Tensor = _InPieces.apply(tower, forward, backward, *contexts.tensors())
         return features
-    return _forward(tower, budget.pieces(tower, batch, keeps=False), rows)
+    return _forward(tower, budget.pieces(tower, batch, keeps=False), contexts)
 
 
 class _InPieces(torch.autograd.Function):
     @staticmethod
-    def forward(node: Any, tower: Tower, forward: Pieces, backward: Pieces, *rows: Tensor) -> Tensor:
+    def forward(
+        node: Any, tower: Tower, forward: Pieces, backward: Pieces, *tensors: Tensor | None
+    ) -> Tensor:
+        contexts = ContextRows.of(tensors)
         node.tower, node.pieces = tower, backward
-        device = rows[0].device.type
+        device = contexts.shift.device.type
         node.autocast = torch.autocast(
             device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
         )
-        node.save_for_backward(*rows)
-        return _forward(tower, forward, rows)
+        node.save_for_backward(*tensors)
+        return _forward(tower, forward, contexts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(node: Any, grad_features: Tensor) -> tuple[Tensor | None, ...]:
-        rows = node.saved_tensors
-        grads = [torch.zeros_like(one) for one in rows]
-        for images in node.pieces.of(len(rows[0])):
+        contexts = ContextRows.of(node.saved_tensors)
+        totals = ContextRows.of(
+            [None if one is None else torch.zeros_like(one) for one in contexts.tensors()]
+        )
+        for images in node.pieces.of(contexts.batch):
             for tower, leaves in _towers(node.tower, node.pieces):
-                own = [one[images].detach().requires_grad_() for one in rows]
+                own = ContextRows.of(
+                    [None if one is None else one.detach() for one in contexts.images(images).tensors()]
+                )
                 with torch.enable_grad(), node.autocast:  # which backward does not run under
-                    features = _encode(tower, own)
-                for grad, part in zip(
-                    grads, torch.autograd.grad(features, own, grad_features[images, leaves]), strict=True
-                ):
-                    grad[images] += part
-        return None, None, None, *grads
+                    inputs = [one.requires_grad_() for one in own.tensors() if one is not None]
+                    features = tower.encode(own)
+                found = torch.autograd.grad(features, inputs, grad_features[images, leaves])
+                there = [one for one in totals.images(images).tensors() if one is not None]
+                for total, part in zip(there, found, strict=True):  # views of the totals
+                    total += part
+        return None, None, None, *totals.tensors()
 
 
 @torch.no_grad()
-def _forward(tower: Tower, pieces: Pieces, rows: Sequence[Tensor]) -> Tensor:
-    batch, weights = len(rows[0]), tower.constants.weights
-    shape = batch, len(tower.constants.leaves), weights.projection.weight.shape[1]
+def _forward(tower: Tower, pieces: Pieces, contexts: ContextRows) -> Tensor:
+    weights = tower.constants.weights
+    shape = contexts.batch, len(tower.constants.leaves), weights.projection.weight.shape[1]
     features = torch.empty(shape, dtype=weights.dtype, device=weights.device)
-    for images in pieces.of(batch):
-        own = [one[images] for one in rows]
+    for images in pieces.of(contexts.batch):
         for part, leaves in _towers(tower, pieces):
-            features[images, leaves] = _encode(part, own)
+            features[images, leaves] = part.encode(contexts.images(images))
     return features
 
 
@@ -294,11 +289,3 @@ def _towers(tower: Tower, pieces: Pieces) -> Iterator[tuple[Tower, slice]]:
         yield tower, slice(None)
     for part in sorted(pieces.shards, key=lambda part: -len(part.tree)):
         yield tower.for_part(tower.constants.part(part.tree)), part.leaves
-
-
-def _encode(tower: Tower, rows: Sequence[Tensor]) -> Tensor:
-    ctx, *deep = rows
-    if not deep:
-        return tower.encode(ctx)
-    assert isinstance(tower, TorchTower), "deep prompts are computed by torch"
-    return tower.encode(ctx, deep)

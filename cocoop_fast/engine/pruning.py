@@ -13,6 +13,7 @@ their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cocoop_fast.engine.contexts import Contexts, ShiftedContext
 from cocoop_fast.engine.encoder import TreeTextEncoder
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.head import cosine_logits_ref
@@ -102,7 +104,7 @@ def choose_classes(logits: Tensor, label: Tensor, tau: float) -> Kept:
 
 def backward_through(
     encoder: TreeTextEncoder,
-    contexts: Tensor,
+    contexts: Contexts,
     image_features: Tensor,
     logit_scale: Tensor,
     loss: Tensor,
@@ -117,20 +119,22 @@ def backward_through(
         classes: (n,) int64; there may be none.
         weights: (B, n) the gradient of the loss by their logits.
     """
-    leaf = contexts.detach().requires_grad_()
-    gradient = torch.zeros_like(leaf)
+    parts = [contexts.vectors, contexts.shift] if isinstance(contexts, ShiftedContext) else [contexts]
+    leaves = [part.detach().requires_grad_() for part in parts]
+    gradients: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in leaves]
     if len(classes):
         with torch.enable_grad():
-            text = _batched(encoder.encode_classes(leaf, classes))
+            own = ShiftedContext(*leaves) if isinstance(contexts, ShiftedContext) else leaves[0]
+            text = _batched(encoder.encode_classes(own, classes))
             logits = cosine_logits_ref(image_features.detach(), text, logit_scale.detach())
-            (gradient,) = torch.autograd.grad((logits * weights.to(logits.dtype)).sum(), leaf)
-    with_gradient: Tensor = _WithGradient.apply(contexts, loss, gradient)
+            gradients = torch.autograd.grad((logits * weights.to(logits.dtype)).sum(), leaves)
+    with_gradient: Tensor = _WithGradient.apply(loss, gradients, *parts)
     return with_gradient
 
 
 def pruned_cross_entropy(
     encoder: TreeTextEncoder,
-    contexts: Tensor,
+    contexts: Contexts,
     image_features: Tensor,
     logit_scale: Tensor,
     label: Tensor,
@@ -140,8 +144,7 @@ def pruned_cross_entropy(
 
     Args:
         encoder: of the K prompts.
-        contexts: (M, d) or (B, M, d), or with K classes' own (K, M, d) or (B, K, M, d). The loss is differentiated
-            by it alone.
+        contexts: as for :class:`TreeTextEncoder`. The loss is differentiated by them alone.
         image_features: (B, E) of unit length.
         logit_scale: scalar, the log of the scale.
         label: (B,) int64.
@@ -172,12 +175,11 @@ class _WithGradient(torch.autograd.Function):
     """A loss whose gradient is known."""
 
     @staticmethod
-    def forward(node: Any, contexts: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        node.save_for_backward(gradient)
+    def forward(node: Any, loss: Tensor, gradients: Sequence[Tensor], *parts: Tensor) -> Tensor:
+        node.save_for_backward(*gradients)
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(node: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = node.saved_tensors
-        return gradient * grad_loss.to(gradient.dtype), None, None
+    def backward(node: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient * grad_loss.to(gradient.dtype) for gradient in node.saved_tensors)

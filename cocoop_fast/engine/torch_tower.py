@@ -6,16 +6,17 @@ backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from cocoop_fast.engine.constants import TowerConstants, finish_block, project, qkv_rows
+from cocoop_fast.engine.contexts import ContextRows
+from cocoop_fast.engine.memory import PeakBytes, undisturbed
 from cocoop_fast.ops.path_attention import path_attention_ref
 from cocoop_fast.ops.tree_attention import tree_attention_ref
-from cocoop_fast.prompts.tree import RowPaths
+from cocoop_fast.prompts.tree import ClassTree, RowPaths
 
 
 class TorchTower:
@@ -27,6 +28,9 @@ class TorchTower:
         constants: what the model and the class tree fix.
     """
 
+    takes_deep_prompts = True
+    kept_bytes = pooled_bytes = 0
+
     def __init__(self, constants: TowerConstants) -> None:
         self.constants = constants
 
@@ -37,13 +41,23 @@ class TorchTower:
     def release(self) -> None:
         """Nothing is kept between passes."""
 
-    def encode(self, ctx: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
-        """(B, S, d) contexts to (B, K', E) text features of the tree's leaves.
+    def pass_bytes(self, tree: ClassTree, batch: int, *, keeps: bool) -> int:
+        """What a pass over B images of a tree allocates, its result included; found by a pass over meta tensors."""
 
-        Args:
-            ctx: the context vectors, in the order of their slots.
-            deep: (B, S, d) each: what takes the place of the context rows at the input of layers 1, 2, ...
-        """
+        def bytes_at_peak() -> int:
+            constants = self.constants.on_meta(tree)
+            context = torch.empty(batch, len(constants.slots), constants.weights.width, device="meta")
+            with PeakBytes() as peak, torch.set_grad_enabled(keeps):
+                features = TorchTower(constants).encode(ContextRows(None, context.requires_grad_(keeps)))
+                if keeps:
+                    features.backward(torch.empty_like(features))
+            return peak.bytes
+
+        return undisturbed(bytes_at_peak)
+
+    def encode(self, contexts: ContextRows) -> Tensor:
+        """To (B, K', E) text features of the tree's leaves."""
+        ctx, deep = contexts.sum(), contexts.deep
         c = self.constants
         w, batch = c.weights, len(ctx)
         context_rows = self._learnable_rows(ctx) + c.positions
@@ -78,10 +92,10 @@ class TorchTower:
     @cached_property
     def _order(self) -> Tensor:
         """(R,) place of each row of the tree among the learnable rows followed by the tokens."""
-        learnable = self.constants.learnable
-        is_token = torch.ones(self.constants.tree.rows, dtype=torch.bool, device=learnable.device)
-        is_token[learnable] = False
-        return torch.cat([learnable, is_token.nonzero()[:, 0]]).argsort()
+        tree = self.constants.tree
+        is_token = torch.cat([torch.zeros(tree.n_ctx, dtype=torch.bool), tree.slot < 0])
+        order = torch.cat([(~is_token).nonzero()[:, 0], is_token.nonzero()[:, 0]]).argsort()
+        return order.to(self.constants.weights.device)
 
     @cached_property
     def _paths(self) -> RowPaths:

@@ -15,8 +15,8 @@ from cocoop_fast.data.batches import test_batches
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.data.transforms import Normalize, TestTransform
 from cocoop_fast.distributed.ranks import ALONE, Ranks
-from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.metrics import Metrics, measure
+from cocoop_fast.methods.base import PromptClassifier
 
 Progress = Callable[[int, int], None]  # images done, images in all
 

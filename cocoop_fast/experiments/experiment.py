@@ -23,14 +23,13 @@ from cocoop_fast.data.few_shot_files import few_shot_sample, write_few_shot
 from cocoop_fast.data.transforms import Normalize, TrainTransform
 from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.errors import UserError
-from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import Features, encode_test_images, evaluate
 from cocoop_fast.evaluation.feature_cache import TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics, harmonic_mean
 from cocoop_fast.experiments.probe import fit_probe
 from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.methods import LinearProbe, build_model, knows_other_classes
-from cocoop_fast.methods.base import PromptedCLIP
+from cocoop_fast.methods.base import PromptClassifier, PromptedCLIP
 from cocoop_fast.runs import checkpoint, reference_checkpoint
 from cocoop_fast.runs.checkpoint import Checkpoint
 from cocoop_fast.runs.directory import RunDirectory, check_same_run, open_run, read_run

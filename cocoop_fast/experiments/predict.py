@@ -12,9 +12,9 @@ from PIL.Image import Image
 from cocoop_fast.clip.load import LoadedClip, load_clip
 from cocoop_fast.data.images import ImageError, open_rgb
 from cocoop_fast.errors import UserError
-from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
 from cocoop_fast.methods import build_model
+from cocoop_fast.methods.base import PromptClassifier
 from cocoop_fast.runs.checkpoint import load_parameters
 from cocoop_fast.runs.directory import read_run
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast
-from cocoop_fast.methods.base import CustomCLIP, LearnedPromptCLIP
+from cocoop_fast.methods.base import LearnedPromptCLIP
+from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.runs.reference_checkpoint import token_buffers
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling

@@ -15,13 +15,12 @@ from cocoop_fast.clip.frozen import FrozenCLIP, text_module
 from cocoop_fast.clip.load import check_architecture
 from cocoop_fast.errors import UserError
 from cocoop_fast.measure.predict import Model
-from cocoop_fast.measure.sizes import TowerSizes
 
 META = torch.device("meta")
 
 
-def describe_model(name: str) -> Model:
-    """The sizes of an open_clip architecture, or of the demo CLIP.
+def describe_model(name: str, dtype: torch.dtype) -> Model:
+    """The shapes of an open_clip architecture, or of the demo CLIP, whose text tower computes in `dtype`.
 
     Raises:
         UserError: an unknown architecture, or a text tower that the engine does not serve.
@@ -31,7 +30,7 @@ def describe_model(name: str) -> Model:
     visual = clip_model.visual
     return Model(
         name=name,
-        sizes=TowerSizes.of(frozen.text_weights()),
+        weights=frozen.text_weights().to(META, dtype),
         parameters=sum(parameter.numel() for parameter in clip_model.parameters()),
         image_flops=_image_flops(visual.to(META), frozen.image_size),
         image_launches=sum(1 for module in visual.modules() if not list(module.children())),

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cocoop_fast.engine.free_memory import available_memory
+import torch
+
+from cocoop_fast.engine.memory import free_memory
 from cocoop_fast.measure import machine
 from cocoop_fast.measure.agreement import assert_same, check_against_oracle
-from cocoop_fast.measure.contestants import BY_NAME, Contestant, ModelRunner, Runner
+from cocoop_fast.measure.contestants import BY_NAME, Contestant, ModelRunner, Runner, Work
 from cocoop_fast.measure.peak_memory import peak_memory
 from cocoop_fast.measure.problem import Problem
 from cocoop_fast.measure.timing import Timing, interleave, seconds_of
-from cocoop_fast.measure.work import Work
 
 MEMORY_SHARE = 0.8  # of what is available: more would swap
 
@@ -187,7 +188,7 @@ def why_left_out(contestant: Contestant, problem: Problem, rate: float, max_seco
     seconds = 1.5 * predicted_seconds(contestant, problem, rate)  # a step and a forward pass
     if seconds > max_seconds:
         return f"would take about {seconds:,.0f} s for one step and one forward pass"
-    needed, available = contestant.work(problem).saved_bytes, available_memory()
+    needed, available = contestant.work(problem).saved_bytes, free_memory(torch.device("cpu"))
     if available is not None and needed > MEMORY_SHARE * available:
         return f"would take about {needed / 1e9:,.0f} GB of memory"
     return None

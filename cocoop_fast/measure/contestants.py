@@ -10,15 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.extension import extension_available
 from cocoop_fast.measure import dense
+from cocoop_fast.measure.cost import TreeCost, layout_on, linear_flops
 from cocoop_fast.measure.floor import GemmFloor
 from cocoop_fast.measure.padding_free import PaddingFreeCLIP
 from cocoop_fast.measure.problem import Problem
-from cocoop_fast.measure.work import Work, gemm_flops, saved_by_engine, tree_flops
-from cocoop_fast.methods.base import CustomCLIP
+from cocoop_fast.measure.sizes import TowerSizes
+from cocoop_fast.methods.cocoop import CustomCLIP
+from cocoop_fast.ops.extensions import CPP
 
 COOP_BATCH = 32  # the batch size that the reference trains CoOp with
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a contestant has to do for the whole batch. Weights are frozen: backward has a product for each of forward's."""
+
+    rows: int  # rows that go through the layers
+    forward_flops: float  # of its matrix multiplications; attention is left out (below 1 percent)
+    saved_bytes: float = 0.0  # expected activations kept for backward, for deciding what fits
+
+    @property
+    def step_flops(self) -> float:
+        return 2 * self.forward_flops
 
 
 class Runner(Protocol):
@@ -98,28 +112,29 @@ def _coop(problem: Problem) -> Runner:
 
 def _dense_work(problem: Problem, tokens: int, batch: int) -> Work:
     prompts = batch * len(problem.tokens)
-    flops = gemm_flops(problem.weights, prompts * tokens, projected=prompts)
+    flops = linear_flops(TowerSizes.of(problem.weights), prompts * tokens, projected=prompts)
     return Work(prompts * tokens, flops, _saved_by_autograd(problem, prompts * tokens))
 
 
 def _padding_free_work(problem: Problem) -> Work:
     prompts, rows = problem.spec.batch * len(problem.tokens), problem.spec.batch * int(problem.lengths.sum())
-    flops = gemm_flops(problem.weights, rows, last_rows=prompts, projected=prompts)
+    sizes = TowerSizes.of(problem.weights)
+    flops = linear_flops(sizes, rows, last_rows=prompts, projected=prompts)
     return Work(rows, flops, 1.3 * _saved_by_autograd(problem, rows))
 
 
 def _tree_work(problem: Problem, *, engine: bool) -> Work:
-    batch, rows = problem.spec.batch, problem.spec.batch * problem.tree.rows
-    flops = tree_flops(problem.weights, problem.tree, batch)
+    cost = TreeCost(problem.weights, problem.tree, layout_on("cpu"))
+    step = cost.step(problem.spec.batch)
     if engine:
-        return Work(rows, flops, 1.15 * saved_by_engine(problem.weights, problem.tree, batch))
+        return Work(step.rows, step.gemm_flops / 2, 1.15 * step.saved_bytes)
     gathered = 1 + 2 * problem.tree.max_depth / 23  # keys and values of the path, for every row
-    return Work(rows, flops, gathered * _saved_by_autograd(problem, rows))
+    return Work(step.rows, step.gemm_flops / 2, gathered * _saved_by_autograd(problem, step.rows))
 
 
 def _floor_work(problem: Problem) -> Work:
     rows = problem.spec.batch * problem.tree.rows
-    return Work(rows, gemm_flops(problem.weights, rows))
+    return Work(rows, linear_flops(TowerSizes.of(problem.weights), rows))
 
 
 def _saved_by_autograd(problem: Problem, rows: int) -> float:
@@ -127,7 +142,7 @@ def _saved_by_autograd(problem: Problem, rows: int) -> float:
 
 
 def _why_no_extension() -> str | None:
-    return None if extension_available() else "the C++ extension is not built"
+    return None if (CPP.why_unavailable() is None) else "the C++ extension is not built"
 
 
 CONTESTANTS: tuple[Contestant, ...] = (  # from the slowest to the fastest

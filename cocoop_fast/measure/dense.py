@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocoop_fast.clip.frozen import ClipModel
+from cocoop_fast.engine.contexts import dense_contexts
 from cocoop_fast.measure.problem import Problem
 from cocoop_fast.methods.base import PromptedCLIP
 from cocoop_fast.methods.cocoop import PromptLearner
-from cocoop_fast.ops.assemble_prompts import assemble_prompts_ref
+from cocoop_fast.ops.assemble_prompts import assemble_dense_ref
 from cocoop_fast.reference import DensePromptedCLIP, encode_prompts
 
 
@@ -58,6 +59,8 @@ class TruncatedCLIP(PromptedCLIP):
 
     prompt_learner: PromptLearner
     ends: Tensor
+    prefix: Tensor
+    suffix: Tensor
 
     def __init__(self, problem: Problem, *, compiled: bool = False) -> None:
         super().__init__(problem.clip_model, len(problem.spec.classes))
@@ -65,14 +68,17 @@ class TruncatedCLIP(PromptedCLIP):
         self.clip_model: ClipModel = problem.clip_model
         self.length = problem.longest
         self.register_buffer("ends", problem.lengths - 1, persistent=False)
+        learner = self.prompt_learner
+        self.register_buffer("prefix", learner.token_prefix[:, 0], persistent=False)
+        suffix = learner.token_suffix[:, : self.length - 1 - learner.n_ctx].clone()
+        self.register_buffer("suffix", suffix, persistent=False)
         # One shape only: dynamic shapes would cost speed that this baseline should not lose.
         self.encode_contexts = torch.compile(self.encode, dynamic=False) if compiled else self.encode
 
     def encode(self, contexts: Tensor) -> Tensor:
         """(B, M, d) contexts to (B, K, E) text features."""
-        clip, learner, length = self.clip_model, self.prompt_learner, self.length
-        suffix = learner.token_suffix[:, : length - 1 - learner.n_ctx]
-        prompts = assemble_prompts_ref(contexts, learner.token_prefix, suffix)  # (B, K, L', d)
+        clip, length = self.clip_model, self.length
+        prompts = assemble_dense_ref(contexts, self.prefix, self.suffix)  # (B, K, L', d)
         batch, classes = prompts.shape[:2]
         x = prompts.flatten(0, 1) + clip.positional_embedding[:length]
         x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
@@ -80,7 +86,7 @@ class TruncatedCLIP(PromptedCLIP):
         return clip.ln_final(x) @ clip.text_projection
 
     def text_features(self, image_features: Tensor) -> Tensor:
-        return self.encode_contexts(self.prompt_learner.contexts(image_features))
+        return self.encode_contexts(dense_contexts(self.prompt_learner.contexts(image_features)))
 
 
 def why_no_compiler() -> str | None:

@@ -9,6 +9,7 @@ from importlib.resources import files
 from math import ceil
 from typing import Any, Protocol
 
+import torch
 import yaml
 
 from cocoop_fast.errors import UserError
@@ -24,7 +25,7 @@ EAGER_LAUNCH_SECONDS = 8e-6
 # multiprocessors the others stand idle.
 TILE = (64, 128)
 
-ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Device(Protocol):

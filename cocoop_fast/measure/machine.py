@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cocoop_fast.extension import extension_available, load_extension
+from cocoop_fast.ops.extensions import CPP
 
 
 def describe_machine() -> dict[str, str | int | None]:
@@ -76,7 +76,7 @@ def _processor() -> str:
 
 def _isa() -> str:
     """The widest instruction set that the kernels use here."""
-    return str(load_extension().available_isas()[-1]) if extension_available() else "no extension"
+    return str(CPP.load().available_isas()[-1]) if (CPP.why_unavailable() is None) else "no extension"
 
 
 def _memory_gb() -> int | None:

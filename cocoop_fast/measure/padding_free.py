@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocoop_fast.engine.constants import finish_block, project
+from cocoop_fast.engine.contexts import dense_contexts
 from cocoop_fast.measure.problem import Problem
 from cocoop_fast.methods.base import PromptedCLIP
 from cocoop_fast.methods.cocoop import PromptLearner
@@ -49,7 +50,7 @@ class PaddingFreeCLIP(PromptedCLIP):
         self.longest = longest
 
     def text_features(self, image_features: Tensor) -> Tensor:
-        contexts = self.prompt_learner.contexts(image_features)  # (B, M, d)
+        contexts = dense_contexts(self.prompt_learner.contexts(image_features))  # (B, M, d)
         batch, n, w = len(contexts), len(self.embedded), self.weights
         places = len(self.source)
         spread = (contexts + self.context_positions).repeat(1, self.n_classes, 1)

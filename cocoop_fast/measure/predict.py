@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-from cocoop_fast.measure import buffers
+from cocoop_fast.clip.frozen import TextWeights
+from cocoop_fast.engine.pieces import ROWS_PER_INFERENCE_PASS
 from cocoop_fast.measure.cost import (
     PassCost,
     RowKernel,
+    TreeCost,
     dense_inference,
     dense_step,
-    tree_inference,
-    tree_step,
+    learner_bytes,
 )
 from cocoop_fast.measure.devices import Device
 from cocoop_fast.measure.sizes import RowCounts, TowerSizes
+from cocoop_fast.ops.shapes import Layout
+from cocoop_fast.prompts.tree import ClassTree
 
 MOST_IMAGES = 1 << 20  # beyond this no batch is looked for
 REFERENCE_TEST_BATCH = 100
@@ -26,10 +30,14 @@ class Model:
     """A CLIP as far as a plan needs it."""
 
     name: str
-    sizes: TowerSizes
+    weights: TextWeights  # on meta, of the dtype that is planned for
     parameters: int  # of both towers
     image_flops: float  # of one image through the image tower
     image_launches: int  # its modules that compute something
+
+    @property
+    def sizes(self) -> TowerSizes:
+        return TowerSizes.of(self.weights)
 
 
 @dataclass(frozen=True)
@@ -43,16 +51,23 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is predicted for: the frozen model, the classes, a batch size, a precision, a device."""
+    """What is predicted for: the frozen model, the classes, a batch size, a device."""
 
     model: Model
-    counts: RowCounts
+    tree: ClassTree
     batch: int
-    itemsize: int  # bytes of an element
     device: Device
-    rows_per_inference_pass: int  # of the engine
-    packs_weights: bool = False  # whether the engine keeps packed copies of the weights
+    layout: Layout  # how the engine arranges things there
     process_bytes: int = 0  # what any step takes besides what is counted
+
+    @cached_property
+    def counts(self) -> RowCounts:
+        return RowCounts.of(self.tree)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.model.weights.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -96,22 +111,32 @@ def predict_tree(setting: Setting, schedule: Schedule, budget: int) -> Predictio
         schedule: images and epochs.
         budget: bytes that everything together may take.
     """
-    sizes, counts, itemsize = setting.model.sizes, setting.counts, setting.itemsize
-    group = min(max(1, setting.rows_per_inference_pass // counts.rows), max(1, schedule.test_images))
-    evaluation = tree_inference(sizes, counts, group, itemsize)
-    fixed = buffers.constant_bytes(sizes, counts, itemsize) + buffers.learner_bytes(sizes, counts, itemsize)
-    if setting.packs_weights:
-        fixed += buffers.packed_bytes(sizes)
-    return _predict(setting, schedule, budget, _Way(tree_step, evaluation, group, fixed, eager=False))
+    cost = TreeCost(setting.model.weights, setting.tree, setting.layout)
+    group = min(max(1, ROWS_PER_INFERENCE_PASS // setting.tree.rows), max(1, schedule.test_images))
+    way = _Way(
+        step=cost.step,
+        step_bytes=lambda batch: cost.activation_bytes(batch, keeps=True),
+        evaluation=cost.inference(group),
+        test_batch=group,
+        fixed_bytes=cost.class_list_bytes,
+        eager=False,
+    )
+    return _predict(setting, schedule, budget, way)
 
 
 def predict_dense(setting: Setting, schedule: Schedule, budget: int) -> Prediction:
     """The reference: all tokens of all prompts, image by image, in eager PyTorch. Arguments as for the tree."""
     sizes, counts, itemsize = setting.model.sizes, setting.counts, setting.itemsize
     group = min(REFERENCE_TEST_BATCH, max(1, schedule.test_images))
-    evaluation = dense_inference(sizes, counts, group, itemsize)
-    fixed = buffers.learner_bytes(sizes, counts, itemsize)
-    return _predict(setting, schedule, budget, _Way(dense_step, evaluation, group, fixed, eager=True))
+    way = _Way(
+        step=lambda batch: dense_step(sizes, counts, batch, itemsize),
+        step_bytes=lambda batch: dense_step(sizes, counts, batch, itemsize).activation_bytes,
+        evaluation=dense_inference(sizes, counts, group, itemsize),
+        test_batch=group,
+        fixed_bytes=learner_bytes(sizes, counts, itemsize),
+        eager=True,
+    )
+    return _predict(setting, schedule, budget, way)
 
 
 def seconds_of_pass(cost: PassCost, device: Device, *, eager: bool = False) -> float:
@@ -136,7 +161,8 @@ def largest_batch(fits: Callable[[int], bool]) -> int:
 class _Way:
     """What differs between the engine and the reference."""
 
-    step: Callable[[TowerSizes, RowCounts, int, int], PassCost]
+    step: Callable[[int], PassCost]  # of a batch
+    step_bytes: Callable[[int], int]  # its activations alone
     evaluation: PassCost  # of one pass over `test_batch` images
     test_batch: int
     fixed_bytes: int  # what a class list takes
@@ -144,18 +170,14 @@ class _Way:
 
 
 def _predict(setting: Setting, schedule: Schedule, budget: int, way: _Way) -> Prediction:
-    model, itemsize = setting.model, setting.itemsize
+    model = setting.model
 
-    def cost_of(batch: int) -> PassCost:
-        return way.step(model.sizes, setting.counts, batch, itemsize)
+    def memory_of(activations: int) -> Memory:
+        parameters = model.parameters * setting.itemsize
+        return Memory(parameters, way.fixed_bytes, activations, setting.process_bytes)
 
-    def memory_of(cost: PassCost) -> Memory:
-        return Memory(
-            model.parameters * itemsize, way.fixed_bytes, cost.activation_bytes, setting.process_bytes
-        )
-
-    step = cost_of(setting.batch)
-    memory = memory_of(step)
+    step = way.step(setting.batch)
+    memory = memory_of(step.activation_bytes)
     step_seconds = seconds_of_pass(step, setting.device, eager=way.eager)
     image_seconds = _image_seconds(setting, setting.batch, way.eager)
     # As the reference's loader: an incomplete last batch is dropped, unless it is all there is.
@@ -172,7 +194,7 @@ def _predict(setting: Setting, schedule: Schedule, budget: int, way: _Way) -> Pr
         epoch_seconds=epoch_seconds,
         training_seconds=schedule.epochs * epoch_seconds,
         evaluation_seconds=passes * pass_seconds,
-        largest_batch=largest_batch(lambda batch: memory_of(cost_of(batch)).total <= budget),
+        largest_batch=largest_batch(lambda batch: memory_of(way.step_bytes(batch)).total <= budget),
         fits=memory.total <= budget,
     )
 

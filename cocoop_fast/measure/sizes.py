@@ -9,9 +9,6 @@ import torch
 from cocoop_fast.clip.frozen import TextWeights
 from cocoop_fast.prompts.tree import ClassTree
 
-# Query rows that are summed in one go towards a context key's gradient (csrc/cpu/attention_plan.cpp, kChunkRows).
-CHUNK_ROWS = 64
-
 
 @dataclass(frozen=True)
 class TowerSizes:
@@ -47,8 +44,8 @@ class RowCounts:
     leaves: int  # Q, distinct EOT nodes
     tokens: int  # class tokens of all prompts, EOT included: the nodes if nothing were shared
     longest: int  # tokens of the longest prompt, from SOS to EOT
-    pairs: int  # (query, key) pairs when all rows ask
-    leaf_pairs: int  # when the leaves alone ask
+    pairs: int  # (query, key) pairs of all rows
+    leaf_pairs: int  # of the leaves alone
 
     @classmethod
     def of(cls, tree: ClassTree) -> RowCounts:

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.measure.devices import BANDWIDTH_EFFICIENCY, GEMM_EFFICIENCY, DataSheet, Gpu
+from cocoop_fast.measure.devices import BANDWIDTH_EFFICIENCY, DTYPES, GEMM_EFFICIENCY, DataSheet, Gpu
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SIDE = 4096  # of the square product
 COPY_ELEMENTS = 1 << 28
 ROUNDS = 5

@@ -18,24 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip.frozen import Affine
-from cocoop_fast.engine.cpu_tower import PANEL_ROWS, ROW_PADDING
-from cocoop_fast.engine.free_memory import available_memory
-from cocoop_fast.engine.linear import FrozenLinear, PackedLinear, frozen_linear
+from cocoop_fast.clip.frozen import Affine, TextWeights
+from cocoop_fast.engine.memory import free_memory
 from cocoop_fast.errors import UserError
-from cocoop_fast.extension import extension_available
-from cocoop_fast.measure import buffers
-from cocoop_fast.measure.buffers import FLOAT_BYTES, panel
 from cocoop_fast.measure.cost import (
     Operation,
     PassCost,
     Product,
     RowKernel,
+    TreeCost,
     attention_kernel,
     gradient_of,
     head_kernel,
     learner_kernel,
-    tree_step,
 )
 from cocoop_fast.measure.machine import describe_machine
 from cocoop_fast.measure.peak_memory import peak_memory
@@ -44,11 +39,14 @@ from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.measure.timing import interleave
 from cocoop_fast.methods.cocoop import MetaNet
 from cocoop_fast.ops import cpu
+from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.ops.head import cosine_cross_entropy
+from cocoop_fast.ops.linear import FrozenLinear
 from cocoop_fast.prompts.tree import ClassTree
 
 CACHE_BYTES = 64e6  # weights beyond this are read from memory
 COPY_BYTES = 64e6
+PANEL_ROWS = cpu.PANEL_ROWS or 512
 MOST_ROWS = 8192  # that attention and the row kernels are measured on
 
 Shape: TypeAlias = tuple[int, int, bool]  # inner, columns, backward
@@ -68,7 +66,6 @@ class Machine:
     memory_bytes: int | None  # available when it was measured
     products: dict[Shape, tuple[tuple[int, float], ...]]  # FLOP/s at row counts, ascending
     kernels: dict[str, float]  # elements a second, by kind
-    packs_weights: bool  # whether the engine keeps packed copies of the weights here
     copy_bandwidth: float  # bytes read and written a second, into memory that is there
     fresh_bandwidth: float  # the same into memory that is allocated for it
 
@@ -96,7 +93,7 @@ class Machine:
         if measured is None:
             return self.best_rate
         rows, rates = zip(*measured, strict=True)
-        return float(np.interp(log(panel(product.rows)), np.log(rows), rates))
+        return float(np.interp(log(product.rows), np.log(rows), rates))
 
     @property
     def best_rate(self) -> float:
@@ -105,7 +102,7 @@ class Machine:
 
 
 def measure_cpu(
-    sizes: TowerSizes,
+    weights: TextWeights,
     tree: ClassTree,
     batch: int,
     *,
@@ -116,7 +113,7 @@ def measure_cpu(
     """Measure what a step over `batch` images of this tree asks of the processor, in float32.
 
     Args:
-        sizes: the text tower.
+        weights: of the text tower; their shapes alone count.
         tree: the class tree.
         batch: B.
         rounds: how often each thing is measured.
@@ -126,15 +123,16 @@ def measure_cpu(
     Raises:
         UserError: the engine is not there to be measured.
     """
-    if not extension_available():
+    if CPP.why_unavailable():
         raise UserError(
             "This machine cannot be measured without the C++ extension; build it, or name a --device of the table.",
             exit_status=1,
         )
-    counts = RowCounts.of(tree)
+    sizes, counts = TowerSizes.of(weights), RowCounts.of(tree)
+    step = TreeCost(weights.to(torch.device("meta"), torch.float32), tree, cpu).step(batch)
     generator = torch.Generator().manual_seed(0)
     work = {
-        **_products(sizes, tree_step(sizes, counts, batch), generator),
+        **_products(sizes, step, generator),
         **_kernels(sizes, tree, min(batch, max(1, MOST_ROWS // counts.rows)), generator),
         **_copies(),
     }
@@ -158,10 +156,9 @@ def measure_cpu(
     return Machine(
         name=str(describe_machine()["processor"]),
         threads=torch.get_num_threads(),
-        memory_bytes=available_memory(),
+        memory_bytes=free_memory(torch.device("cpu")),
         products={shape: tuple(sorted(rows)) for shape, rows in products.items()},
         kernels={name: rates[name] for name, item in work.items() if item.is_kernel},
-        packs_weights=isinstance(_linear(1, 1, generator), PackedLinear),
         copy_bandwidth=rates["copy"],
         fresh_bandwidth=rates["fresh copy"],
     )
@@ -178,21 +175,26 @@ class _Work:
 
 
 def _products(sizes: TowerSizes, step: PassCost, generator: torch.Generator) -> dict[str, _Work]:
-    """Every product of the step at its panels' rows, and for larger batches at whole panels, if those are none."""
-    cases = {replace(op, rows=panel(op.rows)) for op in step.operations if isinstance(op, Product)}
-    if 2 * max(op.rows for op in cases) < PANEL_ROWS:
-        cases |= {replace(op, rows=PANEL_ROWS) for op in cases}
-    layer_bytes = FLOAT_BYTES * (4 * sizes.width + 2 * sizes.mlp_width) * sizes.width
+    """Every product of the step, of panels about as large once; for larger batches at whole panels, if those are none."""
+    cases: dict[tuple[Shape, bool, int], Product] = {}
+    for op in step.operations:
+        if isinstance(op, Product):  # panels differ by a row; the context rows and the EOT rows are fewer
+            key = shape_of(op), op.fused, round(4 * log(op.rows))
+            cases[key] = max(op, cases.get(key, op), key=lambda op: op.rows)
+    products = set(cases.values())
+    if 2 * max(op.rows for op in products) < PANEL_ROWS:
+        products |= {replace(op, rows=PANEL_ROWS) for op in products}
+    layer_bytes = 4 * (4 * sizes.width + 2 * sizes.mlp_width) * sizes.width
     copies = max(2, min(sizes.layers, ceil(CACHE_BYTES / layer_bytes)))
-    most = max(op.rows for op in cases)
+    most = max(op.rows for op in products)
     matrices = {
-        width: torch.randn(most, width + ROW_PADDING, generator=generator)[:, :width]
-        for op in cases
+        width: torch.randn(most, width + cpu.ROW_PADDING, generator=generator)[:, :width]
+        for op in products
         for width in (op.inner, op.columns)
     }
     linears: dict[tuple[int, int], list[FrozenLinear]] = {}
     found: dict[str, _Work] = {}
-    for op in sorted(cases, key=lambda op: (op.rows, op.inner, op.columns, op.backward)):
+    for op in sorted(products, key=lambda op: (op.rows, op.inner, op.columns, op.backward)):
         stored = (op.inner, op.columns) if op.backward else (op.columns, op.inner)  # of a weight: (out, in)
         if stored not in linears:
             linears[stored] = [_linear(*stored, generator) for _ in range(copies)]
@@ -205,7 +207,7 @@ def _products(sizes: TowerSizes, step: PassCost, generator: torch.Generator) -> 
 
 def _linear(columns: int, inner: int, generator: torch.Generator) -> FrozenLinear:
     weight = torch.randn(columns, inner, generator=generator)
-    return frozen_linear(Affine(weight, torch.zeros(columns)))
+    return cpu.frozen_linear(Affine(weight, torch.zeros(columns)), packed=True)
 
 
 def _multiply(op: Product, x: Tensor, linears: list[FrozenLinear], out: Tensor) -> Callable[[], None]:
@@ -231,15 +233,15 @@ def _kernels(sizes: TowerSizes, tree: ClassTree, batch: int, generator: torch.Ge
     x, y = torch.randn(2, rows, d, generator=generator)
     ones, zeros = torch.ones(d), torch.zeros(d)
     mean, rstd = torch.zeros(rows), torch.ones(rows)
-    panels = [slice(start, start + panel(rows)) for start in range(0, rows, panel(rows))]
+    panels = [slice(start, start + PANEL_ROWS) for start in range(0, rows, PANEL_ROWS)]
 
     def layer_norm_fwd() -> None:
         for p in panels:
-            cpu.layer_norm_fwd(x[p], None, ones, zeros, 1e-5, y[p], mean[p], rstd[p])
+            cpu.layer_norm_fwd(x[p], None, None, ones, zeros, 1e-5, y[p], mean[p], rstd[p])
 
     def layer_norm_bwd() -> None:
         for p in panels:
-            cpu.layer_norm_bwd(x[p], x[p], ones, mean[p], rstd[p], y[p])
+            cpu.layer_norm_bwd(x[p], x[p], ones, mean[p], rstd[p], y[p], accumulate=True)
 
     norm = RowKernel("layer_norm_fwd", 3.0 * rows * d)
     timed: list[tuple[Operation, Callable[[], object]]] = [
@@ -263,12 +265,12 @@ def _attention(
     sos_k, sos_v = torch.randn(2, heads, d // heads, generator=generator)
     timed: list[tuple[Operation, Callable[[], object]]] = []
     for leaves_alone in (False, True):
-        plan = cpu.TreeAttention(tree, queries=tree.leaves if leaves_alone else None)
+        plan = cpu.TreeAttention(tree, tree.leaves if leaves_alone else None)
         asking = counts.leaves if leaves_alone else counts.rows
         o = torch.randn(batch, asking, d, generator=generator)
-        workspace = plan.workspace(batch, heads, d // heads)
+        workspace = torch.empty(plan.workspace_floats(batch, heads, d // heads))
         inputs = (q[:, :asking], k, v, sos_k, sos_v)
-        kernel = attention_kernel(sizes, counts, batch, leaves_alone=leaves_alone)
+        kernel = attention_kernel(counts, batch, d, leaves_alone=leaves_alone)
         timed.append((kernel, lambda a=plan, i=inputs, o=o: a.forward(*i, heads, o)))  # type: ignore[misc]
         timed.append(
             (
@@ -310,7 +312,7 @@ def _learner_and_head(
 
 
 def _copies() -> dict[str, _Work]:
-    source = torch.zeros(int(COPY_BYTES / FLOAT_BYTES))
+    source = torch.zeros(int(COPY_BYTES / 4))
     target = torch.empty_like(source).copy_(source)
     amount = 2 * COPY_BYTES
     return {"copy": _Work(lambda: target.copy_(source), amount), "fresh copy": _Work(source.clone, amount)}
@@ -334,7 +336,6 @@ def measure_process_bytes() -> int:
     """
     spec = ProblemSpec(("cat", "dog"), model="demo")
     problem = build_problem(spec)
-    sizes, counts = TowerSizes.of(problem.weights), RowCounts.of(problem.tree)
-    counted = tree_step(sizes, counts, spec.batch).activation_bytes
-    counted += buffers.constant_bytes(sizes, counts) + buffers.packed_bytes(sizes)
+    cost = TreeCost(problem.weights, problem.tree, cpu)
+    counted = cost.activation_bytes(spec.batch, keeps=True) + cost.class_list_bytes
     return max(0, peak_memory(spec, "engine") - counted)

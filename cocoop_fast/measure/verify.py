@@ -22,7 +22,7 @@ from cocoop_fast.clip.load import to_low_precision
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.measure.agreement import TOLERANCE
 from cocoop_fast.measure.problem import Problem
-from cocoop_fast.methods.base import CustomCLIP
+from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.ops.table import BACKENDS
 from cocoop_fast.reference import DensePromptedCLIP, encode_prompts, place_contexts
 from cocoop_fast.training.optimizer import build_optimizer

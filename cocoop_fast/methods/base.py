@@ -1,18 +1,17 @@
-"""CustomCLIP: prompt learner, frozen towers and loss in one module (paper, section 3.2)."""
+"""A frozen CLIP that classifies by prompts: what all methods share, and those that learn a context (paper, section 3.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
-from cocoop_fast.engine.encoder import TextEncoder, TreeTextEncoder
+from cocoop_fast.engine.encoder import TreeTextEncoder
 from cocoop_fast.engine.pruning import Pruned, check_prune_mass, pruned_cross_entropy
 from cocoop_fast.errors import UserError
-from cocoop_fast.methods.cocoop import PromptLearner
 from cocoop_fast.methods.learner import Learner
 from cocoop_fast.ops.head import cosine_cross_entropy, cosine_logits_ref
 from cocoop_fast.prompts.tree import ClassTree
@@ -24,6 +23,32 @@ class EngineOptions(TypedDict, total=False):
     backend: str  # "auto", or a backend of `cocoop_fast.ops.table`
     memory_budget: int | str | None  # see `cocoop_fast.engine.pieces`
     prune_mass: float  # tau of `cocoop_fast.engine.pruning`; 0 is exact
+
+
+class PromptClassifier(Protocol):
+    """What training and evaluation ask of a model: the methods of this package have it, and the dense oracle too.
+
+    Shapes: B images, E embedding, K classes.
+    """
+
+    @property
+    def prompt_learner(self) -> nn.Module:
+        """Its parameters are all that is learned, and its mode is the model's."""
+
+    @property
+    def image_encoder(self) -> Any:
+        """Images (B, 3, H, W) of dtype ``dtype`` to features (B, E)."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def forward_features(self, image_features: Tensor) -> Tensor:
+        """(B, E) to logits (B, K), in evaluation mode."""
+
+    def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, E) and (B,) to the scalar loss and the logits (B, K), detached."""
 
 
 class PromptedCLIP(nn.Module):
@@ -194,43 +219,3 @@ class LearnedPromptCLIP(PromptedCLIP):
         self.prompt_learner.set_classnames(classnames)
         self.tree_encoder.set_tree(ClassTree.from_layout(self.prompt_learner.layout))
         self.n_classes = len(self.prompt_learner.layout.symbols)
-
-
-class CustomCLIP(LearnedPromptCLIP):
-    """CoCoOp. Drop-in for the reference's ``trainers.cocoop.CustomCLIP``.
-
-    Args:
-        cfg: see :class:`PromptLearner`.
-        classnames: K class names.
-        clip_model: an open_clip or OpenAI CLIP with a causal, EOT-pooled text tower.
-        backend, memory_budget, prune_mass: see :class:`LearnedPromptCLIP`.
-
-    Raises:
-        UserError: an unsupported model, class list or backend, or a budget or tau out of range.
-    """
-
-    prompt_learner: PromptLearner
-
-    def __init__(
-        self,
-        cfg: Any,
-        classnames: Sequence[str],
-        clip_model: ClipModel,
-        *,
-        backend: str = "auto",
-        memory_budget: int | str | None = None,
-        prune_mass: float = 0.0,
-    ) -> None:
-        super().__init__(
-            clip_model,
-            PromptLearner(cfg, classnames, clip_model),
-            backend=backend,
-            memory_budget=memory_budget,
-            prune_mass=prune_mass,
-        )
-        self.text_encoder = TextEncoder(clip_model)
-
-    @property
-    def tokenized_prompts(self) -> Tensor:
-        """(K, L) token ids, as the reference has them."""
-        return self.prompt_learner.tokenized_prompts

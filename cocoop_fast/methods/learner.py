@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
 from cocoop_fast.config import ClassPosition
+from cocoop_fast.engine.contexts import Contexts
 from cocoop_fast.errors import UserError
 from cocoop_fast.prompts.layout import PromptLayout, layout_at
 from cocoop_fast.prompts.tokens import tokenize_prompts
@@ -23,12 +24,13 @@ class Learner(nn.Module):
 
     layout: PromptLayout  # the prompts of the K classes
 
-    def contexts(self, image_features: Tensor) -> Tensor:
+    def contexts(self, image_features: Tensor) -> Contexts:
         """(B, E) unit-length image features to context vectors.
 
         Returns:
             (M, d) for all images and classes, (B, M, d) for each image; with a class-specific layout (K, M, d)
-            or (B, K, M, d).
+            or (B, K, M, d). Where they are vectors (M, d) that all images share plus a shift of each image, (B, d) or
+            (B, M, d), the two parts: the first layer's kernel adds them up.
         """
         raise NotImplementedError
 
@@ -73,7 +75,7 @@ class ContextLearner(Learner):
         self._read(classnames)
         self.ctx = nn.Parameter(self._first_context())
 
-    def contexts(self, image_features: Tensor) -> Tensor:
+    def contexts(self, image_features: Tensor) -> Contexts:
         return self.ctx
 
     def set_classnames(self, classnames: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from cocoop_fast.clip.frozen import ClipModel
+from cocoop_fast.engine.contexts import Contexts, ShiftedContext
 from cocoop_fast.methods.base import EngineOptions, LearnedPromptCLIP
 from cocoop_fast.methods.cocoop import MetaNet
 from cocoop_fast.methods.learner import ContextLearner, master_dtype
@@ -30,11 +31,11 @@ class MetaNetsLearner(ContextLearner):
         nets = (MetaNet(self._frozen.embed_dim, self._frozen.width) for _ in range(self.n_ctx))
         self.meta_nets = nn.ModuleList(nets).to(weights.device, master_dtype(weights.dtype))
 
-    def contexts(self, image_features: Tensor) -> Tensor:
-        """(B, E) unit-length image features to (B, M, d); with class-specific contexts (B, K, M, d)."""
+    def contexts(self, image_features: Tensor) -> Contexts:
+        """From (B, E) unit-length image features, in parts; with class-specific contexts the sum, (B, K, M, d)."""
         features = image_features.to(self.ctx.dtype)
-        bias = torch.stack([net(features) for net in self.meta_nets], dim=1)  # (B, M, d)
-        return self.ctx + (bias[:, None] if self.ctx.ndim == 3 else bias)
+        shift = torch.stack([net(features) for net in self.meta_nets], dim=1)  # (B, M, d)
+        return self.ctx + shift[:, None] if self.ctx.ndim == 3 else ShiftedContext(self.ctx, shift)
 
 
 class MetaNetsCLIP(LearnedPromptCLIP):

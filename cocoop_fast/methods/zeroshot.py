@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
-from cocoop_fast.engine.encoder import TextEncoder
 from cocoop_fast.errors import UserError
 from cocoop_fast.methods.base import PromptedCLIP
+from cocoop_fast.methods.cocoop import TextEncoder
 from cocoop_fast.prompts.tokens import tokenize_names
 
 PROMPTS_PER_PASS = 256

@@ -1,4 +1,4 @@
-"""From learned context and Meta-Net bias to prompts."""
+"""From context vectors and the shift of each image to prompts."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import torch
 from torch import Tensor
 
 
-def assemble_context_ref(ctx: Tensor, bias: Tensor) -> Tensor:
-    """v_m(x) = v_m + h_theta(x) (paper, section 3.2).
+def assemble_context_ref(vectors: Tensor, shift: Tensor) -> Tensor:
+    """v_m(x) = v_m + h_m(x) (paper, section 3.2).
 
     Args:
-        ctx: (M, d) context vectors.
-        bias: (B, d) Meta-Net outputs.
+        vectors: (M, d) context vectors.
+        shift: (B, d) of a Meta-Net, the same for all of them; or (B, M, d).
 
     Returns:
         (B, M, d).
     """
-    return ctx[None] + bias[:, None]
+    return vectors[None] + (shift[:, None] if shift.ndim == 2 else shift)
 
 
-def assemble_prompts_ref(context: Tensor, prefix: Tensor, suffix: Tensor) -> Tensor:
+def assemble_dense_ref(context: Tensor, prefix: Tensor, suffix: Tensor) -> Tensor:
     """The dense prompts [SOS] v_1(x) .. v_M(x) [class] . [EOT] [padding] of every image and class.
 
     Args:
         context: (B, M, d).
-        prefix: (K, 1, d) SOS embeddings.
+        prefix: (K, d) SOS embeddings.
         suffix: (K, L - 1 - M, d) embeddings of the class tokens, EOT and padding.
 
     Returns:
@@ -33,7 +33,7 @@ def assemble_prompts_ref(context: Tensor, prefix: Tensor, suffix: Tensor) -> Ten
     b, k = len(context), len(prefix)
     return torch.cat(
         [
-            prefix.expand(b, -1, -1, -1),
+            prefix[:, None].expand(b, -1, -1, -1),
             context[:, None].expand(-1, k, -1, -1),
             suffix.expand(b, -1, -1, -1),
         ],

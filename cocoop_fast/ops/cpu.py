@@ -1,11 +1,4 @@
-"""Launchers of the C++ kernels: float32 CPU tensors in, results written into tensors of the caller.
-
-No autograd here: tensors are taken as they are, whatever their `requires_grad`. "Rows" are tensors of two or three
-dimensions whose last is contiguous, the others with any strides; all else is contiguous. Everything is checked before
-a kernel runs: a wrong shape, dtype, device or index raises ValueError.
-
-Shapes: B images, K classes, N tree nodes, M context tokens, R = M + N rows of an image, Q queries, d width, E embedding.
-"""
+"""The operations of :mod:`cocoop_fast.ops.table` by the C++ kernels: float32 tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -15,17 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cocoop_fast.extension import load_extension
+from cocoop_fast.clip.frozen import Affine
+from cocoop_fast.ops.extensions import CPP
+from cocoop_fast.ops.linear import FrozenLinear, GemmLinear
+from cocoop_fast.ops.table import ImageRows
 from cocoop_fast.prompts.tree import ClassTree
 
-# The rows of an image: one (B, R, d) tensor, or its context and node rows apart, (B, M, d) and (B, N, d). Either part
-# may also be (1, rows, d) or (rows, d): the same for every image.
-ImageRows = Tensor | tuple[Tensor, Tensor]
+# Fewer rows a panel, and each weight is read too often; more, and the widest intermediate (4d floats a row) leaves the
+# cache. docs/performance.md has the measurement.
+PANEL_ROWS: int | None = 512
+
+# Rows a large power of two apart would all fall into the same few sets of the first-level cache.
+ROW_PADDING: int = 16
+
+PANEL_COLUMNS = 32  # of a packed weight
 
 
 def available_isas() -> list[str]:
     """The instruction sets that :func:`set_isa` takes here, narrowest first."""
-    isas: list[str] = load_extension().available_isas()
+    isas: list[str] = CPP.load().available_isas()
     return isas
 
 
@@ -35,101 +36,64 @@ def set_isa(isa: str) -> None:
     Raises:
         ValueError: not one of :func:`available_isas`.
     """
-    load_extension().set_isa(isa)
-
-
-def layer_norm_fwd(
-    x: Tensor,
-    add_bias: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> None:
-    """x += add_bias, y = LN(x), in one pass over the rows.
-
-    Args:
-        x: rows (n, d) or (B, n/B, d); changed in place if `add_bias` is given.
-        add_bias: (d,) or None.
-        gamma, beta: (d,).
-        eps: LayerNorm's epsilon.
-        y: rows, written.
-        mean, rstd: (n,), written.
-    """
-    load_extension().layer_norm_fwd(
-        _array(x),
-        _optional(add_bias),
-        _array(gamma),
-        _array(beta),
-        eps,
-        _array(y),
-        _array(mean),
-        _array(rstd),
-    )
-
-
-def layer_norm_bwd(
-    dy: Tensor,
-    x: Tensor,
-    gamma: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    dx: Tensor,
-    accumulate: bool = True,
-) -> None:
-    """dx += rstd (g - mean(g) - xhat mean(g xhat)), g = dy gamma, xhat = (x - mean) rstd.
-
-    Args:
-        dy, x: rows (n, d) or (B, n/B, d); x as :func:`layer_norm_fwd` left it.
-        gamma: (d,).
-        mean, rstd: (n,), of the forward.
-        dx: rows, added to; written if not `accumulate`.
-    """
-    load_extension().layer_norm_bwd(
-        _array(dy), _array(x), _array(gamma), _array(mean), _array(rstd), _array(dx), accumulate
-    )
-
-
-def activation_fwd(u: Tensor, bias: Tensor | None, kind: str, out: Tensor) -> None:
-    """out = act(u + bias).
-
-    Args:
-        u: rows (n, w) or (B, n/B, w).
-        bias: (w,) or None.
-        kind: "quick_gelu" or "gelu".
-        out: rows, written; may be `u`.
-    """
-    load_extension().activation_fwd(_array(u), _optional(bias), kind, _array(out))
-
-
-def activation_bwd(u: Tensor, bias: Tensor | None, kind: str, dg: Tensor) -> None:
-    """dg *= act'(u + bias): from the gradient of the output to that of `u`, in place.
-
-    Args:
-        u: rows (n, w) or (B, n/B, w).
-        bias: (w,) or None.
-        kind: "quick_gelu" or "gelu".
-        dg: rows, changed.
-    """
-    load_extension().activation_bwd(_array(u), _optional(bias), kind, _array(dg))
+    CPP.load().set_isa(isa)
 
 
 def isa() -> str:
     """The instruction set whose kernels run: "portable" is what is left where no faster one is known."""
-    name: str = load_extension().isa()
+    name: str = CPP.load().isa()
     return name
 
 
-PANEL_COLUMNS = 32
+def frozen_linear(layer: Affine, *, packed: bool) -> FrozenLinear:
+    """Where the processor has AVX2 or AVX-512, kernels of our own serve: they keep the weight packed for the forward,
+    write into the caller's buffers and fuse. Elsewhere the vendor's library does, reached through torch (Apple's, for
+    one, uses matrix units that no portable code reaches). docs/performance.md has the comparison.
+    """
+    from cocoop_fast.ops import cpu
+
+    return PackedLinear(layer) if packed and isa() != "portable" else GemmLinear(layer, cpu)
+
+
+def packed_bytes(columns: int, inner: int) -> int:
+    return 0 if isa() == "portable" else 4 * -(-columns // PANEL_COLUMNS) * PANEL_COLUMNS * inner
+
+
+class PackedLinear:
+    """By the C++ kernels; holds a packed copy of the weight beside it."""
+
+    def __init__(self, layer: Affine) -> None:
+        self.weight, self.bias = layer.weight.contiguous(), layer.bias.contiguous()
+        self.packed = pack_weight(self.weight)
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.packed.nbytes
+
+    def forward(self, x: Tensor, out: Tensor) -> None:
+        linear_fwd(x, self.packed, self.bias, None, out)
+
+    def forward_norm(
+        self, x: Tensor, residual: Tensor, out: Tensor, norm: Affine, y: Tensor, mean: Tensor, rstd: Tensor
+    ) -> None:
+        linear_fwd(x, self.packed, self.bias, residual, out)
+        layer_norm_fwd(out, None, None, norm.weight, norm.bias, norm.eps, y, mean, rstd)
+
+    def forward_activation(self, x: Tensor, kind: str, u: Tensor | None, out: Tensor) -> None:
+        linear_activation_fwd(x, self.packed, self.bias, kind, u, out)
+
+    def backward(self, dy: Tensor, dx: Tensor) -> None:
+        linear_bwd(dy, self.weight, dx)
+
+    def backward_activation(self, dy: Tensor, u: Tensor, kind: str, du: Tensor) -> None:
+        linear_activation_bwd(dy, self.weight, u, kind, du)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
     """A frozen weight (width, k) as :func:`linear_fwd` reads it: (ceil(width / 32), k, 32), zeros beyond the width."""
     width, k = weight.shape
     packed = torch.empty(-(-width // PANEL_COLUMNS), k, PANEL_COLUMNS)
-    load_extension().pack_weight(_array(weight), _array(packed))
+    CPP.load().pack_weight(_array(weight), _array(packed))
     return packed
 
 
@@ -143,91 +107,75 @@ def linear_fwd(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor 
         residual: (n, width) or None; may be `out`.
         out: (n, width), written.
     """
-    load_extension().linear_fwd(_array(x), _array(packed), _optional(bias), _optional(residual), _array(out))
+    CPP.load().linear_fwd(_array(x), _array(packed), _optional(bias), _optional(residual), _array(out))
 
 
 def linear_bwd(dy: Tensor, weight: Tensor, dx: Tensor) -> None:
-    """dx = dy W.
-
-    Args:
-        dy: (n, width).
-        weight: W (width, k).
-        dx: (n, k), written.
-    """
-    load_extension().linear_bwd(_array(dy), _array(weight), _array(dx))
+    """dx (n, k) = dy W, with dy (n, width) and W (width, k) as it lies."""
+    CPP.load().linear_bwd(_array(dy), _array(weight), _array(dx))
 
 
 def linear_activation_fwd(
     x: Tensor, packed: Tensor, bias: Tensor, kind: str, u: Tensor | None, out: Tensor
 ) -> None:
-    """u = x W^T + bias, out = act(u).
-
-    Args:
-        x, packed, bias: as in :func:`linear_fwd`.
-        kind: "quick_gelu" or "gelu".
-        u: (n, width), written, or None.
-        out: (n, width), written.
-    """
-    load_extension().linear_activation_fwd(
-        _array(x), _array(packed), _array(bias), kind, _optional(u), _array(out)
-    )
+    """u (n, width) = x W^T + bias, which may be None and is then not kept; out (n, width) = act(u)."""
+    CPP.load().linear_activation_fwd(_array(x), _array(packed), _array(bias), kind, _optional(u), _array(out))
 
 
 def linear_activation_bwd(dy: Tensor, weight: Tensor, u: Tensor, kind: str, du: Tensor) -> None:
-    """du = (dy W) act'(u).
+    """du (n, k) = (dy W) act'(u): W (width, k) is of the layer that reads the activation, u (n, k) its argument."""
+    CPP.load().linear_activation_bwd(_array(dy), _array(weight), _array(u), kind, _array(du))
 
-    Args:
-        dy: (n, width).
-        weight: W (width, k) of the layer that reads the activation.
-        u: (n, k), of :func:`linear_activation_fwd`.
-        kind: "quick_gelu" or "gelu".
-        du: (n, k), written.
-    """
-    load_extension().linear_activation_bwd(_array(dy), _array(weight), _array(u), kind, _array(du))
+
+def layer_norm_fwd(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
+    CPP.load().layer_norm_fwd(
+        _array(x), _optional(bias), _optional(residual), _array(gamma), _array(beta), eps,
+        _array(y), _array(mean), _array(rstd),
+    )  # fmt: skip
+
+
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor, *, accumulate: bool
+) -> None:
+    CPP.load().layer_norm_bwd(
+        _array(dy), _array(x), _array(gamma), _array(mean), _array(rstd), _array(dx), accumulate
+    )
+
+
+def activation_fwd(u: Tensor, kind: str, out: Tensor) -> None:
+    CPP.load().activation_fwd(_array(u), kind, _array(out))
+
+
+def activation_bwd(u: Tensor, kind: str, dg: Tensor) -> None:
+    CPP.load().activation_bwd(_array(u), kind, _array(dg))
 
 
 class TreeAttention:
-    """The attention of a class tree: which keys each row reads, checked once.
-
-    Args:
-        tree: the class tree.
-        queries: None if all R rows ask; else the strictly ascending nodes that alone ask, (Q,).
-    """
+    """See :class:`cocoop_fast.ops.table.TreeAttention`. The plan of the tree is the extension's, which checks it."""
 
     def __init__(self, tree: ClassTree, queries: Tensor | None = None) -> None:
         ids = None if queries is None else _array(queries, torch.int64)
         self.n_ctx = tree.n_ctx
         self.all_rows = queries is None
-        self.plan: Any = load_extension().AttentionPlan(tree.n_ctx, _array(tree.parent, torch.int64), ids)
-
-    def workspace(self, batch: int, heads: int, head_size: int) -> Tensor:
-        """A new workspace for :meth:`backward`; any larger one serves as well."""
-        return torch.empty(self.workspace_floats(batch, heads, head_size))
+        self.plan: Any = CPP.load().AttentionPlan(tree.n_ctx, _array(tree.parent, torch.int64), ids)
 
     def workspace_floats(self, batch: int, heads: int, head_size: int) -> int:
         return int(self.plan.workspace_floats(batch, heads, head_size))
 
     def forward(
-        self,
-        q: ImageRows,
-        k: ImageRows,
-        v: ImageRows,
-        sos_k: Tensor,
-        sos_v: Tensor,
-        heads: int,
-        o: Tensor,
+        self, q: ImageRows, k: ImageRows, v: ImageRows, sos_k: Tensor, sos_v: Tensor, heads: int, o: Tensor
     ) -> None:
-        """o = softmax(q k / sqrt(d / heads)) v, over the keys that each row reads.
-
-        Args:
-            q: rows of the image; with queries their rows alone, (B, Q, d).
-            k, v: rows of the image.
-            sos_k, sos_v: (d,) key and value of the start-of-text token.
-            heads: H, dividing d.
-            o: (B, R, d) or (B, Q, d), written.
-        """
-        inputs = self._inputs(q, k, v, sos_k, sos_v)
-        load_extension().tree_attention_fwd(self.plan, *inputs, heads, _array(o))
+        CPP.load().tree_attention_fwd(self.plan, *self._inputs(q, k, v, sos_k, sos_v), heads, _array(o))
 
     def backward(
         self,
@@ -244,28 +192,10 @@ class TreeAttention:
         workspace: Tensor,
         context_only: bool = False,
     ) -> None:
-        """dq, dk, dv = the gradients of q, k, v. The same bits for any number of threads.
-
-        Args:
-            grad_o: as `o`.
-            q, k, v, sos_k, sos_v, heads: as in :meth:`forward`.
-            dq: as `o`, written; (B, M, d) with `context_only`, and None with queries as well.
-            dk, dv: (B, R, d), written; (B, M, d) with `context_only`.
-            workspace: (n,) with n >= workspace_floats(B, heads, d / heads); its content does not matter.
-            context_only: only the gradients of the context rows are wanted.
-        """
-        inputs = self._inputs(q, k, v, sos_k, sos_v)
-        load_extension().tree_attention_bwd(
-            self.plan,
-            _array(grad_o),
-            *inputs,
-            heads,
-            _optional(dq),
-            _array(dk),
-            _array(dv),
-            _array(workspace),
-            context_only,
-        )
+        CPP.load().tree_attention_bwd(
+            self.plan, _array(grad_o), *self._inputs(q, k, v, sos_k, sos_v), heads,
+            _optional(dq), _array(dk), _array(dv), _array(workspace), context_only,
+        )  # fmt: skip
 
     def _inputs(
         self, q: ImageRows, k: ImageRows, v: ImageRows, sos_k: Tensor, sos_v: Tensor
@@ -287,9 +217,13 @@ class TreeAttention:
         return _array(rows[0]), _array(rows[1])
 
 
+def tree_attention(tree: ClassTree, queries: Tensor | None, device: torch.device) -> TreeAttention:
+    return TreeAttention(tree, queries)
+
+
 def assemble_prompts_fwd(
-    ctx: Tensor,
-    bias: Tensor,
+    vectors: Tensor | None,
+    shift: Tensor,
     position: Tensor,
     gamma: Tensor,
     beta: Tensor,
@@ -299,135 +233,55 @@ def assemble_prompts_fwd(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    """x[b, m] = ctx[m] + bias[b] + position[m], y = LN(x), in one pass.
-
-    Args:
-        ctx, position: (M, d).
-        bias: (B, d).
-        gamma, beta: (d,).
-        x, y: rows (B, M, d), written.
-        mean, rstd: (B * M,), written.
-    """
-    load_extension().assemble_prompts_fwd(
-        _array(ctx),
-        _array(bias),
-        _array(position),
-        _array(gamma),
-        _array(beta),
-        eps,
-        _array(x),
-        _array(y),
-        _array(mean),
-        _array(rstd),
-    )
+    CPP.load().assemble_prompts_fwd(
+        _optional(vectors), _array(shift), _array(position), _array(gamma), _array(beta), eps,
+        _array(x), _array(y), _array(mean), _array(rstd),
+    )  # fmt: skip
 
 
-def assemble_prompts_bwd(dx: Tensor, d_ctx: Tensor, d_bias: Tensor) -> None:
-    """d_ctx[m] = sum_b dx[b, m], d_bias[b] = sum_m dx[b, m], in ascending order.
-
-    Args:
-        dx: rows (B, M, d).
-        d_ctx: (M, d), written.
-        d_bias: (B, d), written.
-    """
-    load_extension().assemble_prompts_bwd(_array(dx), _array(d_ctx), _array(d_bias))
+def assemble_prompts_bwd(dx: Tensor, d_vectors: Tensor | None, d_shift: Tensor) -> None:
+    CPP.load().assemble_prompts_bwd(_array(dx), _optional(d_vectors), _array(d_shift))
 
 
 def assemble_dense(context: Tensor, prefix: Tensor, suffix: Tensor, out: Tensor) -> None:
-    """out[b, k] = prefix[k], context[b], suffix[k].
-
-    Args:
-        context: (B, M, d).
-        prefix: (K, d).
-        suffix: (K, L - 1 - M, d).
-        out: (B, K, L, d), written.
-    """
-    load_extension().assemble_dense(_array(context), _array(prefix), _array(suffix), _array(out))
+    CPP.load().assemble_dense(_array(context), _array(prefix), _array(suffix), _array(out))
 
 
-def head_fwd(features: Tensor, image: Tensor, scale: float, logits: Tensor, inverse_norms: Tensor) -> None:
-    """inverse_norms = 1 / |features|, logits = scale (features . image) inverse_norms.
+def gather_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
+    CPP.load().gather_rows(_array(x), _array(index, torch.int64), _array(out))
 
-    Args:
-        features: rows (B, K, E).
-        image: (B, E), of unit length.
-        scale: the logit scale itself, not its logarithm.
-        logits, inverse_norms: (B, K), written.
-    """
-    load_extension().head_fwd(_array(features), _array(image), scale, _array(logits), _array(inverse_norms))
+
+def add_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
+    CPP.load().add_rows(_array(x), _array(index, torch.int64), _array(out))
+
+
+def head_fwd(features: Tensor, image: Tensor, scale: Tensor, logits: Tensor, inverse_norms: Tensor) -> None:
+    CPP.load().head_fwd(_array(features), _array(image), float(scale), _array(logits), _array(inverse_norms))
 
 
 def head_bwd(
     features: Tensor,
     image: Tensor,
-    scale: float,
+    scale: Tensor,
     logits: Tensor,
     inverse_norms: Tensor,
     d_logits: Tensor,
     d_features: Tensor,
 ) -> None:
-    """With t = f / |f|: d_f = d_logit scale (image - t (t . image)) / |f|.
+    CPP.load().head_bwd(
+        _array(features), _array(image), float(scale), _array(logits), _array(inverse_norms),
+        _array(d_logits), _array(d_features),
+    )  # fmt: skip
 
-    Args:
-        features, image, scale, logits, inverse_norms: of :func:`head_fwd`.
-        d_logits: (B, K).
-        d_features: rows (B, K, E), written.
-    """
-    load_extension().head_bwd(
-        _array(features),
-        _array(image),
-        scale,
-        _array(logits),
-        _array(inverse_norms),
-        _array(d_logits),
-        _array(d_features),
+
+def cross_entropy_fwd(logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+    loss.fill_(CPP.load().cross_entropy_fwd(_array(logits), _array(labels, torch.int64)))
+
+
+def cross_entropy_bwd(logits: Tensor, labels: Tensor, grad_loss: Tensor, d_logits: Tensor) -> None:
+    CPP.load().cross_entropy_bwd(
+        _array(logits), _array(labels, torch.int64), float(grad_loss), _array(d_logits)
     )
-
-
-def cross_entropy_fwd(logits: Tensor, labels: Tensor) -> float:
-    """The mean over images of log(sum_k e^z_k) - z_label; NaN without images.
-
-    Args:
-        logits: (B, K).
-        labels: (B,) int64.
-    """
-    return float(load_extension().cross_entropy_fwd(_array(logits), _array(labels, torch.int64)))
-
-
-def cross_entropy_bwd(logits: Tensor, labels: Tensor, grad_loss: float, d_logits: Tensor) -> None:
-    """d_logits = (softmax(logits) - one_hot(labels)) grad_loss / B.
-
-    Args:
-        logits: (B, K).
-        labels: (B,) int64.
-        grad_loss: gradient of the mean.
-        d_logits: (B, K), written; may be `logits`.
-    """
-    load_extension().cross_entropy_bwd(
-        _array(logits), _array(labels, torch.int64), grad_loss, _array(d_logits)
-    )
-
-
-def gather_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
-    """out[b, i] = x[b, index[i]].
-
-    Args:
-        x: rows (B, R, d).
-        index: (n,) int64.
-        out: rows (B, n, d), written.
-    """
-    load_extension().gather_rows(_array(x), _array(index, torch.int64), _array(out))
-
-
-def scatter_rows(x: Tensor, index: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out[b, index[i]] = x[b, i], or += it.
-
-    Args:
-        x: rows (B, n, d).
-        index: (n,) int64, all different.
-        out: rows (B, R, d), changed in the rows of `index` alone.
-    """
-    load_extension().scatter_rows(_array(x), _array(index, torch.int64), _array(out), accumulate)
 
 
 def _array(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:

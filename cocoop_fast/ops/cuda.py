@@ -1,89 +1,79 @@
-"""Launchers of the CUDA C++ kernels, as :mod:`cocoop_fast.ops.cpu` has them; the rest of the table is Triton's.
+"""The operations of :mod:`cocoop_fast.ops.table` on NVIDIA GPUs: attention and assembly by CUDA C++ kernels, the rest by
+Triton's.
 
-Tensors are on one CUDA device; results are written into tensors of the caller, on torch's current stream, and nothing
-waits for the device or allocates. "Rows" are tensors whose last dimension is contiguous. Everything is checked before
-a kernel runs: a wrong shape, dtype, device or address raises ValueError.
-
-Shapes: B images, K classes, N tree nodes, M context tokens, R = M + N rows of an image, Q queries, d width.
+Tensors are on one CUDA device; work is launched on torch's current stream, and nothing waits for the device. Rows that
+attention reads lie at multiples of 16 bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cocoop_fast.cuda_extension import load_cuda_extension
+from cocoop_fast.ops.cuda_plan import AttentionPlan
+from cocoop_fast.ops.extensions import CUDA
+from cocoop_fast.ops.table import ImageRows
+from cocoop_fast.ops.triton import (
+    PANEL_ROWS,
+    ROW_PADDING,
+    activation_bwd,
+    activation_fwd,
+    add_rows,
+    cross_entropy_bwd,
+    cross_entropy_fwd,
+    frozen_linear,
+    gather_rows,
+    head_bwd,
+    head_fwd,
+    layer_norm_bwd,
+    layer_norm_fwd,
+    packed_bytes,
+)
 from cocoop_fast.prompts.tree import ClassTree
 
-__all__ = ["ImageRows", "TreeAttention", "assemble_dense", "assemble_prompts_bwd", "assemble_prompts_fwd"]
-
-# The rows of an image: one (B, R, d) tensor, or its context and node rows apart, (B, M, d) and (B, N, d). Either part
-# may also be (1, rows, d) or (rows, d): the same for every image.
-ImageRows = Tensor | tuple[Tensor, Tensor]
+__all__ = [
+    "PANEL_ROWS",
+    "ROW_PADDING",
+    "activation_bwd",
+    "activation_fwd",
+    "add_rows",
+    "assemble_dense",
+    "assemble_prompts_bwd",
+    "assemble_prompts_fwd",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "frozen_linear",
+    "gather_rows",
+    "head_bwd",
+    "head_fwd",
+    "layer_norm_bwd",
+    "layer_norm_fwd",
+    "packed_bytes",
+    "tree_attention",
+]
 
 # The types of rows, and the numbers that the extension knows them by.
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-
-# Query rows that a warp sums towards a key's gradient: fewer, and the partial sums cost more than they save; more, and
-# the warps of the keys that all rows read are still at work when the others are done.
-_READERS_PER_TASK = 64
 
 _ALIGNMENT = 16  # bytes, of a load
 
 
 class TreeAttention:
-    """The attention of a class tree: which keys each row reads, planned once.
+    """See :class:`cocoop_fast.ops.table.TreeAttention`. A head has a multiple of 8 numbers, 128 at most."""
 
-    Args:
-        tree: the class tree, of the standard shape.
-        queries: None if all R rows ask; else the strictly ascending nodes that alone ask, (Q,).
-        device: where the tensors of the calls are.
-
-    Raises:
-        ValueError: the queries are no ascending nodes of the tree.
-    """
-
-    def __init__(
-        self, tree: ClassTree, queries: Tensor | None = None, device: torch.device | str = "cuda"
-    ) -> None:
+    def __init__(self, tree: ClassTree, queries: Tensor | None, device: torch.device) -> None:
         self.all_rows = queries is None
-        self.plan = _Plan.of(tree, queries, torch.device(device))
-
-    def workspace(self, batch: int, heads: int, head_size: int) -> Tensor:
-        """A new workspace for :meth:`backward`; any larger one serves as well."""
-        return torch.empty(
-            self.workspace_floats(batch, heads, head_size), device=self.plan.path.device, dtype=torch.float32
-        )
+        self.plan = AttentionPlan.of(tree, queries, device)
 
     def workspace_floats(self, batch: int, heads: int, head_size: int) -> int:
         """Two numbers for each slot, and the partial sums of the keys that many rows read."""
         return self._weight_floats(batch, heads) + batch * self.plan.n_partials * 2 * heads * head_size
 
     def forward(
-        self,
-        q: ImageRows,
-        k: ImageRows,
-        v: ImageRows,
-        sos_k: Tensor,
-        sos_v: Tensor,
-        heads: int,
-        o: Tensor,
+        self, q: ImageRows, k: ImageRows, v: ImageRows, sos_k: Tensor, sos_v: Tensor, heads: int, o: Tensor
     ) -> None:
-        """o = softmax(q k / sqrt(d / heads)) v, over the keys that each row reads.
-
-        Args:
-            q: rows of the image; with queries their rows alone, (B, Q, d).
-            k, v: rows of the image.
-            sos_k, sos_v: key and value of the start-of-text token, d numbers each.
-            heads: H, dividing d; d / H is a multiple of 8 and at most 128.
-            o: (B, R, d) or (B, Q, d), written.
-
-        Raises:
-            ValueError: see the module.
-        """
         like = self._check_queries("o", o, heads)
         inputs = self._inputs(q, k, v, sos_k, sos_v, heads, like)
         rows = _rows("o", o, like, like.batch, self.plan.n_queries, written=True)
@@ -105,19 +95,6 @@ class TreeAttention:
         workspace: Tensor,
         context_only: bool = False,
     ) -> None:
-        """dq, dk, dv = the gradients of q, k, v. The same bits every time.
-
-        Args:
-            grad_o: as `o`.
-            q, k, v, sos_k, sos_v, heads: as in :meth:`forward`.
-            dq: as `o`, written; (B, M, d) with `context_only`, and None with queries as well.
-            dk, dv: (B, R, d), written; (B, M, d) with `context_only`.
-            workspace: (n,) fp32 with n >= workspace_floats(B, heads, d / heads); its content does not matter.
-            context_only: only the gradients of the context rows are wanted.
-
-        Raises:
-            ValueError: see the module.
-        """
         plan = self.plan
         like = self._check_queries("grad_o", grad_o, heads)
         inputs = self._inputs(q, k, v, sos_k, sos_v, heads, like)
@@ -170,7 +147,7 @@ class TreeAttention:
         _require(
             heads >= 1 and like.width % heads == 0, f"`heads` must divide the width {like.width}, got {heads}"
         )
-        head_size, most = like.width // heads, load_cuda_extension().MAX_HEAD_SIZE
+        head_size, most = like.width // heads, CUDA.load().MAX_HEAD_SIZE
         _require(
             head_size % 8 == 0 and head_size <= most,
             f"heads of {head_size} numbers: the CUDA kernels take multiples of 8 up to {most}",
@@ -230,9 +207,13 @@ class TreeAttention:
         return parts[0], parts[1]
 
 
+def tree_attention(tree: ClassTree, queries: Tensor | None, device: torch.device) -> TreeAttention:
+    return TreeAttention(tree, queries, device)
+
+
 def assemble_prompts_fwd(
-    ctx: Tensor,
-    bias: Tensor,
+    vectors: Tensor | None,
+    shift: Tensor,
     position: Tensor,
     gamma: Tensor,
     beta: Tensor,
@@ -242,29 +223,16 @@ def assemble_prompts_fwd(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    """x[b, m] = ctx[m] + bias[b] + position[m], y = LN(x), in one pass. LN is that of x as it is stored.
-
-    Args:
-        ctx, position: (M, d), d <= 8192. These and the next three may be of other types: the sum is in fp32.
-        bias: (B, d).
-        gamma, beta: (d,).
-        eps: LayerNorm's epsilon.
-        x, y: rows (B, M, d), written.
-        mean, rstd: (B * M,) fp32, written.
-
-    Raises:
-        ValueError: see the module.
-    """
     _require(x.ndim == 3, f"`x` must have shape (B, M, d), got {tuple(x.shape)}")
     like = _Like.of("x", x)
     m, d = x.shape[1:]
     _require(m >= 1, f"`x` must have at least one context row, got {tuple(x.shape)}")
-    most: int = load_cuda_extension().MAX_WIDTH
+    most: int = CUDA.load().MAX_WIDTH
     _require(d <= most, f"`x` must have rows of at most {most} numbers, got {d}")
     _require(eps >= 0, f"`eps` must not be negative, got {eps}")
     arguments = {
-        "ctx": _array("ctx", ctx, (m, d), like),
-        "bias": _array("bias", bias, (like.batch, d), like),
+        "vectors": _NO_ARRAY if vectors is None else _array("vectors", vectors, (m, d), like),
+        **_shift("shift", shift, m, like),
         "position": _array("position", position, (m, d), like),
         "gamma": _array("gamma", gamma, (d,), like),
         "beta": _array("beta", beta, (d,), like),
@@ -285,25 +253,15 @@ def assemble_prompts_fwd(
         )
 
 
-def assemble_prompts_bwd(dx: Tensor, d_ctx: Tensor, d_bias: Tensor) -> None:
-    """d_ctx[m] = sum_b dx[b, m], d_bias[b] = sum_m dx[b, m], in ascending order, in fp32 until they are stored.
-
-    Args:
-        dx: rows (B, M, d).
-        d_ctx: (M, d), written.
-        d_bias: (B, d), written.
-
-    Raises:
-        ValueError: see the module.
-    """
+def assemble_prompts_bwd(dx: Tensor, d_vectors: Tensor | None, d_shift: Tensor) -> None:
     _require(dx.ndim == 3, f"`dx` must have shape (B, M, d), got {tuple(dx.shape)}")
     like = _Like.of("dx", dx)
     m, d = dx.shape[1:]
     like.launch(
         "assemble_prompts_bwd",
         dx=_rows("dx", dx, like, like.batch, m, aligned=False),
-        d_ctx=_array("d_ctx", d_ctx, (m, d), like),
-        d_bias=_array("d_bias", d_bias, (like.batch, d), like),
+        d_vectors=_NO_ARRAY if d_vectors is None else _array("d_vectors", d_vectors, (m, d), like),
+        **_shift("d_shift", d_shift, m, like),
         dtype=_DTYPES[like.dtype],
         batch=like.batch,
         n_ctx=m,
@@ -312,17 +270,6 @@ def assemble_prompts_bwd(dx: Tensor, d_ctx: Tensor, d_bias: Tensor) -> None:
 
 
 def assemble_dense(context: Tensor, prefix: Tensor, suffix: Tensor, out: Tensor) -> None:
-    """out[b, k] = prefix[k], context[b], suffix[k].
-
-    Args:
-        context: (B, M, d).
-        prefix: (K, d).
-        suffix: (K, L - 1 - M, d).
-        out: (B, K, L, d) in the dtype of the three, written.
-
-    Raises:
-        ValueError: see the module.
-    """
     _require(context.ndim == 3, f"`context` must have shape (B, M, d), got {tuple(context.shape)}")
     _require(suffix.ndim == 3, f"`suffix` must have shape (K, L - 1 - M, d), got {tuple(suffix.shape)}")
     like = _Like.of("context", context)
@@ -346,107 +293,6 @@ def assemble_dense(context: Tensor, prefix: Tensor, suffix: Tensor, out: Tensor)
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """AttentionPlan of csrc/cuda/kernels.h: who reads whose key, as int32 tensors on the device.
-
-    The query rows that read a key are a contiguous range, that of its descendants, and so are the chunks of at most
-    _READERS_PER_TASK into which the range is cut.
-    """
-
-    n_ctx: int
-    n_nodes: int
-    n_ctx_queries: int  # M, or 0 when only some nodes ask
-    n_queries: int
-    slots: int  # what all query rows of an image read, in keys
-    path_begin: Tensor  # (node queries + 1,)
-    path: Tensor  # (path_begin[-1],)
-    reader_tasks: Tensor  # (., 5): key, slot, begin, end, partial; context keys first
-    reduce_tasks: Tensor  # (., 3): key, begin, end; context keys first
-    n_partials: int
-    context_reader_tasks: int
-    context_reduce_tasks: int
-
-    @classmethod
-    def of(cls, tree: ClassTree, queries: Tensor | None, device: torch.device) -> _Plan:
-        m, n = tree.n_ctx, len(tree)
-        asking = np.arange(n) if queries is None else _ascending_nodes(queries, n)
-        n_ctx_queries = m if queries is None else 0
-        n_queries = n_ctx_queries + len(asking)
-        path = tree.path.numpy()
-        length = (path >= 0).sum(axis=1)
-
-        # The readers of every key, and its slot in their rows.
-        nodes = np.arange(n)
-        begin = n_ctx_queries + np.searchsorted(asking, nodes)
-        end = n_ctx_queries + np.searchsorted(asking, tree.subtree_end.numpy())
-        begin = np.concatenate([np.arange(m) if queries is None else np.zeros(m, dtype=np.int64), begin])
-        end = np.concatenate([np.full(m, n_queries), end])
-        slot = np.concatenate([1 + np.arange(m), m + length])
-        parts = np.maximum(1, -(-(end - begin) // _READERS_PER_TASK))
-
-        first_partial = np.cumsum(np.where(parts > 1, parts, 0)) - np.where(parts > 1, parts, 0)
-        key = np.repeat(np.arange(m + n), parts)
-        part = np.arange(len(key)) - np.repeat(np.cumsum(parts) - parts, parts)
-        task_begin = begin[key] + part * _READERS_PER_TASK
-        task_end = np.minimum(end[key], task_begin + _READERS_PER_TASK)
-        partial = np.where(parts[key] > 1, first_partial[key] + part, -1)
-        tasks = np.stack([key, slot[key], task_begin, task_end, partial], axis=1)
-        # Context keys part by part: warps that stand together then read the same rows.
-        of_context = key < m
-        tasks = np.concatenate(
-            [tasks[of_context][np.argsort(part[of_context], kind="stable")], tasks[~of_context]]
-        )
-        summed = np.flatnonzero(parts > 1)
-        reduces = np.stack([summed, first_partial[summed], first_partial[summed] + parts[summed]], axis=1)
-
-        asking_paths = path[asking]
-        path_begin = np.concatenate([[0], np.cumsum(length[asking])])
-
-        def on_device(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32)).to(device)
-
-        return cls(
-            n_ctx=m,
-            n_nodes=n,
-            n_ctx_queries=n_ctx_queries,
-            n_queries=n_queries,
-            slots=n_ctx_queries * (n_ctx_queries + 3) // 2 + len(asking) * (1 + m) + int(path_begin[-1]),
-            path_begin=on_device(path_begin),
-            path=on_device(asking_paths[asking_paths >= 0]),
-            reader_tasks=on_device(tasks),
-            reduce_tasks=on_device(reduces),
-            n_partials=int(parts[parts > 1].sum()),
-            context_reader_tasks=int(of_context.sum()),
-            context_reduce_tasks=int((summed < m).sum()),
-        )
-
-    def argument(self, context_only: bool = False) -> tuple[int, ...]:
-        """As the extension takes it; with `context_only` the tasks of the context keys alone."""
-        return (
-            self.n_ctx,
-            self.n_ctx_queries,
-            self.n_queries - self.n_ctx_queries,
-            self.path_begin.data_ptr(),
-            self.path.data_ptr(),
-            self.reader_tasks.data_ptr(),
-            self.context_reader_tasks if context_only else len(self.reader_tasks),
-            self.reduce_tasks.data_ptr(),
-            self.context_reduce_tasks if context_only else len(self.reduce_tasks),
-        )
-
-
-def _ascending_nodes(queries: Tensor, n_nodes: int) -> np.ndarray:
-    nodes = queries.cpu().numpy()
-    _require(
-        nodes.ndim == 1 and nodes.dtype.kind == "i", f"`queries` must be (Q,) integers, got {queries.dtype}"
-    )
-    outside = (nodes < 0) | (nodes >= n_nodes)
-    _require(not outside.any(), f"`queries` must be nodes 0 .. {n_nodes - 1}, got {nodes[outside][:1]}")
-    _require(bool((np.diff(nodes) > 0).all()), "`queries` must be strictly ascending")
-    return nodes
-
-
 @dataclass(frozen=True)
 class _Like:
     """What the tensors of a call have in common."""
@@ -459,7 +305,7 @@ class _Like:
     @classmethod
     def of(cls, name: str, rows: Tensor) -> _Like:
         """From rows (B, rows, d)."""
-        extension = load_cuda_extension()
+        extension = CUDA.load()
         device_type: str = extension.DEVICE_TYPE
         _require(
             rows.device.type == device_type and rows.dtype in _DTYPES,
@@ -473,7 +319,7 @@ class _Like:
 
     def launch(self, name: str, **arguments: object) -> None:
         """Call a launcher of the extension on this device and torch's current stream there."""
-        launcher = getattr(load_cuda_extension(), name)
+        launcher = getattr(CUDA.load(), name)
         if self.device.type != "cuda":
             launcher(**arguments, stream=0)
             return
@@ -483,6 +329,7 @@ class _Like:
 
 _Rows = tuple[int, int, int]  # address, strides of an image and of a row
 _NO_ROWS: _Rows = (0, 0, 0)
+_NO_ARRAY = (0, _DTYPES[torch.float32])
 
 
 def _rows(
@@ -518,6 +365,13 @@ def _rows(
     if aligned:
         _check_aligned(name, tensor, image_stride, row_stride)
     return tensor.data_ptr(), image_stride, row_stride
+
+
+def _shift(name: str, shift: Tensor, m: int, like: _Like) -> dict[str, object]:
+    """(B, d), or (B, M, d): a row for each context vector."""
+    of_row = shift.ndim == 3
+    shape = (like.batch, m, like.width) if of_row else (like.batch, like.width)
+    return {name: _array(name, shift, shape, like), "shift_of_row": of_row}
 
 
 def _array(name: str, tensor: Tensor, shape: tuple[int, ...], like: _Like) -> tuple[int, int]:

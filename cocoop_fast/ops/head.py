@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cocoop_fast.ops import cpu
-from cocoop_fast.ops.table import kernel_table, select_backend
+from cocoop_fast.ops.table import Ops, select_backend
 
 
 def cosine_logits_ref(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
@@ -61,59 +60,29 @@ def cosine_cross_entropy(
     same_type = image_features.dtype == text_features.dtype and logit_scale.numel() == 1
     if fixed and per_image and same_type:
         chosen = select_backend(text_features.device, text_features.dtype, backend)
-        if chosen.name == "cpu":
-            loss, logits = _CosineCrossEntropy.apply(
-                text_features, image_features, logit_scale.exp().item(), label
-            )
-            return loss, logits
-        if chosen.name in ("triton", "cuda"):
+        if chosen.load is not None:
             scale = logit_scale.float().exp().reshape(1)
-            loss, logits = _DeviceCosineCrossEntropy.apply(
-                text_features, image_features, scale, label, kernel_table(chosen.name)
+            loss, logits = _CosineCrossEntropy.apply(
+                text_features, image_features, scale, label, chosen.load()
             )
             return loss, logits
     return cosine_cross_entropy_ref(image_features, text_features, logit_scale, label)
 
 
 class _CosineCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        node: Any, text_features: Tensor, image_features: Tensor, scale: float, label: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        batch, classes, _ = text_features.shape
-        image, label = image_features.contiguous(), label.to(torch.int64).contiguous()
-        logits, inverse_norms = torch.empty(2, batch, classes).unbind()
-        cpu.head_fwd(text_features, image, scale, logits, inverse_norms)
-        node.scale = scale
-        node.save_for_backward(text_features, image, logits, inverse_norms, label)
-        node.mark_non_differentiable(logits)
-        return torch.tensor(cpu.cross_entropy_fwd(logits, label)), logits
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(node: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        text_features, image, logits, inverse_norms, label = node.saved_tensors
-        grad_logits = torch.empty_like(logits)
-        cpu.cross_entropy_bwd(logits, label, grad_loss.item(), grad_logits)
-        grad_text = torch.empty(text_features.shape)
-        cpu.head_bwd(text_features, image, node.scale, logits, inverse_norms, grad_logits, grad_text)
-        return grad_text, None, None, None
-
-
-class _DeviceCosineCrossEntropy(torch.autograd.Function):
-    """The same where scale, loss and its gradient stay on the device; all of them and the logits are float32."""
+    """Scale, logits, loss and its gradient are float32, and stay on the device."""
 
     @staticmethod
     def forward(
-        node: Any, text_features: Tensor, image_features: Tensor, scale: Tensor, label: Tensor, kernels: Any
+        node: Any, text_features: Tensor, image_features: Tensor, scale: Tensor, label: Tensor, ops: Ops
     ) -> tuple[Tensor, Tensor]:
         batch, classes, _ = text_features.shape
         image, label = image_features.contiguous(), label.to(torch.int64).contiguous()
         logits, inverse_norms = scale.new_empty(2, batch, classes).unbind()
-        kernels.head_fwd(text_features, image, scale, logits, inverse_norms)
+        ops.head_fwd(text_features, image, scale, logits, inverse_norms)
         loss = torch.empty_like(scale)
-        kernels.cross_entropy_fwd(logits, label, loss)
-        node.kernels = kernels
+        ops.cross_entropy_fwd(logits, label, loss)
+        node.ops = ops
         node.save_for_backward(text_features, image, scale, logits, inverse_norms, label)
         node.mark_non_differentiable(logits)
         return loss.squeeze(0), logits
@@ -123,7 +92,7 @@ class _DeviceCosineCrossEntropy(torch.autograd.Function):
     def backward(node: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         text_features, image, scale, logits, inverse_norms, label = node.saved_tensors
         grad_logits = torch.empty_like(logits)
-        node.kernels.cross_entropy_bwd(logits, label, grad_loss.reshape(1), grad_logits)
+        node.ops.cross_entropy_bwd(logits, label, grad_loss.reshape(1), grad_logits)
         grad_text = torch.empty_like(text_features, memory_format=torch.contiguous_format)
-        node.kernels.head_bwd(text_features, image, scale, logits, inverse_norms, grad_logits, grad_text)
+        node.ops.head_bwd(text_features, image, scale, logits, inverse_norms, grad_logits, grad_text)
         return grad_text, None, None, None, None

@@ -28,24 +28,25 @@ class RowPaths:
     Args:
         rows: (n, P) int64: the rows of each path from the first to its leaf, padded with -1.
         fixed: (n, F) int64: what each path sees before them: 0 for SOS, 1 + c for constant c, padded with -1.
+        place: (R,) int64: where in ``rows.flatten()`` each row is found first.
     """
 
     rows: Tensor
     fixed: Tensor
+    place: Tensor
 
-    @cached_property
-    def place(self) -> Tensor:
-        """(R,) int64: where in ``rows.flatten()`` each row is found first."""
-        flat = self.rows.flatten()
-        place = torch.empty(int(flat.max()) + 1, dtype=torch.int64)
+    @classmethod
+    def of(cls, rows: Tensor, fixed: Tensor) -> RowPaths:
+        flat = rows.flatten()
+        place = torch.empty(int(flat.max()) + 1 if len(flat) else 0, dtype=torch.int64)
         places = torch.arange(len(flat)).flip(0)
         present = flat.flip(0) >= 0
         place[flat.flip(0)[present]] = places[present]
-        return place
+        return cls(rows, fixed, place)
 
     def to(self, device: torch.device) -> RowPaths:
         """The same on a device."""
-        return RowPaths(self.rows.to(device), self.fixed.to(device))
+        return RowPaths(self.rows.to(device), self.fixed.to(device), self.place.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ class ConstantTokens:
         ends = torch.ones(len(self), dtype=torch.bool)
         ends[self.parent[self.parent >= 0]] = False
         rows = self.path[ends]
-        return RowPaths(rows, torch.zeros(len(rows), 1, dtype=torch.int64))
+        return RowPaths.of(rows, torch.zeros(len(rows), 1, dtype=torch.int64))
 
 
 class ClassTree:
@@ -232,7 +233,7 @@ class ClassTree:
         fixed = torch.full((len(nodes), 1 + path.shape[1]), -1)
         fixed[:, 0] = 0
         fixed[last >= 0, 1:] = torch.where(path < 0, -1, 1 + path)[last[last >= 0]]
-        return RowPaths(rows, fixed)
+        return RowPaths.of(rows, fixed)
 
     def __repr__(self) -> str:
         return (

@@ -10,6 +10,7 @@ from torch import Tensor
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.clip.tokenizer import tokenizer
+from cocoop_fast.engine.contexts import dense_contexts
 from cocoop_fast.methods.learner import ContextLearner
 
 NEAREST = 5
@@ -111,7 +112,7 @@ def shifts_of(
         classnames: what the labels mean.
     """
     unit = image_features / image_features.norm(dim=-1, keepdim=True)
-    moved = learner.contexts(unit)
+    moved = dense_contexts(learner.contexts(unit))
     ctx = learner.ctx.detach()
     if moved.ndim == ctx.ndim or len(unit) < 3:
         return None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
-from cocoop_fast.clip.frozen import FrozenCLIP
-from cocoop_fast.engine.pieces import ROWS_PER_INFERENCE_PASS
-from cocoop_fast.extension import extension_available
-from cocoop_fast.measure.devices import ITEMSIZE, Device
+from cocoop_fast.clip.frozen import FrozenCLIP, TextWeights
+from cocoop_fast.engine.contexts import dense_contexts
+from cocoop_fast.measure.cost import layout_on
+from cocoop_fast.measure.devices import DTYPES, Device
 from cocoop_fast.measure.predict import Model, Prediction, Schedule, Setting, predict_dense, predict_tree
-from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.methods.learner import ContextLearner
+from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.prompts.tree import ClassTree
 from cocoop_fast.report.inspection import Inspection
 
@@ -37,11 +39,33 @@ class Cost:
     device: str | None
 
 
-def estimate(inspection: Inspection) -> Cost | None:
-    """Predict a training step with the cost model of :mod:`cocoop_fast.plan`, for this machine.
+Measure: TypeAlias = Callable[[torch.device, str, TextWeights, ClassTree, int], Device | None]
+
+
+def measure_here(
+    where: torch.device, precision: str, weights: TextWeights, tree: ClassTree, batch: int
+) -> Device | None:
+    """This machine, if it can be measured."""
+    if where.type == "cuda":
+        from cocoop_fast.measure.this_gpu import measure_gpu
+
+        return measure_gpu(precision if precision in DTYPES else "fp32")
+    if CPP.why_unavailable():
+        return None
+    from cocoop_fast.measure.this_machine import measure_cpu
+
+    return measure_cpu(weights, tree, batch, rounds=_ROUNDS, max_seconds=_SECONDS)
+
+
+def estimate(inspection: Inspection, measure: Measure = measure_here) -> Cost | None:
+    """Predict a training step with the cost model of :mod:`cocoop_fast.measure`, for this machine.
 
     Only of text: images cost the same both ways. ``None`` for what has no shared context before the class name,
     which is all that the model covers.
+
+    Args:
+        inspection: of a finished run.
+        measure: this machine, or nothing.
     """
     run, clip, learner = inspection.run, inspection.clip, inspection.model.prompt_learner
     if not isinstance(learner, ContextLearner) or learner.ctx.ndim != 2:
@@ -51,25 +75,18 @@ def estimate(inspection: Inspection) -> Cost | None:
     batch = run.config.optim.batch_size or 1
     with torch.no_grad():
         feature = torch.ones(1, inspection.model.embed_dim, device=learner.ctx.device)
-        depends_on_image = learner.contexts(feature).ndim > 2
+        depends_on_image = dense_contexts(learner.contexts(feature)).ndim > 2
     passes = batch if depends_on_image else 1  # over the class tree, in a step
     tree = ClassTree.from_layout(learner.layout)
-    sizes = TowerSizes.of(FrozenCLIP(clip.model).text_weights())
-    device, packs = _measure(clip.device, clip.precision, sizes, tree, passes)
+    weights = FrozenCLIP(clip.model).text_weights()
+    device = measure(clip.device, clip.precision, weights, tree, passes)
+    parameters = sum(parameter.numel() for parameter in clip.model.parameters())
     setting = Setting(
-        model=Model(
-            name=clip.name,
-            sizes=sizes,
-            parameters=sum(parameter.numel() for parameter in clip.model.parameters()),
-            image_flops=0.0,
-            image_launches=0,
-        ),
-        counts=RowCounts.of(tree),
+        model=Model(clip.name, weights, parameters, image_flops=0.0, image_launches=0),
+        tree=tree,
         batch=passes,
-        itemsize=ITEMSIZE.get(clip.precision, ITEMSIZE["fp32"]),
         device=device or _Unknown(),
-        rows_per_inference_pass=ROWS_PER_INFERENCE_PASS,
-        packs_weights=packs,
+        layout=layout_on(clip.device.type),
     )
     start = run.history.start
     nothing_else = Schedule(train_images=0, epochs=0, test_images=0)
@@ -79,22 +96,6 @@ def estimate(inspection: Inspection) -> Cost | None:
         steps=int(start.get("epochs", 0)) * int(start.get("steps_per_epoch", 0)),
         device=None if device is None else device.name,
     )
-
-
-def _measure(
-    where: torch.device, precision: str, sizes: TowerSizes, tree: ClassTree, batch: int
-) -> tuple[Device | None, bool]:
-    """This machine, if it can be measured, and whether the engine keeps packed weights on it."""
-    if where.type == "cuda":
-        from cocoop_fast.measure.this_gpu import measure_gpu
-
-        return measure_gpu(precision if precision in ITEMSIZE else "fp32"), False
-    if not extension_available():
-        return None, False
-    from cocoop_fast.measure.this_machine import measure_cpu
-
-    machine = measure_cpu(sizes, tree, batch, rounds=_ROUNDS, max_seconds=_SECONDS)
-    return machine, machine.packs_weights
 
 
 class _Unknown:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.files.atomic import sync_directory, write_atomically
+from cocoop_fast.methods.base import PromptClassifier
 
 _MAGIC = "cocoop_fast checkpoint"
 _VERSION = 1

@@ -17,9 +17,9 @@ from torch import Tensor
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.errors import UserError
-from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.files.atomic import write_atomically
 from cocoop_fast.files.torch_archive import read_archive
+from cocoop_fast.methods.base import PromptClassifier
 from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.training.schedule import reference_state
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.data.batches import Batch, TrainBatches
-from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.evaluate import autocast
+from cocoop_fast.methods.base import PromptClassifier
 from cocoop_fast.training.background import in_background
 
 # The image encoder is frozen, so its features do not depend on the steps in between: so many images are encoded

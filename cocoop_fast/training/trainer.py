@@ -21,7 +21,7 @@ from cocoop_fast.distributed.class_shards import share_classes
 from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.engine.pruning import Pruned
 from cocoop_fast.errors import UserError, is_out_of_memory
-from cocoop_fast.evaluation.classifier import PromptClassifier
+from cocoop_fast.methods.base import PromptClassifier
 from cocoop_fast.training.features import EncodedBatch, FeatureSource, ImageFeatures
 from cocoop_fast.training.observer import EpochInfo, Observer, StepInfo
 from cocoop_fast.training.optimizer import build_optimizer

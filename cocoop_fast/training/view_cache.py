@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.data.batches import Batch, TrainBatches
-from cocoop_fast.evaluation.classifier import PromptClassifier
 from cocoop_fast.evaluation.feature_key import feature_key
 from cocoop_fast.files.tensors import TensorFiles, Tensors
+from cocoop_fast.methods.base import PromptClassifier
 from cocoop_fast.training.features import IMAGES_AT_ONCE, EncodedBatch, encode
 
 

@@ -1,4 +1,4 @@
-// The MLP's activation on pre-activations that lack their bias. A thread owns whole rows.
+// The MLP's activation. A thread owns whole rows.
 #pragma once
 
 namespace cocoop_fast {
@@ -27,12 +27,8 @@ void activate(const ActivationFwd& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads)
     for (int64_t r = 0; r < a.n; r++) {
         const float* u = row_of(a.u, r);
-        const float* bias = a.bias;
         float* out = row_of(a.out, r);
-        for_each(a.width, [=](int64_t i, auto lanes) {
-            const Vec shift = bias != nullptr ? lanes.load(bias + i) : Vec{};
-            lanes.store(out + i, Act::value(lanes.load(u + i) + shift));
-        });
+        for_each(a.width, [=](int64_t i, auto lanes) { lanes.store(out + i, Act::value(lanes.load(u + i))); });
     }
 }
 
@@ -41,21 +37,19 @@ void differentiate(const ActivationBwd& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads)
     for (int64_t r = 0; r < a.n; r++) {
         const float* u = row_of(a.u, r);
-        const float* bias = a.bias;
         float* dg = row_of(a.dg, r);
         for_each(a.width, [=](int64_t i, auto lanes) {
-            const Vec shift = bias != nullptr ? lanes.load(bias + i) : Vec{};
-            lanes.store(dg + i, lanes.load(dg + i) * Act::derivative(lanes.load(u + i) + shift));
+            lanes.store(dg + i, lanes.load(dg + i) * Act::derivative(lanes.load(u + i)));
         });
     }
 }
 
-// out = act(u + bias)
+// out = act(u)
 void activation_fwd(const ActivationFwd& a) {
     a.kind == Activation::gelu ? activate<Gelu>(a) : activate<QuickGelu>(a);
 }
 
-// dg *= act'(u + bias)
+// dg *= act'(u)
 void activation_bwd(const ActivationBwd& a) {
     a.kind == Activation::gelu ? differentiate<Gelu>(a) : differentiate<QuickGelu>(a);
 }

@@ -31,16 +31,20 @@ void run(void (*Kernels::*kernel)(const Args&), const Args& args) {
 
 // ---- layer_norm
 
-void layer_norm_fwd(py::array x, const Optional& add_bias, const py::array& gamma, const py::array& beta, float eps,
-                    py::array y, py::array mean, py::array rstd) {
+void layer_norm_fwd(py::array x, const Optional& bias, const Optional& residual, const py::array& gamma,
+                    const py::array& beta, float eps, py::array y, py::array mean, py::array rstd) {
     const RowCount rows = count_rows("x", x);
-    LayerNormFwd a;
-    a.x = add_bias ? rows_out("x", x, rows) : OutRows{};
-    if (!add_bias) {
+    require(bias.has_value() == residual.has_value(), "residual", "be None exactly if `bias` is",
+            residual ? text_of(shape_of(*residual)) : "None");
+    LayerNormFwd a{};
+    if (bias) {
+        a.x = rows_out("x", x, rows);
+        a.bias = dense_in("bias", *bias, "(d,)", {rows.d});
+        a.residual = rows_in("residual", *residual, rows);
+    } else {
         const InRows in = rows_in("x", x, rows);
         a.x = {const_cast<float*>(in.data), in.inner, in.outer_stride, in.inner_stride};  // only read
     }
-    a.add_bias = add_bias ? dense_in("add_bias", *add_bias, "(d,)", {rows.d}) : nullptr;
     a.gamma = dense_in("gamma", gamma, "(d,)", {rows.d});
     a.beta = dense_in("beta", beta, "(d,)", {rows.d});
     a.y = rows_out("y", y, rows);
@@ -78,11 +82,10 @@ Activation activation_kind(const std::string& kind) {
     return kind == "gelu" ? Activation::gelu : Activation::quick_gelu;
 }
 
-void activation_fwd(const py::array& u, const Optional& bias, const std::string& kind, py::array out) {
+void activation_fwd(const py::array& u, const std::string& kind, py::array out) {
     const RowCount rows = count_rows("u", u);
     ActivationFwd a;
     a.u = rows_in("u", u, rows);
-    a.bias = bias ? dense_in("bias", *bias, "(width,)", {rows.d}) : nullptr;
     a.out = rows_out("out", out, rows);
     a.kind = activation_kind(kind);
     a.n = rows.n;
@@ -91,11 +94,10 @@ void activation_fwd(const py::array& u, const Optional& bias, const std::string&
     run(&Kernels::activation_fwd, a);
 }
 
-void activation_bwd(const py::array& u, const Optional& bias, const std::string& kind, py::array dg) {
+void activation_bwd(const py::array& u, const std::string& kind, py::array dg) {
     const RowCount rows = count_rows("u", u);
     ActivationBwd a;
     a.u = rows_in("u", u, rows);
-    a.bias = bias ? dense_in("bias", *bias, "(width,)", {rows.d}) : nullptr;
     a.dg = rows_out("dg", dg, rows);
     a.kind = activation_kind(kind);
     a.n = rows.n;
@@ -294,16 +296,27 @@ void tree_attention_bwd(const AttentionPlan& plan, const py::array& grad_o, cons
 
 // ---- assemble_prompts
 
-void assemble_prompts_fwd(const py::array& ctx, const py::array& bias, const py::array& position,
+// (B, d): false; (B, M, d): true.
+bool shift_is_of_row(const std::string& name, const py::array& shift) {
+    require(shift.ndim() == 2 || shift.ndim() == 3, name, "have shape (B, d) or (B, M, d)", text_of(shape_of(shift)));
+    return shift.ndim() == 3;
+}
+
+Shape shift_shape(bool of_row, int64_t batch, int64_t m, int64_t d) {
+    return of_row ? Shape{batch, m, d} : Shape{batch, d};
+}
+
+void assemble_prompts_fwd(const Optional& vectors, const py::array& shift, const py::array& position,
                           const py::array& gamma, const py::array& beta, float eps, py::array x, py::array y,
                           py::array mean, py::array rstd) {
-    require(ctx.ndim() == 2 && ctx.shape(0) >= 1 && ctx.shape(1) >= 1, "ctx", "have shape (M, d) with M, d >= 1",
-            text_of(shape_of(ctx)));
-    require(bias.ndim() == 2, "bias", "have shape (B, d)", text_of(shape_of(bias)));
-    const int64_t m = ctx.shape(0), d = ctx.shape(1), batch = bias.shape(0);
-    AssemblePromptsFwd a;
-    a.ctx = dense_in("ctx", ctx, "(M, d)", {m, d});
-    a.bias = dense_in("bias", bias, "(B, d)", {batch, d});
+    require(position.ndim() == 2 && position.shape(0) >= 1 && position.shape(1) >= 1, "position",
+            "have shape (M, d) with M, d >= 1", text_of(shape_of(position)));
+    AssemblePromptsFwd a{};
+    a.shift_of_row = shift_is_of_row("shift", shift);
+    const int64_t m = position.shape(0), d = position.shape(1), batch = shift.shape(0);
+    if (vectors) a.vectors = dense_in("vectors", *vectors, "(M, d)", {m, d});
+    a.shift = dense_in("shift", shift, a.shift_of_row ? "(B, M, d)" : "(B, d)",
+                       shift_shape(a.shift_of_row, batch, m, d));
     a.position = dense_in("position", position, "(M, d)", {m, d});
     a.gamma = dense_in("gamma", gamma, "(d,)", {d});
     a.beta = dense_in("beta", beta, "(d,)", {d});
@@ -320,14 +333,16 @@ void assemble_prompts_fwd(const py::array& ctx, const py::array& bias, const py:
     run(&Kernels::assemble_prompts_fwd, a);
 }
 
-void assemble_prompts_bwd(const py::array& dx, py::array d_ctx, py::array d_bias) {
+void assemble_prompts_bwd(const py::array& dx, std::optional<py::array> d_vectors, py::array d_shift) {
     require(dx.ndim() == 3 && dx.shape(1) >= 1 && dx.shape(2) >= 1, "dx", "have shape (B, M, d) with M, d >= 1",
             text_of(shape_of(dx)));
     const int64_t batch = dx.shape(0), m = dx.shape(1), d = dx.shape(2);
-    AssemblePromptsBwd a;
+    AssemblePromptsBwd a{};
+    a.shift_of_row = shift_is_of_row("d_shift", d_shift);
     a.dx = rows_in("dx", dx, {batch * m, d});
-    a.d_ctx = dense_out("d_ctx", d_ctx, "(M, d)", {m, d});
-    a.d_bias = dense_out("d_bias", d_bias, "(B, d)", {batch, d});
+    if (d_vectors) a.d_vectors = dense_out("d_vectors", *d_vectors, "(M, d)", {m, d});
+    a.d_shift = dense_out("d_shift", d_shift, a.shift_of_row ? "(B, M, d)" : "(B, d)",
+                          shift_shape(a.shift_of_row, batch, m, d));
     a.batch = batch;
     a.n_ctx = m;
     a.d = d;
@@ -461,12 +476,11 @@ void gather_rows(const py::array& x, const py::array& index, py::array out) {
     a.batch = batch;
     a.n = n;
     a.d = d;
-    a.accumulate = false;
     a.threads = threads_for(batch * n * d);
     run(&Kernels::gather_rows, a);
 }
 
-void scatter_rows(const py::array& x, const py::array& index, py::array out, bool accumulate) {
+void add_rows(const py::array& x, const py::array& index, py::array out) {
     check_three_dimensions("x", x);
     check_three_dimensions("out", out);
     require(index.ndim() == 1, "index", "have one dimension", text_of(shape_of(index)));
@@ -481,9 +495,8 @@ void scatter_rows(const py::array& x, const py::array& index, py::array out, boo
     a.batch = batch;
     a.n = n;
     a.d = d;
-    a.accumulate = accumulate;
     a.threads = threads_for(batch * n * d);
-    run(&Kernels::scatter_rows, a);
+    run(&Kernels::add_rows, a);
 }
 
 std::string isa() { return kernels().name; }
@@ -496,16 +509,15 @@ void bind_ops(py::module_& m) {
     m.def("set_isa", &set_isa, arg("isa"), "Choose the instruction set, one of available_isas().");
     m.def("available_isas", &available_isas, "The instruction sets that set_isa() takes here, narrowest first.");
 
-    m.def("layer_norm_fwd", &layer_norm_fwd, arg("x"), arg("add_bias").none(true), arg("gamma"), arg("beta"),
-          arg("eps"), arg("y"), arg("mean"), arg("rstd"),
-          "x += add_bias in place (if it is not None), y = LN(x); mean and rstd of every row.");
+    m.def("layer_norm_fwd", &layer_norm_fwd, arg("x"), arg("bias").none(true), arg("residual").none(true),
+          arg("gamma"), arg("beta"), arg("eps"), arg("y"), arg("mean"), arg("rstd"),
+          "x += bias + residual in place (if they are not None), y = LN(x); mean and rstd of every row.");
     m.def("layer_norm_bwd", &layer_norm_bwd, arg("dy"), arg("x"), arg("gamma"), arg("mean"), arg("rstd"), arg("dx"),
           arg("accumulate") = true, "dx += the gradient of LN's input, or dx = it.");
 
-    m.def("activation_fwd", &activation_fwd, arg("u"), arg("bias").none(true), arg("kind"), arg("out"),
-          "out = act(u + bias), kind 'quick_gelu' or 'gelu'.");
-    m.def("activation_bwd", &activation_bwd, arg("u"), arg("bias").none(true), arg("kind"), arg("dg"),
-          "dg *= act'(u + bias).");
+    m.def("activation_fwd", &activation_fwd, arg("u"), arg("kind"), arg("out"),
+          "out = act(u), kind 'quick_gelu' or 'gelu'.");
+    m.def("activation_bwd", &activation_bwd, arg("u"), arg("kind"), arg("dg"), "dg *= act'(u).");
 
     m.def("pack_weight", &pack_weight, arg("weight"), arg("packed"),
           "packed[p, i, c] = weight[32 p + c, i]: (width, k) as linear_fwd and linear_activation_fwd read it.");
@@ -535,11 +547,11 @@ void bind_ops(py::module_& m) {
           arg("heads"), arg("dq").none(true), arg("dk"), arg("dv"), arg("workspace"), arg("context_only") = false,
           "dq, dk, dv = gradients of the attention's inputs; with context_only, those of the context rows alone.");
 
-    m.def("assemble_prompts_fwd", &assemble_prompts_fwd, arg("ctx"), arg("bias"), arg("position"), arg("gamma"),
-          arg("beta"), arg("eps"), arg("x"), arg("y"), arg("mean"), arg("rstd"),
-          "x[b, m] = ctx[m] + bias[b] + position[m], y = LN(x).");
-    m.def("assemble_prompts_bwd", &assemble_prompts_bwd, arg("dx"), arg("d_ctx"), arg("d_bias"),
-          "d_ctx = sum of dx over images, d_bias = sum of dx over context rows.");
+    m.def("assemble_prompts_fwd", &assemble_prompts_fwd, arg("vectors").none(true), arg("shift"), arg("position"),
+          arg("gamma"), arg("beta"), arg("eps"), arg("x"), arg("y"), arg("mean"), arg("rstd"),
+          "x[b, m] = vectors[m] + shift[b, m] + position[m], y = LN(x); shift may be (B, d).");
+    m.def("assemble_prompts_bwd", &assemble_prompts_bwd, arg("dx"), arg("d_vectors").none(true), arg("d_shift"),
+          "d_vectors = sum of dx over images; d_shift = sum of dx over context rows, or dx.");
     m.def("assemble_dense", &assemble_dense, arg("context"), arg("prefix"), arg("suffix"), arg("out"),
           "out[b, k] = prefix[k], context[b], suffix[k].");
 
@@ -552,8 +564,8 @@ void bind_ops(py::module_& m) {
           "d_logits = (softmax(logits) - one_hot(labels)) grad_loss / B.");
 
     m.def("gather_rows", &gather_rows, arg("x"), arg("index"), arg("out"), "out[b, i] = x[b, index[i]].");
-    m.def("scatter_rows", &scatter_rows, arg("x"), arg("index"), arg("out"), arg("accumulate") = false,
-          "out[b, index[i]] = x[b, i], or += it; the indices are distinct.");
+    m.def("add_rows", &add_rows, arg("x"), arg("index"), arg("out"),
+          "out[b, index[i]] += x[b, i]; the indices are distinct.");
 }
 
 }  // namespace cocoop_fast

@@ -24,10 +24,11 @@ using InRows = Rows<const float>;
 using OutRows = Rows<float>;
 
 struct LayerNormFwd {
-    OutRows x;              // n rows; `add_bias` is added to them in place
-    const float* add_bias;  // (d,) or null
-    const float* gamma;     // (d,)
-    const float* beta;      // (d,)
+    OutRows x;           // n rows; bias and residual are added to them in place
+    const float* bias;   // (d,) or null
+    InRows residual;     // n rows; not read without a bias
+    const float* gamma;  // (d,)
+    const float* beta;   // (d,)
     OutRows y;
     float* mean;  // (n,)
     float* rstd;  // (n,)
@@ -52,7 +53,6 @@ enum class Activation { quick_gelu, gelu };
 
 struct ActivationFwd {
     InRows u;
-    const float* bias;  // (width,) or null
     OutRows out;
     Activation kind;
     int64_t n, width;
@@ -61,8 +61,7 @@ struct ActivationFwd {
 
 struct ActivationBwd {
     InRows u;
-    const float* bias;  // (width,) or null
-    OutRows dg;         // in: gradient of the output; out: gradient of u
+    OutRows dg;  // in: gradient of the output; out: gradient of u
     Activation kind;
     int64_t n, width;
     int threads;
@@ -158,8 +157,9 @@ struct AttentionBwd {
 };
 
 struct AssemblePromptsFwd {
-    const float* ctx;       // (M, d)
-    const float* bias;      // (B, d)
+    const float* vectors;   // (M, d) or null
+    const float* shift;     // (B, d), or (B, M, d) if `shift_of_row`
+    bool shift_of_row;
     const float* position;  // (M, d)
     const float* gamma;     // (d,)
     const float* beta;      // (d,)
@@ -173,9 +173,10 @@ struct AssemblePromptsFwd {
 };
 
 struct AssemblePromptsBwd {
-    InRows dx;    // B * M rows
-    float* d_ctx;   // (M, d)
-    float* d_bias;  // (B, d)
+    InRows dx;         // B * M rows
+    float* d_vectors;  // (M, d) or null
+    float* d_shift;    // (B, d), or (B, M, d) if `shift_of_row`
+    bool shift_of_row;
     int64_t batch, n_ctx, d;
     int threads;
 };
@@ -226,7 +227,6 @@ struct MoveRows {
     OutRows to;
     const int64_t* index;  // (n,)
     int64_t batch, n, d;
-    bool accumulate;  // scatter: add, or overwrite
     int threads;
 };
 
@@ -247,7 +247,7 @@ struct Kernels {
     void (*head_bwd)(const HeadBwd&);
     void (*cross_entropy)(const CrossEntropy&);
     void (*gather_rows)(const MoveRows&);
-    void (*scatter_rows)(const MoveRows&);
+    void (*add_rows)(const MoveRows&);
 };
 
 }  // namespace cocoop_fast

@@ -33,7 +33,7 @@ const Kernels COCOOP_FAST_TABLE = {
     COCOOP_FAST_ISA,      layer_norm_fwd,       layer_norm_bwd, activation_fwd, activation_bwd,
     linear,               pack_weight,          tree_attention_fwd,   tree_attention_bwd,
     assemble_prompts_fwd, assemble_prompts_bwd, assemble_dense,       head_fwd,       head_bwd,       cross_entropy,
-    gather_rows,          scatter_rows,
+    gather_rows,          add_rows,
 };
 
 }  // namespace cocoop_fast

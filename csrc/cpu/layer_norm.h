@@ -22,16 +22,17 @@ inline void normalise_row(const float* x, float total, const float* gamma, const
     *rstd_out = rstd;
 }
 
-// x += add_bias, y = LN(x)
+// x += bias + residual, y = LN(x)
 void layer_norm_fwd(const LayerNormFwd& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads)
     for (int64_t r = 0; r < a.n; r++) {
         float* x = row_of(a.x, r);
-        const float* bias = a.add_bias;
+        const float* bias = a.bias;
         float total;
         if (bias != nullptr) {
+            const float* residual = row_of(a.residual, r);
             total = sum(a.d, [=](int64_t i, auto lanes) {
-                const Vec moved = lanes.load(x + i) + lanes.load(bias + i);
+                const Vec moved = (lanes.load(x + i) + lanes.load(bias + i)) + lanes.load(residual + i);
                 lanes.store(x + i, moved);
                 return moved;
             });

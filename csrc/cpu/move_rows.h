@@ -1,4 +1,4 @@
-// Copies of chosen rows. A thread owns whole rows.
+// Chosen rows, copied or added to. A thread owns whole rows.
 #pragma once
 
 namespace cocoop_fast {
@@ -13,16 +13,13 @@ void gather_rows(const MoveRows& a) {
     }
 }
 
-// to[b, index[i]] = from[b, i], or += : the indices are distinct
-void scatter_rows(const MoveRows& a) {
+// to[b, index[i]] += from[b, i]: the indices are distinct
+void add_rows(const MoveRows& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads)
     for (int64_t r = 0; r < a.batch * a.n; r++) {
         const float* from = row_of(a.from, r);
         float* to = row_of(a.to, (r / a.n) * a.to.inner + a.index[r % a.n]);
-        const bool accumulate = a.accumulate;
-        for_each(a.d, [=](int64_t i, auto lanes) {
-            lanes.store(to + i, accumulate ? lanes.load(to + i) + lanes.load(from + i) : lanes.load(from + i));
-        });
+        for_each(a.d, [=](int64_t i, auto lanes) { lanes.store(to + i, lanes.load(to + i) + lanes.load(from + i)); });
     }
 }
 

@@ -1,4 +1,4 @@
-// From learned context and Meta-Net bias to the first layer's rows, normalised, and to dense prompts.
+// From context vectors and their shift to the first layer's rows, normalised, and to dense prompts.
 //
 // `assemble_prompts`: a block of 128 threads owns a row of the result, and keeps it in shared memory between its sums
 // and its normalisation: 2 d s bytes a row of d numbers of s bytes, as the inputs, which many rows read, come from the
@@ -27,8 +27,8 @@ __device__ inline float block_sum(float x, float* sums) {
     return total;
 }
 
-// x[b, m] = ctx[m] + bias[b] + position[m],  y = LN(x). A block owns a row, which it keeps in shared memory; there a
-// thread reads what it wrote itself, kWidth numbers at a time. LN is that of the row as it is stored.
+// x[b, m] = (vectors[m] + shift[b, m]) + position[m],  y = LN(x). A block owns a row, which it keeps in shared memory;
+// there a thread reads what it wrote itself, kWidth numbers at a time. LN is that of the row as it is stored.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, kBlocks) assemble_prompts_fwd_kernel(AssemblePromptsFwd a) {
     const int64_t m = blockIdx.x, b = blockIdx.y;
@@ -36,15 +36,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks) assemble_prompts_fwd_kernel
     float* sums = row + a.d;
     T* x = row_of<T>(a.x, b, m);
     T* y = row_of<T>(a.y, b, m);
+    const int64_t shift_row = a.shift_of_row ? b * a.n_ctx + m : b;
     float sum = 0.0f;
     for (int at = threadIdx.x * kWidth; at < a.d; at += kThreads * kWidth) {
-        float ctx[kWidth], bias[kWidth], position[kWidth], stored[kWidth];
-        load_vector(a.ctx, m * a.d + at, ctx);
-        load_vector(a.bias, b * a.d + at, bias);
+        float vectors[kWidth] = {}, shift[kWidth], position[kWidth], stored[kWidth];
+        if (a.vectors.data != nullptr) load_vector(a.vectors, m * a.d + at, vectors);
+        load_vector(a.shift, shift_row * a.d + at, shift);
         load_vector(a.position, m * a.d + at, position);
 #pragma unroll
         for (int i = 0; i < kWidth; i++) {
-            stored[i] = to_float(from_float<T>((ctx[i] + bias[i]) + position[i]));
+            stored[i] = to_float(from_float<T>((vectors[i] + shift[i]) + position[i]));
             sum += stored[i];
         }
         store_vector(x + at, stored);
@@ -74,23 +75,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks) assemble_prompts_fwd_kernel
     }
 }
 
-// d_ctx[m] = sum_b dx[b, m],  d_bias[b] = sum_m dx[b, m], in ascending order. A thread owns kWidth numbers of a result.
+// d_vectors[m] = sum_b dx[b, m];  d_shift[b] = sum_m dx[b, m], or d_shift = dx. Sums are in ascending order. A thread owns
+// kWidth numbers of a result.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, kBlocks) assemble_prompts_bwd_kernel(AssemblePromptsBwd a) {
     const int at = (blockIdx.y * kThreads + threadIdx.x) * kWidth;
     if (at >= a.d) return;
-    const bool of_ctx = int(blockIdx.x) < a.n_ctx;
-    const int64_t result = of_ctx ? blockIdx.x : int(blockIdx.x) - a.n_ctx;  // m, or b
-    const T* row = (of_ctx ? row_of<T>(a.dx, 0, result) : row_of<T>(a.dx, result, 0)) + at;
-    const int64_t step = of_ctx ? a.dx.image_stride : a.dx.row_stride;
+    const int shared = a.d_vectors.data == nullptr ? 0 : a.n_ctx;
+    const bool of_vectors = int(blockIdx.x) < shared;
+    const int64_t result = of_vectors ? blockIdx.x : int(blockIdx.x) - shared;  // m; b, or b M + m
+    const int64_t image = of_vectors ? 0 : a.shift_of_row ? result / a.n_ctx : result;
+    const int64_t first = of_vectors ? result : a.shift_of_row ? result % a.n_ctx : 0;
+    const T* row = row_of<T>(a.dx, image, first) + at;
+    const int64_t step = of_vectors ? a.dx.image_stride : a.dx.row_stride;
     float sum[kWidth] = {};
-    for (int left = of_ctx ? a.batch : a.n_ctx; left > 0; left--, row += step) {
+    for (int left = of_vectors ? a.batch : a.shift_of_row ? 1 : a.n_ctx; left > 0; left--, row += step) {
         float dx[kWidth];
         load_vector(row, dx);
 #pragma unroll
         for (int i = 0; i < kWidth; i++) sum[i] += dx[i];
     }
-    store_vector(of_ctx ? a.d_ctx : a.d_bias, result * a.d + at, sum);
+    store_vector(of_vectors ? a.d_vectors : a.d_shift, result * a.d + at, sum);
 }
 
 // out[b, k] = prefix[k], context[b], suffix[k], in units of as many bytes as the addresses allow. A thread owns a unit
@@ -154,7 +159,7 @@ extern "C" cudaError_t cocoop_fast_assemble_prompts_fwd(const AssemblePromptsFwd
     return with_type(a->dtype, [&](auto number) {
         using T = decltype(number);
         const bool wide = a->d % kWide == 0 && aligned_rows(a->x, a->dtype) && aligned_rows(a->y, a->dtype) &&
-                          aligned_array(a->ctx) && aligned_array(a->bias) && aligned_array(a->position) &&
+                          aligned_array(a->vectors) && aligned_array(a->shift) && aligned_array(a->position) &&
                           aligned_array(a->gamma) && aligned_array(a->beta);
         const auto kernel = wide ? assemble_prompts_fwd_kernel<T, kWide> : assemble_prompts_fwd_kernel<T, 1>;
         return launch(kernel, grid, kThreads, shared_bytes, stream, *a);
@@ -164,10 +169,12 @@ extern "C" cudaError_t cocoop_fast_assemble_prompts_fwd(const AssemblePromptsFwd
 extern "C" cudaError_t cocoop_fast_assemble_prompts_bwd(const AssemblePromptsBwd* a, cudaStream_t stream) {
     return with_type(a->dtype, [&](auto number) {
         using T = decltype(number);
-        const bool wide = a->d % kWide == 0 && aligned_rows(a->dx, a->dtype) && aligned_array(a->d_ctx) &&
-                          aligned_array(a->d_bias);
+        const bool wide = a->d % kWide == 0 && aligned_rows(a->dx, a->dtype) && aligned_array(a->d_vectors) &&
+                          aligned_array(a->d_shift);
         const auto kernel = wide ? assemble_prompts_bwd_kernel<T, kWide> : assemble_prompts_bwd_kernel<T, 1>;
-        const dim3 grid(a->n_ctx + a->batch, blocks_for(a->d, kThreads * (wide ? kWide : 1)));
+        const int64_t shared = a->d_vectors.data == nullptr ? 0 : a->n_ctx;
+        const int64_t shifts = int64_t(a->batch) * (a->shift_of_row ? a->n_ctx : 1);
+        const dim3 grid(unsigned(shared + shifts), blocks_for(a->d, kThreads * (wide ? kWide : 1)));
         return launch(kernel, grid, kThreads, 0, stream, *a);
     });
 }

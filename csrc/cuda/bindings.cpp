@@ -118,14 +118,15 @@ void tree_attention_bwd(const PlanArgument& plan_argument, int32_t dtype, int32_
     run(&cocoop_fast_tree_attention_bwd, a, stream);
 }
 
-void assemble_prompts_fwd(int32_t dtype, const ArrayArgument& ctx, const ArrayArgument& bias,
+void assemble_prompts_fwd(int32_t dtype, const ArrayArgument& vectors, const ArrayArgument& shift, bool shift_of_row,
                           const ArrayArgument& position, const ArrayArgument& gamma, const ArrayArgument& beta,
                           const RowsArgument& x, const RowsArgument& y, Address mean, Address rstd, int32_t batch,
                           int32_t n_ctx, int32_t d, float eps, Address stream) {
     AssemblePromptsFwd a;
     a.dtype = dtype_of(dtype);
-    a.ctx = array<InArray>(ctx);
-    a.bias = array<InArray>(bias);
+    a.vectors = array<InArray>(vectors);
+    a.shift = array<InArray>(shift);
+    a.shift_of_row = shift_of_row;
     a.position = array<InArray>(position);
     a.gamma = array<InArray>(gamma);
     a.beta = array<InArray>(beta);
@@ -140,13 +141,15 @@ void assemble_prompts_fwd(int32_t dtype, const ArrayArgument& ctx, const ArrayAr
     run(&cocoop_fast_assemble_prompts_fwd, a, stream);
 }
 
-void assemble_prompts_bwd(int32_t dtype, const RowsArgument& dx, const ArrayArgument& d_ctx,
-                          const ArrayArgument& d_bias, int32_t batch, int32_t n_ctx, int32_t d, Address stream) {
+void assemble_prompts_bwd(int32_t dtype, const RowsArgument& dx, const ArrayArgument& d_vectors,
+                          const ArrayArgument& d_shift, bool shift_of_row, int32_t batch, int32_t n_ctx, int32_t d,
+                          Address stream) {
     AssemblePromptsBwd a;
     a.dtype = dtype_of(dtype);
     a.dx = rows<InRows>(dx);
-    a.d_ctx = array<OutArray>(d_ctx);
-    a.d_bias = array<OutArray>(d_bias);
+    a.d_vectors = array<OutArray>(d_vectors);
+    a.d_shift = array<OutArray>(d_shift);
+    a.shift_of_row = shift_of_row;
     a.batch = batch;
     a.n_ctx = n_ctx;
     a.d = d;
@@ -197,11 +200,11 @@ PYBIND11_MODULE(_cuda, m) {
           arg("head_size"), arg("q"), arg("k"), arg("v"), arg("sos_k"), arg("sos_v"), arg("grad_o"), arg("dq"),
           arg("dq_rows"), arg("dk"), arg("dv"), arg("weights"), arg("slots"), arg("partials"), arg("n_partials"),
           arg("stream"));
-    m.def("assemble_prompts_fwd", &assemble_prompts_fwd, arg("dtype"), arg("ctx"), arg("bias"), arg("position"),
-          arg("gamma"), arg("beta"), arg("x"), arg("y"), arg("mean"), arg("rstd"), arg("batch"), arg("n_ctx"),
-          arg("d"), arg("eps"), arg("stream"));
-    m.def("assemble_prompts_bwd", &assemble_prompts_bwd, arg("dtype"), arg("dx"), arg("d_ctx"), arg("d_bias"),
-          arg("batch"), arg("n_ctx"), arg("d"), arg("stream"));
+    m.def("assemble_prompts_fwd", &assemble_prompts_fwd, arg("dtype"), arg("vectors"), arg("shift"),
+          arg("shift_of_row"), arg("position"), arg("gamma"), arg("beta"), arg("x"), arg("y"), arg("mean"),
+          arg("rstd"), arg("batch"), arg("n_ctx"), arg("d"), arg("eps"), arg("stream"));
+    m.def("assemble_prompts_bwd", &assemble_prompts_bwd, arg("dtype"), arg("dx"), arg("d_vectors"), arg("d_shift"),
+          arg("shift_of_row"), arg("batch"), arg("n_ctx"), arg("d"), arg("stream"));
     m.def("assemble_dense", &assemble_dense, arg("context"), arg("prefix"), arg("suffix"), arg("out"), arg("batch"),
           arg("n_classes"), arg("n_ctx"), arg("length"), arg("row_bytes"), arg("stream"));
 }

@@ -24,7 +24,7 @@ struct OutRows {
     int64_t image_stride, row_stride;
 };
 
-// A small contiguous array of a type of its own: the masters of ctx are float32 where the rows are not.
+// A small contiguous array of a type of its own: what is learned is float32 where the rows are not.
 struct InArray {
     const void* data;
     Dtype dtype;
@@ -87,20 +87,25 @@ struct AttentionBwd {
 };
 
 struct AssemblePromptsFwd {
-    Dtype dtype;                            // of the rows x and y
-    InArray ctx, bias, position;            // (M, d), (B, d), (M, d)
-    InArray gamma, beta;                    // (d,)
-    OutRows x, y;                           // M rows an image
-    float* mean;                            // (B * M,)
-    float* rstd;                            // (B * M,)
+    Dtype dtype;             // of the rows x and y
+    InArray vectors;         // (M, d), or no data
+    InArray shift;           // (B, d), or (B, M, d) if shift_of_row
+    int32_t shift_of_row;
+    InArray position;        // (M, d)
+    InArray gamma, beta;     // (d,)
+    OutRows x, y;            // M rows an image
+    float* mean;             // (B * M,)
+    float* rstd;             // (B * M,)
     int32_t batch, n_ctx, d;
     float eps;
 };
 
 struct AssemblePromptsBwd {
-    Dtype dtype;  // of the rows dx
-    InRows dx;    // M rows an image
-    OutArray d_ctx, d_bias;  // (M, d), (B, d)
+    Dtype dtype;         // of the rows dx
+    InRows dx;           // M rows an image
+    OutArray d_vectors;  // (M, d), or no data
+    OutArray d_shift;    // (B, d), or (B, M, d) if shift_of_row
+    int32_t shift_of_row;
     int32_t batch, n_ctx, d;
 };
 

@@ -11,22 +11,23 @@ import pytest
 import torch
 
 from cocoop_fast import cli
-from cocoop_fast.extension import extension_available
 from cocoop_fast.measure import compare as comparing
 from cocoop_fast.measure import contestants as field
 from cocoop_fast.measure.agreement import Disagreement, assert_same, check_against_oracle
+from cocoop_fast.measure.cost import TreeCost, layout_on, linear_flops
 from cocoop_fast.measure.floor import GemmFloor
 from cocoop_fast.measure.peak_memory import peak_memory
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names
+from cocoop_fast.measure.sizes import TowerSizes
 from cocoop_fast.measure.timing import Timing, interleave
-from cocoop_fast.measure.work import gemm_flops, tree_flops
+from cocoop_fast.ops.extensions import CPP
 
 ROOT = Path(__file__).parents[2]
 COMPILED = [c.name for c in field.CONTESTANTS if c.setup_seconds]
 QUICK = [f"--skip={name}" for name in COMPILED]
 TINY = ["bench", "--model", "demo", "--k", "5", "--rounds", "1"]
 
-needs_extension = pytest.mark.skipif(not extension_available(), reason="the C++ extension is not built")
+needs_extension = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_the_floor_computes_every_product_of_every_layer(problem, monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda x, w, out: seen.append(2 * x.numel() * w.shape[1]))
     GemmFloor(problem.weights, problem.tree.rows).step()
     assert len(seen) == 8 * len(problem.weights.blocks)
-    assert sum(seen) == 2 * gemm_flops(problem.weights, problem.tree.rows)
+    assert sum(seen) == 2 * linear_flops(TowerSizes.of(problem.weights), problem.tree.rows)
 
 
 # -- the accounting ---------------------------------------------------------------------------------------------
@@ -108,7 +109,9 @@ def test_the_flops_of_the_tree_are_those_that_the_engine_computes(problem):
     counted = (
         sum(op.flops for name, op in found.ops.items() if f"×{len(problem.tokens)}" not in name[-4:]) / 2
     )
-    assert counted == pytest.approx(2 * tree_flops(problem.weights, problem.tree, 2), rel=0.01)
+    assert counted == pytest.approx(
+        TreeCost(problem.weights, problem.tree, layout_on("cpu")).step(2).gemm_flops, rel=0.01
+    )
 
 
 def test_percentiles():

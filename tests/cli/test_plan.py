@@ -8,8 +8,8 @@ import pytest
 
 from cocoop_fast import cli
 from cocoop_fast.cli import plan as command
-from cocoop_fast.extension import extension_available
 from cocoop_fast.measure.devices import gpu_table
+from cocoop_fast.ops.extensions import CPP
 
 ON_A_GPU = ["plan", "--device", "A100", "--model", "demo"]
 
@@ -63,7 +63,7 @@ def test_a_longer_context_costs_more(capsys):
     assert short["ways"]["tree"]["rows"] == long["ways"]["tree"]["rows"] - 6
 
 
-@pytest.mark.skipif(not extension_available(), reason="the C++ extension is not built")
+@pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
 def test_this_machine_is_measured(capsys, monkeypatch):
     monkeypatch.setattr("cocoop_fast.measure.this_machine.measure_process_bytes", lambda: 12_345)
     call = ["plan", "--device", "cpu", "--model", "demo", "--k", "5", "--threads", "1", "--json"]

@@ -5,8 +5,8 @@ import os
 import pytest
 from emulated_cuda import build
 
-from cocoop_fast import cuda_extension
 from cocoop_fast.ops import cuda as cuda_kernels
+from cocoop_fast.ops.extensions import CUDA
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def use(monkeypatch):
     """A function that puts an emulated module in the place of `cocoop_fast._cuda`, and returns its launchers."""
 
     def use_module(emulated):
-        monkeypatch.setattr(cuda_extension, "_load", lambda: emulated.module)
+        monkeypatch.setattr(CUDA, "_found", emulated.module)
         emulated.set_schedule(0)
         return cuda_kernels
 

@@ -7,7 +7,7 @@ from comparison import assert_close
 from kernel_testing import POISON
 
 from cocoop_fast.clip.frozen import Affine
-from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
+from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_dense_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 
 EPS = 1e-5
@@ -45,22 +45,25 @@ def apart(tensor):
         (3, 1, 33),  # or single ones
     ],
 )
-def test_assemble_prompts(cuda, batch, m, d, dtype, masters):
+@pytest.mark.parametrize("form", ["image", "row", "row alone"])
+def test_assemble_prompts(cuda, batch, m, d, form, dtype, masters):
+    """A shift of each image, of each of its rows, and whole contexts that share no vectors."""
     own = torch.float32 if masters else dtype
-    ctx, bias, position = (
-        torch.randn(m, d).to(own),
-        torch.randn(batch, d).to(own),
+    vectors, position = (
+        None if form == "row alone" else torch.randn(m, d).to(own),
         torch.randn(m, d).to(dtype),
     )
+    shift = (torch.randn(batch, d) if form == "image" else torch.randn(batch, m, d)).to(own)
     gamma, beta = torch.randn(2, d).to(own)
     x, y = result(batch, m, d, dtype=dtype), result(batch, m, d, dtype=dtype)
     mean, rstd = result(batch * m), result(batch * m)
     cuda.assemble_prompts_fwd(
-        ctx, bias, position, gamma, beta, EPS, x.tensor, y.tensor, mean.tensor, rstd.tensor
+        vectors, shift, position, gamma, beta, EPS, x.tensor, y.tensor, mean.tensor, rstd.tensor
     )
     for written in (x, y, mean, rstd):
         written.check()
-    rows = assemble_context_ref(ctx.double(), bias.double()) + position
+    shared = torch.zeros(m, d) if vectors is None else vectors
+    rows = assemble_context_ref(shared.double(), shift.double()) + position
     assert_close(x.tensor, rows, TOLERANCES[dtype], "x")
     stored = x.tensor.double()  # the statistics are those of the row that backward reads
     expected = layer_norm_ref(stored, Affine(gamma.double(), beta.double(), EPS))
@@ -69,20 +72,25 @@ def test_assemble_prompts(cuda, batch, m, d, dtype, masters):
     assert_close(rstd.tensor, (stored.var(-1, correction=0).flatten() + EPS).rsqrt(), 1e-5, "rstd")
 
     dx = aligned(batch, m, d, dtype=dtype)
-    d_ctx, d_bias = torch.full((m, d), torch.nan, dtype=own), torch.full((batch, d), torch.nan, dtype=own)
-    cuda.assemble_prompts_bwd(dx, d_ctx, d_bias)
-    assert_close(d_ctx, dx.double().sum(0), TOLERANCES[own], "d_ctx")
-    assert_close(d_bias, dx.double().sum(1), TOLERANCES[own], "d_bias")
+    d_vectors = None if vectors is None else torch.full((m, d), torch.nan, dtype=own)
+    d_shift = torch.full_like(shift, torch.nan)
+    cuda.assemble_prompts_bwd(dx, d_vectors, d_shift)
+    if d_vectors is not None:
+        assert_close(d_vectors, dx.double().sum(0), TOLERANCES[own], "d_vectors")
+    if form == "image":
+        assert_close(d_shift, dx.double().sum(1), TOLERANCES[own], "d_shift")
+    else:
+        assert torch.equal(d_shift, dx.to(own))
 
 
 def test_addresses_choose_no_other_result(cuda):
     """Single numbers at a time where four cannot be loaded: the sums of a row then have another order."""
-    ctx, bias, position = torch.randn(2, 40), torch.randn(3, 40), torch.randn(2, 40)
+    vectors, shift, position = torch.randn(2, 40), torch.randn(3, 40), torch.randn(2, 40)
     gamma, beta = torch.randn(2, 40)
     outcomes = []
-    for given in (ctx, apart(ctx)):
+    for given in (vectors, apart(vectors)):
         x, y, mean, rstd = torch.empty(3, 2, 40), torch.empty(3, 2, 40), torch.empty(6), torch.empty(6)
-        cuda.assemble_prompts_fwd(given, bias, position, gamma, beta, EPS, x, y, mean, rstd)
+        cuda.assemble_prompts_fwd(given, shift, position, gamma, beta, EPS, x, y, mean, rstd)
         outcomes.append((x, y, mean, rstd))
     for once, again in zip(*outcomes, strict=True):
         assert_close(again, once, 1e-6)
@@ -90,9 +98,9 @@ def test_addresses_choose_no_other_result(cuda):
 
 def test_sums_are_in_ascending_order(cuda):
     dx = torch.randn(7, 3, 40)
-    d_ctx, d_bias = torch.empty(3, 40), torch.empty(7, 40)
-    cuda.assemble_prompts_bwd(dx, d_ctx, d_bias)
-    for total, terms in ((d_ctx, dx.unbind(0)), (d_bias, dx.unbind(1))):
+    d_vectors, d_shift = torch.empty(3, 40), torch.empty(7, 40)
+    cuda.assemble_prompts_bwd(dx, d_vectors, d_shift)
+    for total, terms in ((d_vectors, dx.unbind(0)), (d_shift, dx.unbind(1))):
         expected = torch.zeros_like(total)
         for term in terms:
             expected += term
@@ -122,7 +130,7 @@ def test_rows_far_from_zero(cuda):
 def test_assemble_dense(cuda, batch, k, m, length, d, dtype):
     context, prefix = torch.randn(batch, m, d).to(dtype), torch.randn(k, d).to(dtype)
     suffix = torch.randn(k, length - 1 - m, d).to(dtype)
-    expected = assemble_prompts_ref(context, prefix[:, None], suffix)
+    expected = assemble_dense_ref(context, prefix, suffix)
     for given in (context, apart(context)):
         out = torch.full((batch, k, length, d), torch.nan, dtype=dtype)
         cuda.assemble_dense(given, prefix, suffix, out)
@@ -141,12 +149,13 @@ def test_no_images(cuda):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"ctx": torch.zeros(3, 8)}, r"`ctx` must have shape \(2, 8\), got \(3, 8\)"),
+        ({"vectors": torch.zeros(3, 8)}, r"`vectors` must have shape \(2, 8\), got \(3, 8\)"),
         (
-            {"ctx": torch.zeros(2, 8).double()},
-            "`ctx` must be float16, bfloat16 or float32, got torch.float64",
+            {"vectors": torch.zeros(2, 8).double()},
+            "`vectors` must be float16, bfloat16 or float32, got torch.float64",
         ),
-        ({"bias": torch.zeros(3, 16)[:, ::2]}, "`bias` must be contiguous"),
+        ({"shift": torch.zeros(3, 16)[:, ::2]}, "`shift` must be contiguous"),
+        ({"shift": torch.zeros(3, 1, 8)}, r"`shift` must have shape \(3, 2, 8\)"),
         ({"gamma": torch.zeros(7)}, r"`gamma` must have shape \(8,\)"),
         ({"beta": torch.zeros(8, 1)}, r"`beta` must have shape \(8,\)"),
         ({"x": torch.zeros(3, 8)}, r"`x` must have shape \(B, M, d\)"),
@@ -162,7 +171,7 @@ def test_no_images(cuda):
     ],
 )
 def test_bad_arguments(cuda, change, message):
-    names = ("ctx", "bias", "position", "gamma", "beta", "eps", "x", "y", "mean", "rstd")
+    names = ("vectors", "shift", "position", "gamma", "beta", "eps", "x", "y", "mean", "rstd")
     shapes = ((2, 8), (3, 8), (2, 8), (8,), (8,), EPS, (3, 2, 8), (3, 2, 8), (6,), (6,))
     good = {
         name: torch.zeros(s) if isinstance(s, tuple) else s for name, s in zip(names, shapes, strict=True)

@@ -4,12 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from cocoop_fast import cuda_extension
+from cocoop_fast.ops.extensions import CUDA, why_no_cuda
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,64 +108,41 @@ def test_a_source_that_does_not_compile_does_not_break_the_install(tree):
 # The loader
 
 
-@pytest.fixture
-def loads(monkeypatch):
-    """A function that says what the loader finds in place of the module, or why it finds none."""
-
-    def set_outcome(outcome):
-        monkeypatch.setattr(cuda_extension, "_load", lambda: outcome)
-
-    return set_outcome
-
-
 class Built:
     @staticmethod
     def build_info():
         return {"toolkit": "13.0", "architectures": "80 90"}
 
 
-def test_missing_extension_is_explained(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "cocoop_fast._cuda", None)  # import then raises ModuleNotFoundError
-    monkeypatch.setattr(cuda_extension, "__file__", str(tmp_path / "cuda_extension.py"))
-    cuda_extension._load.cache_clear()
+def test_missing_extension_is_explained(tmp_path):
+    extension = replace(CUDA, name="_missing", folder=tmp_path, _found=None)
     with pytest.raises(
         RuntimeError, match=r"found no nvcc.*Triton kernels need no extension.*COCOOP_FAST_CUDA=1"
     ):
-        cuda_extension.load_cuda_extension()
-    assert "found no nvcc" in cuda_extension.why_no_cuda()
-    assert "found no nvcc" in cuda_extension.describe_cuda_extension()
-    cuda_extension._load.cache_clear()
+        extension.load()
+    assert "found no nvcc" in extension.why_unavailable()
+    assert "found no nvcc" in extension.describe()
 
 
-def test_extension_of_another_python_is_named(monkeypatch, tmp_path):
-    (tmp_path / "_cuda.cpython-39-x86_64-linux-gnu.so").touch()
-    monkeypatch.setitem(sys.modules, "cocoop_fast._cuda", None)
-    monkeypatch.setattr(cuda_extension, "__file__", str(tmp_path / "cuda_extension.py"))
-    cuda_extension._load.cache_clear()
-    assert "perhaps built for another Python" in cuda_extension.why_no_cuda()
-    cuda_extension._load.cache_clear()
-
-
-def test_why_it_cannot_run_here(loads, monkeypatch):
-    loads(Built)
-    assert "CUDA 13.0; compute capabilities 80 90 and later" in cuda_extension.describe_cuda_extension()
+def test_why_it_cannot_run_here(monkeypatch):
+    monkeypatch.setattr(CUDA, "_found", Built)
+    assert "toolkit 13.0, architectures 80 90" in CUDA.describe()
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "was built without CUDA" in cuda_extension.why_no_cuda()
+    assert "was built without CUDA" in why_no_cuda()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no NVIDIA GPU with a working driver" in cuda_extension.why_no_cuda()
+    assert "no NVIDIA GPU with a working driver" in why_no_cuda()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "Tesla T4 has compute capability 7.5" in cuda_extension.why_no_cuda()
+    assert "Tesla T4 has compute capability 7.5" in why_no_cuda()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
-    assert cuda_extension.why_no_cuda() is None
+    assert why_no_cuda() is None
 
 
 def test_built_extension_loads_without_a_gpu():
     """Whatever the machine: the module has no link to the driver."""
-    outcome = cuda_extension._load()
-    if isinstance(outcome, str):
-        pytest.skip(outcome)
-    assert outcome.DEVICE_TYPE == "cuda"
-    assert cuda_extension.oldest_architecture(outcome) >= 80
+    if reason := CUDA.why_unavailable():
+        pytest.skip(reason)
+    assert CUDA.load().DEVICE_TYPE == "cuda"
+    assert min(map(int, CUDA.load().build_info()["architectures"].split())) >= 80

@@ -184,7 +184,7 @@ def test_bad_backward_arguments(cuda, mode, change, message):
         "context_only",
     )
     values = (case.grad_o, *case.inputs, dq, torch.zeros(2, rows, 16), torch.zeros(2, rows, 16),
-              case.attention.workspace(2, 2, 8), case.layer_zero)  # fmt: skip
+              torch.empty(case.attention.workspace_floats(2, 2, 8)), case.layer_zero)  # fmt: skip
     arguments = dict(zip(names, values, strict=True))
     case.attention.backward(**arguments)  # nothing is wrong but the change
     with pytest.raises(ValueError, match=message):

@@ -83,14 +83,17 @@ def evaluate(ranks: Ranks, job: dict[str, Any]) -> Any:
 
 def gradients(ranks: Ranks, job: dict[str, Any]) -> Any:
     """How far loss, logits and the gradient of classes shared out are from those of the model by itself."""
+    dtype = getattr(torch, job["dtype"])
     clip = loaded_tiny_clip()
-    clip.model.logit_scale.data.fill_(3.0)
+    clip.model.to(dtype).logit_scale.data.fill_(3.0)
     torch.manual_seed(0)
-    engine = job.get("engine", {})
+    engine = dict(job.get("engine", {}))
+    if (budget := engine.pop("float32_budget", None)) is not None:
+        engine["memory_budget"] = budget * dtype.itemsize // 4
     whole = build_model(PromptConfig(**job["prompt"]), NAMES, clip, **{**engine, "memory_budget": None})
     parted = build_model(PromptConfig(**job["prompt"]), NAMES, clip, **engine)
     parted.prompt_learner.load_state_dict(whole.prompt_learner.state_dict())
-    features, label = torch.randn(3, 64), torch.tensor([0, 3, 6])
+    features, label = torch.randn(3, 64).to(dtype), torch.tensor([0, 3, 6])
     ranks = ranks.arranged("classes", 3)
     shared = share_classes(parted, ranks.classes)
     results = []
@@ -104,7 +107,7 @@ def gradients(ranks: Ranks, job: dict[str, Any]) -> Any:
         assert own_pruned.classes_kept == pruned.classes_kept < len(NAMES)
     if "memory_budget" in engine:
         pieces = [piece for known in parted.tree_encoder.memory._known.values() for piece in known.values()]
-        assert all(piece.images == 1 for piece in pieces), "that much memory parts nothing"
+        assert any(piece.images < len(features) for piece in pieces), "that much memory parts nothing"
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 

@@ -31,8 +31,10 @@ GRADIENTS = [
     {"prompt": {"method": "coop", "csc": True, "ctx_init": "", "n_ctx": 2}},
     {"prompt": {"method": "meta-nets", "class_position": "middle"}},
     {"prompt": {"method": "cocoop"}, "engine": {"prune_mass": 0.3}},
-    {"prompt": {"method": "cocoop"}, "engine": {"memory_budget": "210kB", "backend": "torch"}},
+    {"prompt": {"method": "cocoop"}, "engine": {"float32_budget": 150_000, "backend": "torch"}},
 ]
+
+MOST_WRONG = {"float32": 2e-5, "float64": 1e-10}
 
 
 def train(output, fields, **more):
@@ -105,9 +107,10 @@ def forked(folder):
         file = folder / f"{signal}.moment"
         return {"signal": signal, "hurt_after": after, "rank": 1, "moment": str(file)}
 
+    gradients = [{"do": "gradients", "dtype": dtype, **one} for one in GRADIENTS for dtype in MOST_WRONG]
     launches = {
         "both": {"ranks": 4, "jobs": [train(folder / "both", {**BY_IMAGES[2], "model__shard": "both"})]},
-        "gradients": {"ranks": 3, "jobs": [{"do": "gradients", **one} for one in GRADIENTS]},
+        **{f"gradients{ranks}": {"ranks": ranks, "jobs": gradients} for ranks in (2, 3)},
         "memory": {"ranks": 3, "jobs": [{"do": "short_of_memory", "times": 2}]},
         "refused": {"ranks": 3, "jobs": [train(folder / "refused", {"optim__batch_size": 4})]},
     }
@@ -166,11 +169,14 @@ def test_images_and_classes_shared_out(alone, forked, folder):
     assert_same_run(folder / "both", alone / "images2")
 
 
-def test_gradients_of_every_kind_of_prompt(forked):
-    assert forked["gradients"]["status"] == [0] * 3, forked["gradients"]["told"]
-    errors = json.loads(forked["gradients"]["told"].splitlines()[-1])
-    for job, error in zip(GRADIENTS, errors, strict=True):
-        assert error <= 1e-6, job
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gradients_of_every_kind_of_prompt(forked, ranks):
+    launch = forked[f"gradients{ranks}"]
+    assert launch["status"] == [0] * ranks, launch["told"]
+    errors = iter(json.loads(launch["told"].splitlines()[-1]))
+    for job in GRADIENTS:
+        for dtype, bound in MOST_WRONG.items():
+            assert next(errors) <= bound, (job, dtype)
 
 
 def test_a_rank_without_memory_lets_all_repeat_the_step_in_smaller_pieces(forked):

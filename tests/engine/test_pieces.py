@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tiny_encoders import NAMES, M, encoder, tree_of
 
 from cocoop_fast import UserError
-from cocoop_fast.engine.pieces import MemoryBudget, Pieces, parse_bytes, shard
-from cocoop_fast.extension import extension_available
+from cocoop_fast.engine.memory import parse_bytes
+from cocoop_fast.engine.pieces import MemoryBudget, Pieces, shard
+from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.prompts.tree import ClassTree as Tree
 
 
@@ -39,7 +40,7 @@ def in_pieces(encoder, monkeypatch, *, images, nodes):
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize(("images", "nodes"), [(1, None), (2, None), (1, 40), (1, 7), (1, 1)])
 def test_the_same_in_pieces(backend, images, nodes, monkeypatch):
-    if backend == "cpu" and not extension_available():
+    if backend == "cpu" and CPP.why_unavailable():
         pytest.skip("the C++ extension is not built")
     dtype, tolerance = (torch.float64, 1e-13) if backend == "torch" else (torch.float32, 1e-6)
     whole, parted = encoder(dtype, backend), encoder(dtype, backend)
@@ -114,7 +115,7 @@ def test_subtree_is_a_tree():
 
 def test_budget_decides():
     one = encoder(memory_budget=None)
-    tower = one._current_tower(deep=False)
+    tower = one.tower
     unlimited = MemoryBudget(10**12)
     assert unlimited.pieces(tower, 8, keeps=True) == Pieces(8)
     seen = []
@@ -138,7 +139,7 @@ def test_budget_is_obeyed_by_the_encoder():
         features_and_gradient(small, context(64)), features_and_gradient(whole, context(64)), strict=True
     ):
         assert_close(actual, expected, 1e-6)
-    tower = small._current_tower(deep=False)
+    tower = small.tower
     before = small.memory.pieces(tower, 64, keeps=True)
     assert before.images < 64
     small.memory.lower(tower, 64)
@@ -173,15 +174,14 @@ def test_encode_classes(classes):
     assert_close(gradient, expected, 1e-12)
 
 
-@pytest.mark.skipif(not extension_available(), reason="the engine's buffers")
+@pytest.mark.skipif(CPP.why_unavailable(), reason="the engine's buffers")
 def test_lowering_the_budget_gives_the_memory_of_larger_pieces_back():
     one = encoder()
     features_and_gradient(one, context(4))
-    workspace = one._current_tower(deep=False).workspace
-    assert workspace.free and workspace.scratch._storage
+    assert one.tower.pooled_bytes > 0
     expected = features_and_gradient(one, context(4))
     one.lower_memory(4)
-    assert not workspace.free and not workspace.scratch._storage
+    assert one.tower.pooled_bytes == 0
     for mine, other in zip(features_and_gradient(one, context(4)), expected, strict=True):
         assert_close(mine, other, 1e-6)
 
@@ -189,7 +189,7 @@ def test_lowering_the_budget_gives_the_memory_of_larger_pieces_back():
 def test_pieces_are_computed_again_under_the_autocast_of_the_first_pass(monkeypatch):
     one, dtypes = encoder(backend="torch"), []
     in_pieces(one, monkeypatch, images=1, nodes=20)
-    kind = type(one._current_tower(deep=False))
+    kind = type(one.tower)
     encode = kind.encode
 
     def noted(self, *rows):

@@ -9,9 +9,9 @@ from attention_cases import MODES, TOLERANCES, AttentionCase, random_names, tree
 from comparison import assert_close
 
 from cocoop_fast.clip.frozen import Affine
-from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
+from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_dense_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
-from cocoop_fast.ops.table import BACKENDS, kernel_table
+from cocoop_fast.ops.table import BACKENDS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +33,7 @@ def kernels(request):
     (backend,) = (one for one in BACKENDS if one.name == request.param)
     if reason := backend.refusal(GPU, torch.float32):
         pytest.skip(reason)
-    return kernel_table(request.param)
+    return backend.load()
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
@@ -67,7 +67,7 @@ def test_attention_in_a_graph(kernels, dtype):
     case = AttentionCase(kernels, tree_of(NAMES["branching"]), 2, 8, 64, dtype, GPU)
     o = torch.zeros(2, case.n_queries, case.d, dtype=dtype, device=GPU)
     dq, dk, dv = (torch.zeros_like(o) for _ in range(3))
-    workspace = case.attention.workspace(2, 8, 64)
+    workspace = torch.empty(case.attention.workspace_floats(2, 8, 64), device="cuda")
 
     def call():
         case.attention.forward(*case.inputs, o)
@@ -105,28 +105,40 @@ def test_attention_on_another_stream_and_device(kernels):
 
 
 @pytest.mark.parametrize("masters", [False, True], ids=["", "fp32-masters"])
+@pytest.mark.parametrize("form", ["image", "row", "row alone"])
 @pytest.mark.parametrize("batch, m, d", [(1, 4, 512), (64, 4, 768), (3, 1, 33)])
-def test_assemble_prompts(kernels, batch, m, d, dtype, masters):
+def test_assemble_prompts(kernels, batch, m, d, form, dtype, masters):
+    """A shift of each image, of each of its rows, and whole contexts that share no vectors."""
     torch.manual_seed(0)
     own = torch.float32 if masters else dtype
 
     def randn(*shape, dtype=own):
         return torch.randn(*shape, device=GPU).to(dtype)
 
-    ctx, bias, position, gamma, beta = randn(m, d), randn(batch, d), randn(m, d), randn(d), randn(d)
+    vectors, shift = randn(m, d), randn(batch, d) if form == "image" else randn(batch, m, d)
+    position, gamma, beta = randn(m, d), randn(d), randn(d)
+    if form == "row alone":
+        vectors = None
     x, y = torch.full((2, batch, m, d), torch.nan, device=GPU, dtype=dtype)
     mean, rstd = torch.full((2, batch * m), torch.nan, device=GPU)
-    kernels.assemble_prompts_fwd(ctx, bias, position, gamma, beta, EPS, x, y, mean, rstd)
-    assert_close(x, assemble_context_ref(ctx.double(), bias.double()) + position, TOLERANCES[dtype], "x")
+    kernels.assemble_prompts_fwd(vectors, shift, position, gamma, beta, EPS, x, y, mean, rstd)
+    shared = torch.zeros_like(position) if vectors is None else vectors
+    rows = assemble_context_ref(shared.double(), shift.double()) + position
+    assert_close(x, rows, TOLERANCES[dtype], "x")
     expected = layer_norm_ref(x.double(), Affine(gamma.double(), beta.double(), EPS))
     assert_close(y, expected, TOLERANCES[dtype], "y")
     assert_close(mean, x.double().mean(-1).flatten(), 1e-5, "mean")
     assert_close(rstd, (x.double().var(-1, correction=0).flatten() + EPS).rsqrt(), 1e-5, "rstd")
 
-    dx, d_ctx, d_bias = randn(batch, m, d, dtype=dtype), torch.empty_like(ctx), torch.empty_like(bias)
-    kernels.assemble_prompts_bwd(dx, d_ctx, d_bias)
-    assert_close(d_ctx, dx.double().sum(0), TOLERANCES[own], "d_ctx")
-    assert_close(d_bias, dx.double().sum(1), TOLERANCES[own], "d_bias")
+    dx, d_shift = randn(batch, m, d, dtype=dtype), torch.empty_like(shift)
+    d_vectors = None if vectors is None else torch.empty_like(vectors)
+    kernels.assemble_prompts_bwd(dx, d_vectors, d_shift)
+    if d_vectors is not None:
+        assert_close(d_vectors, dx.double().sum(0), TOLERANCES[own], "d_vectors")
+    if form == "image":
+        assert_close(d_shift, dx.double().sum(1), TOLERANCES[own], "d_shift")
+    else:
+        assert torch.equal(d_shift, dx.to(own))
 
 
 @pytest.mark.parametrize("batch, k, m, length, d", [(2, 100, 4, 77, 512), (2, 3, 1, 5, 33), (1, 1, 2, 3, 8)])
@@ -135,4 +147,4 @@ def test_assemble_dense(kernels, batch, k, m, length, d, dtype):
     suffix = torch.randn(k, length - 1 - m, d, device=GPU).to(dtype)
     out = torch.full((batch, k, length, d), torch.nan, dtype=dtype, device=GPU)
     kernels.assemble_dense(context, prefix, suffix, out)
-    assert torch.equal(out, assemble_prompts_ref(context, prefix[:, None], suffix))
+    assert torch.equal(out, assemble_dense_ref(context, prefix, suffix))

@@ -5,7 +5,7 @@ import torch
 from comparison import assert_close
 
 from cocoop_fast.clip.frozen import Affine
-from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
+from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_dense_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 
 assemble = pytest.importorskip("cocoop_fast.kernels.assemble_prompts")
@@ -14,16 +14,22 @@ EPS = 1e-5
 
 
 @pytest.mark.parametrize("fp32_parameters", [False, True], ids=["", "fp32-parameters"])
+@pytest.mark.parametrize("form", ["image", "row", "row alone"])
 @pytest.mark.parametrize("batch, m, d", [(1, 4, 512), (3, 1, 33), (2, 5, 20), (2, 2, 768), (1, 1, 1280)])
-def test_assemble_prompts(buffers, dtype, tolerance, batch, m, d, fp32_parameters):
+def test_assemble_prompts(buffers, dtype, tolerance, batch, m, d, form, fp32_parameters):
+    """A shift of each image, of each of its rows, and whole contexts that share no vectors."""
     own = torch.float32 if fp32_parameters else dtype
-    ctx, position = (buffers.randn(m, d, dtype=own, contiguous=True) for _ in range(2))
-    bias = buffers.randn(batch, d, dtype=own, contiguous=True)
+    vectors, position = (buffers.randn(m, d, dtype=own, contiguous=True) for _ in range(2))
+    shift_shape = (batch, d) if form == "image" else (batch, m, d)
+    shift = buffers.randn(*shift_shape, dtype=own, contiguous=True)
+    if form == "row alone":
+        vectors = None
     gamma, beta = buffers.randn(d, dtype=own), buffers.randn(d, dtype=own)
     x, y = (buffers.result(batch, m, d, dtype=dtype) for _ in range(2))
     mean, rstd = buffers.result(batch * m), buffers.result(batch * m)
-    assemble.assemble_prompts_fwd(ctx, bias, position, gamma, beta, EPS, x, y, mean, rstd)
-    rows = assemble_context_ref(ctx.double(), bias.double()) + position
+    assemble.assemble_prompts_fwd(vectors, shift, position, gamma, beta, EPS, x, y, mean, rstd)
+    shared = torch.zeros_like(position) if vectors is None else vectors
+    rows = assemble_context_ref(shared.double(), shift.double()) + position
     assert_close(x, rows, tolerance, "x")
     stored = x.double()  # the statistics are those of the row that backward reads
     assert_close(y, layer_norm_ref(stored, Affine(gamma.double(), beta.double(), EPS)), tolerance, "y")
@@ -31,19 +37,23 @@ def test_assemble_prompts(buffers, dtype, tolerance, batch, m, d, fp32_parameter
     assert_close(rstd, (stored.var(-1, correction=0).flatten() + EPS).rsqrt(), 1e-5, "rstd")
 
     dx = buffers.randn(batch, m, d, dtype=dtype)
-    d_ctx = buffers.result(m, d, dtype=own, contiguous=True)
-    d_bias = buffers.result(batch, d, dtype=own, contiguous=True)
-    assemble.assemble_prompts_bwd(dx, d_ctx, d_bias)
-    assert_close(d_ctx, dx.double().sum(0), tolerance, "d_ctx")
-    assert_close(d_bias, dx.double().sum(1), tolerance, "d_bias")
+    d_vectors = None if vectors is None else buffers.result(m, d, dtype=own, contiguous=True)
+    d_shift = buffers.result(*shift_shape, dtype=own, contiguous=True)
+    assemble.assemble_prompts_bwd(dx, d_vectors, d_shift)
+    if d_vectors is not None:
+        assert_close(d_vectors, dx.double().sum(0), tolerance, "d_vectors")
+    if form == "image":
+        assert_close(d_shift, dx.double().sum(1), tolerance, "d_shift")
+    else:
+        assert torch.equal(d_shift, dx.to(own))
 
 
 def test_sums_are_in_ascending_order(buffers):
     """So they are the same bits on every machine."""
     dx = buffers.randn(7, 3, 40)
-    d_ctx, d_bias = buffers.result(3, 40, contiguous=True), buffers.result(7, 40, contiguous=True)
-    assemble.assemble_prompts_bwd(dx, d_ctx, d_bias)
-    for total, terms in ((d_ctx, dx.unbind(0)), (d_bias, dx.unbind(1))):
+    d_vectors, d_shift = buffers.result(3, 40, contiguous=True), buffers.result(7, 40, contiguous=True)
+    assemble.assemble_prompts_bwd(dx, d_vectors, d_shift)
+    for total, terms in ((d_vectors, dx.unbind(0)), (d_shift, dx.unbind(1))):
         expected = torch.zeros_like(total)
         for term in terms:
             expected += term
@@ -60,7 +70,7 @@ def test_assemble_dense(buffers, dtype, batch, k, m, length, d):
     suffix = buffers.randn(k, length - 1 - m, d, dtype=dtype, contiguous=True)
     out = buffers.result(batch, k, length, d, dtype=dtype, contiguous=True)
     assemble.assemble_dense(context, prefix, suffix, out)
-    assert torch.equal(out, assemble_prompts_ref(context, prefix[:, None], suffix))
+    assert torch.equal(out, assemble_dense_ref(context, prefix, suffix))
 
 
 def test_no_images(device):
@@ -78,6 +88,10 @@ def test_bad_arguments(device):
     def z(*shape):
         return torch.zeros(*shape, device=device)
 
+    with pytest.raises(ValueError, match=r"`shift` must be contiguous of shape \(1, 2, 8\), got \(1, 3, 8\)"):
+        assemble.assemble_prompts_fwd(
+            z(2, 8), z(1, 3, 8), z(2, 8), z(8), z(8), EPS, z(1, 2, 8), z(1, 2, 8), z(2), z(2)
+        )
     with pytest.raises(ValueError, match=r"`position` must be contiguous of shape \(2, 8\), got \(3, 8\)"):
         assemble.assemble_prompts_fwd(
             z(2, 8), z(1, 8), z(3, 8), z(8), z(8), EPS, z(1, 2, 8), z(1, 2, 8), z(2), z(2)
@@ -86,7 +100,7 @@ def test_bad_arguments(device):
         assemble.assemble_prompts_fwd(
             z(2, 8), z(1, 8), z(2, 8), z(8), z(8), EPS, z(2, 8), z(2, 8), z(2), z(2)
         )
-    with pytest.raises(ValueError, match=r"`d_bias` must be contiguous of shape \(1, 8\), got \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"`d_shift` must be contiguous of shape \(1, 8\), got \(2, 8\)"):
         assemble.assemble_prompts_bwd(z(1, 2, 8), z(2, 8), z(2, 8))
     with pytest.raises(
         ValueError, match=r"`suffix` must be contiguous of shape \(3, 4, 8\), got \(3, 3, 8\)"

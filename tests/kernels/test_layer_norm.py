@@ -37,17 +37,22 @@ def twin(x, gamma, beta, dy):
     return y.detach(), exact.grad
 
 
-@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("adds", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layer_norm(buffers, dtype, tolerance, shape, with_bias):
+def test_layer_norm(buffers, dtype, tolerance, shape, adds):
     d, n = shape[-1], math.prod(shape[:-1])
-    before = buffers.randn(*shape, dtype=dtype)
+    before = buffers.randn(*shape, dtype=dtype).add_(2)  # a mean that is not next to nothing
     gamma, beta, bias = (buffers.randn(d, dtype=dtype) for _ in range(3))
-    dy, x = buffers.randn(*shape, dtype=dtype), buffers.copy(before)
+    dy, x, passed_on = (
+        buffers.randn(*shape, dtype=dtype),
+        buffers.copy(before),
+        buffers.randn(*shape, dtype=dtype),
+    )
     y, mean, rstd = buffers.result(*shape, dtype=dtype), buffers.result(n), buffers.result(n)
-    layer_norm.layer_norm_fwd(x, bias if with_bias else None, gamma, beta, EPS, y, mean, rstd)
-    if with_bias:
-        assert_close(x, before.double() + bias, tolerance, "x")
+    added = (bias, passed_on) if adds else (None, None)
+    layer_norm.layer_norm_fwd(x, *added, gamma, beta, EPS, y, mean, rstd)
+    if adds:
+        assert_close(x, before.double() + bias + passed_on, tolerance, "x")
     else:
         assert torch.equal(x, before)
     y_exact, dx_exact = twin(x, gamma, beta, dy)
@@ -63,7 +68,7 @@ def test_layer_norm(buffers, dtype, tolerance, shape, with_bias):
     assert torch.equal(in_place, dx)
     residual = buffers.randn(*shape, dtype=dtype)
     dx = buffers.copy(residual)
-    layer_norm.layer_norm_bwd(dy, x, gamma, mean, rstd, dx)
+    layer_norm.layer_norm_bwd(dy, x, gamma, mean, rstd, dx, accumulate=True)
     assert_close(dx, residual.double() + dx_exact, tolerance, "dx added")
 
 
@@ -73,7 +78,7 @@ def test_half_precision_rows_with_fp32_weights(buffers, half):
     gamma, beta = buffers.randn(96), buffers.randn(96)
     y, dx = buffers.result(3, 96, dtype=half), buffers.result(3, 96, dtype=half)
     mean, rstd = buffers.result(3), buffers.result(3)
-    layer_norm.layer_norm_fwd(x, None, gamma, beta, EPS, y, mean, rstd)
+    layer_norm.layer_norm_fwd(x, None, None, gamma, beta, EPS, y, mean, rstd)
     layer_norm.layer_norm_bwd(dy, x, gamma, mean, rstd, dx, accumulate=False)
     y_exact, dx_exact = twin(x, gamma, beta, dy)
     assert_close(y, y_exact, 1e-2, "y")
@@ -86,7 +91,7 @@ def test_a_part_of_each_image(buffers):
     image_rows = buffers.randn(3, 11, 64)
     before = image_rows.clone()
     mean, rstd = x.mean(-1), (x.var(-1, correction=0) + EPS).rsqrt()
-    layer_norm.layer_norm_bwd(dy, x, gamma, mean, rstd, image_rows[:, :4])
+    layer_norm.layer_norm_bwd(dy, x, gamma, mean, rstd, image_rows[:, :4], accumulate=True)
     _, dx_exact = twin(x, gamma, torch.zeros_like(gamma), dy)
     assert_close(image_rows[:, :4], before[:, :4] + dx_exact.view(3, 4, 64), 1e-5)
     assert torch.equal(image_rows[:, 4:], before[:, 4:])
@@ -99,18 +104,18 @@ def test_residual(buffers, dtype, tolerance, shared):
     residual = buffers.randn(1 if shared else 3, 5, 80, dtype=dtype).expand(3, -1, -1)
     gamma, beta = buffers.randn(80, dtype=dtype), buffers.randn(80, dtype=dtype)
     y, mean, rstd = buffers.result(3, 5, 80, dtype=dtype), buffers.result(15), buffers.result(15)
-    layer_norm.layer_norm_fwd(x, bias, gamma, beta, EPS, y, mean, rstd, residual)
+    layer_norm.layer_norm_fwd(x, bias, residual, gamma, beta, EPS, y, mean, rstd)
     assert_close(x, before.double() + bias + residual, tolerance, "x")
     assert_close(y, twin(x, gamma, beta, y)[0], tolerance, "y")
-    with pytest.raises(ValueError, match="a `residual` needs an `add_bias`"):
-        layer_norm.layer_norm_fwd(x, None, gamma, beta, EPS, y, mean, rstd, residual)
+    with pytest.raises(ValueError, match="`residual` must be None exactly if `bias` is"):
+        layer_norm.layer_norm_fwd(x, None, residual, gamma, beta, EPS, y, mean, rstd)
 
 
 def test_rows_of_one_number(buffers):
     """Such a row is its own mean."""
     x, gamma, beta = buffers.randn(3, 1), buffers.randn(1), buffers.randn(1)
     y, dx, mean, rstd = (buffers.result(*shape) for shape in ((3, 1), (3, 1), (3,), (3,)))
-    layer_norm.layer_norm_fwd(x, None, gamma, beta, EPS, y, mean, rstd)
+    layer_norm.layer_norm_fwd(x, None, None, gamma, beta, EPS, y, mean, rstd)
     layer_norm.layer_norm_bwd(y, x, gamma, mean, rstd, dx, accumulate=False)
     assert torch.equal(y, beta.expand(3, 1))
     assert not dx.any()
@@ -121,7 +126,7 @@ def test_rows_far_from_zero(device):
     x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)).to(device) + 1e4
     y, mean, rstd = torch.empty_like(x), x.new_empty(4), x.new_empty(4)
     one, zero = x.new_ones(512), x.new_zeros(512)
-    layer_norm.layer_norm_fwd(x, None, one, zero, EPS, y, mean, rstd)
+    layer_norm.layer_norm_fwd(x, None, None, one, zero, EPS, y, mean, rstd)
     expected = F.layer_norm(x.double(), (512,), eps=EPS)
     assert float((y - expected).abs().max()) < 1e4 * torch.finfo(torch.float32).eps * 4  # that of the mean
 
@@ -130,8 +135,8 @@ def test_no_rows(device):
     for shape in ((0, 16), (2, 0, 16), (0, 2, 16)):
         rows, none = torch.zeros(*shape, device=device), torch.zeros(0, device=device)
         width = torch.ones(16, device=device)
-        layer_norm.layer_norm_fwd(rows, width, width, width, EPS, rows, none, none)
-        layer_norm.layer_norm_bwd(rows, rows, width, none, none, rows)
+        layer_norm.layer_norm_fwd(rows, width, rows, width, width, EPS, rows, none, none)
+        layer_norm.layer_norm_bwd(rows, rows, width, none, none, rows, accumulate=True)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +157,7 @@ def test_no_rows(device):
 )  # fmt: skip
 def test_bad_arguments(device, change, message):
     good = {
-        "x": torch.zeros(3, 8), "add_bias": torch.zeros(8), "gamma": torch.ones(8), "beta": torch.zeros(8), "eps": EPS,
+        "x": torch.zeros(3, 8), "bias": None, "residual": None, "gamma": torch.ones(8), "beta": torch.zeros(8), "eps": EPS,
         "y": torch.zeros(3, 8), "mean": torch.zeros(3), "rstd": torch.zeros(3),
     }  # fmt: skip
     on_device = {
@@ -166,4 +171,4 @@ def test_bad_arguments(device, change, message):
 def test_too_wide(device):
     x, d = torch.zeros(1, 2049, device=device), torch.zeros(2049, device=device)
     with pytest.raises(ValueError, match="rows of 2049 numbers: the kernels take at most 2048"):
-        layer_norm.layer_norm_fwd(x, None, d, d, EPS, x.clone(), d[:1], d[:1].clone())
+        layer_norm.layer_norm_fwd(x, None, None, d, d, EPS, x.clone(), d[:1], d[:1].clone())

@@ -1,4 +1,4 @@
-"""Gathering and scattering rows in Triton against indexing in torch."""
+"""Gathering rows, and adding to rows, in Triton against indexing in torch."""
 
 import pytest
 import torch
@@ -16,20 +16,19 @@ def test_move_rows(buffers, dtype, batch, rows, d):
     move_rows.gather_rows(x, index, out)
     assert torch.equal(out, x[:, index])
     moved = buffers.randn(batch, len(index), d, dtype=dtype)
-    for accumulate in (False, True):
-        expected, target = x.clone(), buffers.copy(x)
-        expected[:, index] = expected[:, index] + moved if accumulate else moved
-        move_rows.scatter_rows(moved, index, target, accumulate)
-        if accumulate and dtype == torch.bfloat16:  # the interpreter truncates where a GPU rounds
-            assert_close(target, expected, 2**-7)
-        else:
-            assert torch.equal(target, expected)
+    expected, target = x.clone(), buffers.copy(x)
+    expected[:, index] = expected[:, index] + moved
+    move_rows.add_rows(moved, index, target)
+    if dtype == torch.bfloat16:  # the interpreter truncates where a GPU rounds
+        assert_close(target, expected, 2**-7)
+    else:
+        assert torch.equal(target, expected)
 
 
 def test_no_rows(device):
     x, index = torch.zeros(2, 4, 16, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     move_rows.gather_rows(x, index, x[:, :0])
-    move_rows.scatter_rows(x[:, :0], index, x)
+    move_rows.add_rows(x[:, :0], index, x)
 
 
 def test_bad_arguments(device):
@@ -38,6 +37,6 @@ def test_bad_arguments(device):
     with pytest.raises(ValueError, match=r"`out` \(B, n, d\) with n = 3, got \(1, 4, 8\) and \(1, 2, 8\)"):
         move_rows.gather_rows(x, index, out)
     with pytest.raises(ValueError, match=r"`out` must have shape \(B, R, d\) and `x` \(B, n, d\) with n = 3"):
-        move_rows.scatter_rows(out, index, x)
+        move_rows.add_rows(out, index, x)
     with pytest.raises(ValueError, match=r"`index` must be torch.int64, got torch.int32"):
         move_rows.gather_rows(x, index.int(), out)

@@ -142,7 +142,7 @@ def test_every_launch_is_a_variant_that_is_compiled_for_every_target(monkeypatch
             case = make(names, "last layer", head_size=head_size, dtype=dtype)
             o = torch.zeros_like(case.grad_o)
             case.attention.forward(*case.inputs, o)
-            workspace = case.attention.workspace(1, 1, head_size)
+            workspace = torch.empty(case.attention.workspace_floats(1, 1, head_size), device=DEVICE)
             keys = torch.zeros_like(case.k), torch.zeros_like(case.k)
             case.attention.backward(case.grad_o, *case.inputs, o, *keys, workspace)
     forms = {
@@ -234,7 +234,19 @@ def test_rows_that_nobody_reads_have_no_gradient():
     q, dq = rows[0, :, :1].contiguous(), torch.empty(1, 1, 8, device=DEVICE)
     dk, dv = torch.full_like(rows[:2], torch.nan)
     sos = torch.ones(8, device=DEVICE)
-    attention.backward(q, q, rows[1], rows[2], sos, sos, 1, dq, dk, dv, attention.workspace(1, 1, 8))
+    attention.backward(
+        q,
+        q,
+        rows[1],
+        rows[2],
+        sos,
+        sos,
+        1,
+        dq,
+        dk,
+        dv,
+        torch.empty(attention.workspace_floats(1, 1, 8), device=DEVICE),
+    )
     read = tree.n_ctx + int(tree.leaves[0]) + 1
     for gradient in (dk, dv):
         assert gradient[:, :read].any(-1).all()

@@ -67,21 +67,22 @@ def launch_all(device):
         x, per_row, index = z(2, 3, width), f(6), torch.arange(2, device=device)
         for own, flag in itertools.product(dict.fromkeys((dtype, torch.float32)), (False, True)):
             w = z(width, dtype=own)
-            layer_norm.layer_norm_fwd(x, z(width) if flag else None, w, w, 1e-5, x, per_row, per_row)
-            if flag:
-                layer_norm.layer_norm_fwd(x, z(width), w, w, 1e-5, x, per_row, per_row, residual=x)
-            layer_norm.layer_norm_fwd(x, z(width), w, w, 1e-5, x, per_row, per_row, x)
+            added = (z(width), x) if flag else (None, None)
+            layer_norm.layer_norm_fwd(x, *added, w, w, 1e-5, x, per_row, per_row)
             layer_norm.layer_norm_bwd(x, x, w, per_row, per_row, x, accumulate=flag)
-            table, images = z(3, width, dtype=own), z(2, width, dtype=own)
-            assemble_prompts.assemble_prompts_fwd(table, images, table, w, w, 1e-5, x, x, per_row, per_row)
-            assemble_prompts.assemble_prompts_bwd(x, table, images)
+            table, images, rows = (z(*n, width, dtype=own) for n in ((3,), (2,), (2, 3)))
+            for vectors, shift in ((table, images), (table, rows), (None, rows)):
+                assemble_prompts.assemble_prompts_fwd(
+                    vectors, shift, table, w, w, 1e-5, x, x, per_row, per_row
+                )
+                assemble_prompts.assemble_prompts_bwd(x, vectors, shift)
             pairs = f(2, 3)
             head.head_fwd(x, images, f(1), pairs, pairs)
             head.head_bwd(x, images, f(1), pairs, pairs, pairs, x)
             for kind in activation.KINDS:
-                activation.activation_fwd(x, z(width) if flag else None, kind, x)
-                activation.activation_bwd(x, z(width) if flag else None, kind, x)
-            move_rows.scatter_rows(x[:, :2], index, x, accumulate=flag)
+                activation.activation_fwd(x, kind, x)
+                activation.activation_bwd(x, kind, x)
+            move_rows.add_rows(x[:, :2], index, x)
         assemble_prompts.assemble_dense(z(2, 1, width), z(3, width), z(3, 2, width), z(2, 3, 4, width))
         move_rows.gather_rows(x, index, x[:, :2])
     for classes in (1, 3000):

@@ -8,10 +8,12 @@ from tiny_models import tiny_clip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cocoop_fast.engine.memory import PeakBytes
 from cocoop_fast.measure import contestants as field
-from cocoop_fast.measure.cost import Product, RowKernel, dense_step, tree_inference, tree_step
+from cocoop_fast.measure.cost import GpuLayout, Product, RowKernel, TreeCost, dense_step, layout_on
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names
 from cocoop_fast.measure.sizes import RowCounts, TowerSizes
+from cocoop_fast.ops.extensions import CPP
 
 
 def problem_of(*, layers=3, batch=2, classes=12):
@@ -20,6 +22,10 @@ def problem_of(*, layers=3, batch=2, classes=12):
 
 def sizes_of(problem):
     return TowerSizes.of(problem.weights), RowCounts.of(problem.tree)
+
+
+def cost_of(problem, layout=None):
+    return TreeCost(problem.weights, problem.tree, layout or layout_on("cpu"))
 
 
 def counted_products(action):
@@ -44,7 +50,6 @@ def learner_flops(problem, *, backward):
 )  # torch takes the cosines of a single image for a product with a weight
 def test_the_products_of_the_tree_are_those_that_the_tower_computes(layers, batch):
     problem = problem_of(layers=layers, batch=batch)
-    sizes, counts = sizes_of(problem)
     model = field.BY_NAME["tree+torch"].build(problem).model
     model.forward_features(problem.features, problem.labels)  # makes the constants
     with torch.no_grad():
@@ -52,8 +57,9 @@ def test_the_products_of_the_tree_are_those_that_the_tower_computes(layers, batc
     step = counted_products(lambda: model.forward_features(problem.features, problem.labels).backward())
     forward -= learner_flops(problem, backward=False)
     step -= learner_flops(problem, backward=True)
-    assert forward == tree_inference(sizes, counts, batch).gemm_flops
-    assert step == tree_step(sizes, counts, batch).gemm_flops
+    for layout in (layout_on("cpu"), GpuLayout()):
+        assert forward == cost_of(problem, layout).inference(batch).gemm_flops
+        assert step == cost_of(problem, layout).step(batch).gemm_flops
 
 
 def test_the_flops_of_the_dense_reference_are_those_that_it_computes():
@@ -65,7 +71,9 @@ def test_the_flops_of_the_dense_reference_are_those_that_it_computes():
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         runner.step()
     scores = 2 * problem.tokens.numel() * problem.tokens.shape[1] * sizes.width * sizes.layers * 2
-    assert dense_step(sizes, counts, 2).flops == pytest.approx(counter.get_total_flops() + scores, rel=1e-3)
+    assert dense_step(sizes, counts, 2, 4).flops == pytest.approx(
+        counter.get_total_flops() + scores, rel=1e-3
+    )
 
 
 def test_what_autograd_keeps_of_a_dense_block_is_what_is_listed():
@@ -89,7 +97,7 @@ def test_what_autograd_keeps_of_a_dense_block_is_what_is_listed():
     sizes, counts = sizes_of(problem)
     rows = counts.classes * sizes.context_length
     statistics = rows * (4 + sizes.heads) * 4  # of both LayerNorms and the softmax, left out of the list
-    assert kept[3] - kept[2] - statistics == dense_step(sizes, counts, 1).saved_bytes / sizes.layers
+    assert kept[3] - kept[2] - statistics == dense_step(sizes, counts, 1, 4).saved_bytes / sizes.layers
 
 
 def test_rows_and_pairs_are_those_of_the_tree():
@@ -103,26 +111,39 @@ def test_rows_and_pairs_are_those_of_the_tree():
 
 
 def test_a_step_launches_what_was_promised():
-    sizes = TowerSizes(12, 512, 2048, 8, 512, 77)
-    counts = RowCounts.of(problem_of().tree)
-    by_layer = [tree_step(TowerSizes(n, 512, 2048, 8, 512, 77), counts, 1).launches for n in (11, 12)]
-    assert by_layer[1] - by_layer[0] == 8 + 8  # forward and backward, products included
-    assert tree_step(sizes, counts, 1).launches < 12 * 16 + 30
+    by_layer = [cost_of(problem_of(layers=n), GpuLayout()).step(1).launches for n in (3, 4, 5)]
+    assert by_layer[2] - by_layer[1] == by_layer[1] - by_layer[0] == 8 + 9  # forward and backward
+    assert by_layer[0] < 3 * 17 + 25
 
 
 def test_costs_grow_with_the_batch_in_proportion():
-    sizes, counts = sizes_of(problem_of())
-    one, four = (tree_step(sizes, counts, batch) for batch in (1, 4))
+    problem = problem_of()
+    cost = cost_of(problem, GpuLayout())
+    one, four = (cost.step(batch) for batch in (1, 4))
     assert four.gemm_flops == 4 * one.gemm_flops
     assert four.saved_bytes == 4 * one.saved_bytes
     assert four.launches == one.launches
-    assert tree_step(sizes, counts, 1, itemsize=2).bytes == one.bytes / 2
+    half = problem.weights.to(torch.device("meta"), torch.float16)
+    assert TreeCost(half, problem.tree, GpuLayout()).step(1).bytes == one.bytes / 2
+
+
+@pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_bytes_of_a_step_are_those_that_it_allocates(batch):
+    """From a model that is there to its second step, whatever is made once included."""
+    problem = problem_of(layers=4, batch=batch, classes=100)
+    cost = cost_of(problem)
+    runner = field.BY_NAME["engine"].build(problem)
+    with PeakBytes() as peak:
+        for _ in range(2):
+            runner.step()
+    said = cost.activation_bytes(batch, keeps=True) + cost.class_list_bytes
+    assert said == pytest.approx(peak.bytes, rel=0.05)
 
 
 def test_a_product_counts_its_factors_and_results():
     product = Product(3, 5, 7)
     assert (product.flops, product.elements, product.launches) == (2 * 3 * 5 * 7, 15 + 35 + 21, 1)
-    fused = Product(3, 5, 7, activation="of output", calls=2)
+    fused = Product(3, 5, 7, fused=True, calls=2)
     assert (fused.elements, fused.launches) == (2 * (15 + 35 + 42), 4)
-    assert not Product(3, 5, 7, activation="of output", backward=True).fused
     assert RowKernel("copy", 10.0, calls=3).launches == 3

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-from cocoop_fast.measure.cost import tree_step
+from cocoop_fast.clip.frozen import FrozenCLIP
+from cocoop_fast.measure.cost import GpuLayout, TreeCost
 from cocoop_fast.measure.devices import find_gpu
 from cocoop_fast.measure.predict import (
     MOST_IMAGES,
@@ -18,19 +20,18 @@ from cocoop_fast.measure.predict import (
     predict_tree,
     seconds_of_pass,
 )
-from cocoop_fast.measure.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure.problem import imagenet_names, random_text_tower
+from cocoop_fast.prompts.tokens import tokenize_prompts
+from cocoop_fast.prompts.tree import ClassTree
 
-SIZES = TowerSizes(layers=12, width=512, mlp_width=2048, heads=8, embed_dim=512, context_length=77)
-COUNTS = RowCounts(
-    classes=100, context=4, nodes=442, leaves=100, tokens=451, longest=14, pairs=3547, leaf_pairs=951
-)
+PROMPTS = tokenize_prompts(imagenet_names(100), ctx_init="a photo of a")
+WEIGHTS = FrozenCLIP(random_text_tower()).text_weights().to(torch.device("meta"), torch.float16)
 SETTING = Setting(
-    model=Model("ViT-B-16", SIZES, parameters=150_000_000, image_flops=35e9, image_launches=100),
-    counts=COUNTS,
+    model=Model("ViT-B-16", WEIGHTS, parameters=150_000_000, image_flops=35e9, image_launches=100),
+    tree=ClassTree(PROMPTS.tokens, PROMPTS.n_ctx),
     batch=1,
-    itemsize=2,
     device=find_gpu("A100").at("fp16"),
-    rows_per_inference_pass=8192,
+    layout=GpuLayout(),
 )
 SCHEDULE = Schedule(train_images=1600, epochs=10, test_images=10_000)
 
@@ -56,7 +57,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(predict, budget):
 
 def test_the_sums_add_up():
     found = predict_tree(replace(SETTING, batch=32, process_bytes=7), SCHEDULE, 10**10)
-    step = tree_step(SIZES, COUNTS, 32, 2)
+    step = TreeCost(WEIGHTS, SETTING.tree, GpuLayout()).step(32)
     assert found.step == step
     assert found.step_seconds == seconds_of_pass(step, SETTING.device)
     assert found.epoch_seconds == pytest.approx(50 * (found.step_seconds + found.image_seconds))
@@ -74,9 +75,13 @@ def test_an_incomplete_batch_is_dropped_as_in_the_reference():
 
 
 def test_packed_weights_are_counted_where_there_are_any():
+    class Packing(GpuLayout):
+        def packed_bytes(self, columns, inner):
+            return 4 * columns * inner
+
     plain, packed = (
-        predict_tree(replace(SETTING, packs_weights=packs), SCHEDULE, 10**10).memory.class_list
-        for packs in (False, True)
+        predict_tree(replace(SETTING, layout=layout), SCHEDULE, 10**10).memory.class_list
+        for layout in (GpuLayout(), Packing())
     )
     linear = 11 * 12 * 512 * 512 - 3 * 512 * 512  # all but the last layer, and layer 0's query, key and value
     assert packed - plain == 4 * linear

@@ -81,7 +81,8 @@ def test_half_precision(precision, dtype):
     assert {p.dtype for p in learner.parameters()} == {torch.float32}
     features = torch.randn(1, 64, dtype=dtype)
     assert learner(features).dtype == dtype
-    assert learner.contexts(features).dtype == torch.float32
+    contexts = learner.contexts(features)
+    assert {contexts.vectors.dtype, contexts.shift.dtype} == {torch.float32}
     low = {name: torch.randn_like(value).to(dtype) for name, value in learner.state_dict().items()}
     learner.load_state_dict(low)
     assert all(p.dtype == torch.float32 and p.equal(low[n].float()) for n, p in learner.named_parameters())

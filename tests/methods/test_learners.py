@@ -86,7 +86,7 @@ def test_random_contexts():
 def test_meta_nets_are_as_many_as_context_vectors():
     learner = MetaNetsCLIP(cfg(), NAMES, tiny_clip()).prompt_learner
     assert len(learner.meta_nets) == 4
-    assert learner.contexts(torch.randn(2, 64)).shape == (2, 4, 48)
+    assert learner.contexts(torch.randn(2, 64)).shift.shape == (2, 4, 48)
 
 
 @pytest.mark.parametrize("position", ["end", "middle", "front"])

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from cocoop_fast import extension
 from cocoop_fast.ops import cpu as cpu_kernels
+from cocoop_fast.ops.extensions import CPP
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def isa(request):
     """Runs the test once for each instruction set, and leaves the widest chosen."""
-    if not extension.extension_available():
-        pytest.skip(extension.describe_extension())
+    if reason := CPP.why_unavailable():
+        pytest.skip(reason)
     available = cpu_kernels.available_isas()
     if request.param not in available:
         pytest.skip(f"no {request.param} here")
@@ -23,8 +23,8 @@ def isa(request):
 @pytest.fixture
 def widest_isa():
     """The widest instruction set, for tests that need no other."""
-    if not extension.extension_available():
-        pytest.skip(extension.describe_extension())
+    if reason := CPP.why_unavailable():
+        pytest.skip(reason)
     cpu_kernels.set_isa(cpu_kernels.available_isas()[-1])
 
 
@@ -39,5 +39,5 @@ def threads():
 @pytest.fixture(scope="session")
 def extension_built():
     """For hypothesis, whose examples share the fixtures of one test."""
-    if not extension.extension_available():
-        pytest.skip(extension.describe_extension())
+    if reason := CPP.why_unavailable():
+        pytest.skip(reason)

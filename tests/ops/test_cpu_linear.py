@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from kernel_testing import Guarded, assert_close, guarded_like
 
 from cocoop_fast.clip.frozen import Affine
-from cocoop_fast.engine.linear import LibraryLinear, PackedLinear
 from cocoop_fast.ops import cpu as cpu_kernels
 from cocoop_fast.ops.activation import activation_ref
+from cocoop_fast.ops.cpu import PackedLinear
+from cocoop_fast.ops.layer_norm import layer_norm_ref
+from cocoop_fast.ops.linear import GemmLinear
 
 # n, k, width: less than a tile, whole tiles, one row more, columns left over, sums of more than one block
 SHAPES = [(1, 1, 1), (3, 5, 7), (14, 32, 32), (15, 64, 96), (29, 48, 40), (6, 600, 33), (100, 1030, 129)]
@@ -83,14 +85,19 @@ def test_with_activation(isa, shape, kind):
 @pytest.mark.parametrize("kind", ["quick_gelu", "gelu"])
 def test_both_implementations_agree(isa, kind):
     x, weight, bias, residual = problem(20, 40, 72)
-    layers = PackedLinear(Affine(weight, bias)), LibraryLinear(Affine(weight, bias))
+    layers = PackedLinear(Affine(weight, bias)), GemmLinear(Affine(weight, bias), cpu_kernels)
+    norm = Affine(torch.randn(72), torch.randn(72), eps=1e-5)
+    wide = Affine(norm.weight.double(), norm.bias.double(), norm.eps)
     expected = F.linear(x.double(), weight.double(), bias.double())
     for layer in layers:
         out, u, act, dx, du = (torch.empty(20, w) for w in (72, 72, 72, 40, 40))
         layer.forward(x, out)
         assert_close(out, expected, 40)
-        layer.forward(x, out, residual=residual)
+        y, mean, rstd = torch.empty(20, 72), torch.empty(20), torch.empty(20)
+        layer.forward_norm(x, residual, out, norm, y, mean, rstd)
         assert_close(out, expected + residual.double(), 40)
+        assert_close(y, layer_norm_ref(expected + residual.double(), wide), 72)
+        assert_close(mean, (expected + residual.double()).mean(-1), 72)
         layer.forward_activation(x, kind, u, act)
         assert_close(u, expected, 40)
         assert_close(act, activation_ref(expected, kind), 40)

@@ -11,7 +11,8 @@ from kernel_testing import Guarded, assert_close, guarded_like
 from cocoop_fast.clip.frozen import Affine
 from cocoop_fast.ops import cpu as cpu_kernels
 from cocoop_fast.ops.activation import activation_ref
-from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_prompts_ref
+from cocoop_fast.ops.assemble_prompts import assemble_context_ref, assemble_dense_ref
+from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.ops.head import cosine_logits_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 
@@ -31,24 +32,24 @@ def seed():
 
 def layer_norm_case(shape):
     x, dy = torch.randn(*shape) * 3 + 2, torch.randn(*shape)
-    gamma, beta, add_bias = torch.randn(shape[-1]), torch.randn(shape[-1]), torch.randn(shape[-1])
-    return x, dy, gamma, beta, add_bias
+    gamma, beta, bias = torch.randn(shape[-1]), torch.randn(shape[-1]), torch.randn(shape[-1])
+    return x, dy, gamma, beta, bias
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_layer_norm(isa, shape, with_bias):
-    x, dy, gamma, beta, add_bias = layer_norm_case(shape)
-    moved = x + add_bias if with_bias else x
+def test_layer_norm(isa, shape, adds):
+    x, dy, gamma, beta, bias = layer_norm_case(shape)
+    passed_on = torch.randn(*shape)
+    moved = (x + bias) + passed_on if adds else x
     exact = moved.double().requires_grad_()
     y_exact = layer_norm_ref(exact, Affine(gamma.double(), beta.double(), EPS))
     y_exact.backward(dy.double())
 
     rows, y, n = guarded_like(x), Guarded(*shape), math.prod(shape[:-1])
     mean, rstd = Guarded(n), Guarded(n)
-    cpu_kernels.layer_norm_fwd(
-        rows.tensor, add_bias if with_bias else None, gamma, beta, EPS, y.tensor, mean.tensor, rstd.tensor
-    )
+    added = (bias, guarded_like(passed_on).tensor) if adds else (None, None)
+    cpu_kernels.layer_norm_fwd(rows.tensor, *added, gamma, beta, EPS, y.tensor, mean.tensor, rstd.tensor)
     assert torch.equal(rows.check(), moved)
     d = shape[-1]
     assert_close(y.check(), y_exact, d, "y")
@@ -73,7 +74,7 @@ def test_layer_norm_of_a_part_of_each_image(isa):
     image_rows = torch.randn(3, 11, 64)
     dx = image_rows.clone()
     mean, rstd = x.mean(-1), (x.var(-1, correction=0) + EPS).rsqrt()
-    cpu_kernels.layer_norm_bwd(dy, x, gamma, mean.flatten(), rstd.flatten(), dx[:, :4])
+    cpu_kernels.layer_norm_bwd(dy, x, gamma, mean.flatten(), rstd.flatten(), dx[:, :4], accumulate=True)
     exact = x.double().requires_grad_()
     layer_norm_ref(exact, Affine(gamma.double(), torch.zeros(64).double(), EPS)).backward(dy.double())
     assert_close(dx[:, :4], exact.grad + image_rows[:, :4], 64)
@@ -84,7 +85,7 @@ def test_layer_norm_of_rows_far_from_zero(isa):
     """The variance is that of the centred row: E[x^2] - E[x]^2 would lose every digit here."""
     x = torch.randn(4, 512) + 1e4
     y, mean, rstd = torch.empty(4, 512), torch.empty(4), torch.empty(4)
-    cpu_kernels.layer_norm_fwd(x, None, torch.ones(512), torch.zeros(512), EPS, y, mean, rstd)
+    cpu_kernels.layer_norm_fwd(x, None, None, torch.ones(512), torch.zeros(512), EPS, y, mean, rstd)
     expected = F.layer_norm(x.double(), (512,), eps=EPS)
     assert float((y - expected).abs().max()) < 1e4 * torch.finfo(torch.float32).eps * 4  # that of the mean
 
@@ -105,11 +106,14 @@ def test_layer_norm_of_rows_far_from_zero(isa):
         ({"rstd": torch.zeros(2)}, r"`rstd` must have shape"),
         ({"eps": -1.0}, "`eps` must not be negative, got -1"),
         ({"eps": math.nan}, "`eps` must not be negative, got nan"),
+        ({"bias": None}, r"`residual` must be None exactly if `bias` is, got \(3, 8\)"),
+        ({"residual": None}, "`residual` must be None exactly if `bias` is, got None"),
+        ({"residual": torch.zeros(3, 7)}, r"`residual` must have 3 rows of 8, got \(3, 7\)"),
     ],
 )  # fmt: skip
 def test_bad_layer_norm_arguments(widest_isa, change, message):
     good = {
-        "x": torch.zeros(3, 8), "add_bias": torch.zeros(8), "gamma": torch.ones(8), "beta": torch.zeros(8), "eps": EPS,
+        "x": torch.zeros(3, 8), "bias": torch.zeros(8), "residual": torch.zeros(3, 8), "gamma": torch.ones(8), "beta": torch.zeros(8), "eps": EPS,
         "y": torch.zeros(3, 8), "mean": torch.zeros(3), "rstd": torch.zeros(3),
     }  # fmt: skip
     cpu_kernels.layer_norm_fwd(**good)
@@ -119,7 +123,7 @@ def test_bad_layer_norm_arguments(widest_isa, change, message):
 
 def test_arrays_that_tensors_cannot_be(widest_isa):
     """Foreign byte order, odd addresses, strides of half a float, read-only memory."""
-    extension = cpu_kernels.load_extension()
+    extension = CPP.load()
     good = np.zeros((2, 4), dtype=np.float32)
     odd = np.zeros(36, dtype=np.int8)[1:33].view(np.float32).reshape(2, 4)
     half = np.zeros(36, dtype=np.int8)
@@ -133,9 +137,9 @@ def test_arrays_that_tensors_cannot_be(widest_isa):
         (read_only, "`out` must be writeable"),
     ]:
         with pytest.raises(ValueError, match=message):
-            extension.activation_fwd(good, None, "gelu", out)
+            extension.activation_fwd(good, "gelu", out)
     with pytest.raises(TypeError):
-        extension.activation_fwd([[1.0]], None, "gelu", good)
+        extension.activation_fwd([[1.0]], "gelu", good)
 
 
 # activation
@@ -144,18 +148,17 @@ def test_arrays_that_tensors_cannot_be(widest_isa):
 @pytest.mark.parametrize("kind", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_activation(isa, shape, kind):
-    u, bias, dg = torch.randn(*shape) * 2, torch.randn(shape[-1]), torch.randn(*shape)
-    for b in (bias, None):
-        exact = (u if b is None else u + b).double().requires_grad_()
-        activation_ref(exact, kind).backward(dg.double())
-        out, changed = Guarded(*shape), guarded_like(dg)
-        cpu_kernels.activation_fwd(guarded_like(u).tensor, b, kind, out.tensor)
-        assert_close(out.check(), activation_ref(exact, kind), 1, "value")
-        cpu_kernels.activation_bwd(guarded_like(u).tensor, b, kind, changed.tensor)
-        assert_close(changed.check(), exact.grad, 1, "gradient")
-        in_place = u.clone()
-        cpu_kernels.activation_fwd(in_place, b, kind, in_place)
-        assert torch.equal(in_place, out.tensor)
+    u, dg = torch.randn(*shape) * 2, torch.randn(*shape)
+    exact = u.double().requires_grad_()
+    activation_ref(exact, kind).backward(dg.double())
+    out, changed = Guarded(*shape), guarded_like(dg)
+    cpu_kernels.activation_fwd(guarded_like(u).tensor, kind, out.tensor)
+    assert_close(out.check(), activation_ref(exact, kind), 1, "value")
+    cpu_kernels.activation_bwd(guarded_like(u).tensor, kind, changed.tensor)
+    assert_close(changed.check(), exact.grad, 1, "gradient")
+    in_place = u.clone()
+    cpu_kernels.activation_fwd(in_place, kind, in_place)
+    assert torch.equal(in_place, out.tensor)
 
 
 @pytest.mark.parametrize("kind", ["quick_gelu", "gelu"])
@@ -168,8 +171,8 @@ def test_activation_everywhere(isa, kind):
     value = activation_ref(exact, kind)
     value.backward(torch.ones_like(value))
     out, dg = torch.empty(1, len(u)), torch.ones(1, len(u))
-    cpu_kernels.activation_fwd(u[None], None, kind, out)
-    cpu_kernels.activation_bwd(u[None], None, kind, dg)
+    cpu_kernels.activation_fwd(u[None], kind, out)
+    cpu_kernels.activation_bwd(u[None], kind, dg)
     unit = torch.finfo(torch.float32).eps
     assert float(((out[0] - value).detach() / exact.detach().abs().clamp(min=1)).abs().max()) < 4 * unit
     assert float((dg[0] - exact.grad).abs().max()) < 10 * unit
@@ -185,42 +188,51 @@ def test_activation_keeps_nan(isa, kind):
     u = torch.zeros(1, 40)
     u[0, 17] = torch.nan
     out, dg = torch.empty(1, 40), torch.ones(1, 40)
-    cpu_kernels.activation_fwd(u, None, kind, out)
-    cpu_kernels.activation_bwd(u, None, kind, dg)
+    cpu_kernels.activation_fwd(u, kind, out)
+    cpu_kernels.activation_bwd(u, kind, dg)
     assert out.isnan().nonzero().tolist() == dg.isnan().nonzero().tolist() == [[0, 17]]
 
 
 def test_bad_activation_arguments(widest_isa):
     u = torch.zeros(2, 8)
     with pytest.raises(ValueError, match="`kind` must be quick_gelu or gelu, got 'relu'"):
-        cpu_kernels.activation_fwd(u, None, "relu", u)
-    with pytest.raises(ValueError, match=r"`bias` must have shape \(width,\) = \(8,\), got \(2,\)"):
-        cpu_kernels.activation_fwd(u, torch.zeros(2), "gelu", u)
+        cpu_kernels.activation_fwd(u, "relu", u)
     with pytest.raises(ValueError, match=r"`dg` must have 2 rows of 8, got \(3, 8\)"):
-        cpu_kernels.activation_bwd(u, None, "gelu", torch.zeros(3, 8))
+        cpu_kernels.activation_bwd(u, "gelu", torch.zeros(3, 8))
 
 
 # assemble_prompts
 
 
+@pytest.mark.parametrize("form", ["image", "row", "row alone"])
 @pytest.mark.parametrize("batch, m, d", [(1, 4, 512), (3, 1, 33), (2, 16, 20)])
-def test_assemble_prompts(isa, batch, m, d):
-    ctx, bias, position = torch.randn(m, d), torch.randn(batch, d), torch.randn(m, d)
+def test_assemble_prompts(isa, batch, m, d, form):
+    """A shift of each image, of each of its rows, and whole contexts that share no vectors."""
+    vectors, position = None if form == "row alone" else torch.randn(m, d), torch.randn(m, d)
+    shift = torch.randn(batch, d) if form == "image" else torch.randn(batch, m, d)
     gamma, beta, dx = torch.randn(d), torch.randn(d), torch.randn(batch, m, d)
     x, y, mean, rstd = Guarded(batch, m, d), Guarded(batch, m, d), Guarded(batch * m), Guarded(batch * m)
     cpu_kernels.assemble_prompts_fwd(
-        ctx, bias, position, gamma, beta, EPS, x.tensor, y.tensor, mean.tensor, rstd.tensor
+        vectors, shift, position, gamma, beta, EPS, x.tensor, y.tensor, mean.tensor, rstd.tensor
     )
-    rows = assemble_context_ref(ctx.double(), bias.double()) + position
+    shared = torch.zeros(m, d) if vectors is None else vectors
+    rows = assemble_context_ref(shared.double(), shift.double()) + position
     assert_close(x.check(), rows, 3, "x")
     assert_close(y.check(), layer_norm_ref(rows, Affine(gamma.double(), beta.double(), EPS)), d, "y")
     assert_close(mean.check(), rows.mean(-1).flatten(), d, "mean")
     assert_close(rstd.check(), (rows.var(-1, correction=0).flatten() + EPS).rsqrt(), d, "rstd")
 
-    d_ctx, d_bias = torch.full((m, d), torch.nan), torch.full((batch, d), torch.nan)
-    cpu_kernels.assemble_prompts_bwd(guarded_like(dx).tensor, d_ctx, d_bias)
-    assert_close(d_ctx, dx.double().sum(0), batch, "d_ctx")
-    assert_close(d_bias, dx.double().sum(1), m, "d_bias")
+    d_vectors, d_shift = (
+        None if vectors is None else torch.full((m, d), torch.nan),
+        torch.full_like(shift, torch.nan),
+    )
+    cpu_kernels.assemble_prompts_bwd(guarded_like(dx).tensor, d_vectors, d_shift)
+    if d_vectors is not None:
+        assert_close(d_vectors, dx.double().sum(0), batch, "d_vectors")
+    if form == "image":
+        assert_close(d_shift, dx.double().sum(1), m, "d_shift")
+    else:
+        assert torch.equal(d_shift, dx)
 
 
 @pytest.mark.parametrize(
@@ -230,17 +242,23 @@ def test_assemble_dense(isa, batch, k, m, length, d):
     context, prefix = torch.randn(batch, m, d), torch.randn(k, d)
     suffix, out = torch.randn(k, length - 1 - m, d), torch.full((batch, k, length, d), torch.nan)
     cpu_kernels.assemble_dense(context, prefix, suffix, out)
-    assert torch.equal(out, assemble_prompts_ref(context, prefix[:, None], suffix))
+    assert torch.equal(out, assemble_dense_ref(context, prefix, suffix))
 
 
 def test_bad_assemble_arguments(widest_isa):
     z = torch.zeros
-    with pytest.raises(ValueError, match=r"`position` must have shape \(M, d\) = \(2, 8\), got \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"`vectors` must have shape \(M, d\) = \(3, 8\), got \(2, 8\)"):
         cpu_kernels.assemble_prompts_fwd(
-            z(2, 8), z(1, 8), z(3, 8), z(8), z(8), EPS, z(1, 2, 8), z(1, 2, 8), z(2), z(2)
+            z(2, 8), z(1, 8), z(3, 8), z(8), z(8), EPS, z(1, 3, 8), z(1, 3, 8), z(3), z(3)
         )
-    with pytest.raises(ValueError, match=r"`d_bias` must have shape \(B, d\) = \(1, 8\), got \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"`shift` must have shape \(B, d\) or \(B, M, d\), got \(8,\)"):
+        cpu_kernels.assemble_prompts_fwd(
+            z(2, 8), z(8), z(2, 8), z(8), z(8), EPS, z(1, 2, 8), z(1, 2, 8), z(2), z(2)
+        )
+    with pytest.raises(ValueError, match=r"`d_shift` must have shape \(B, d\) = \(1, 8\), got \(2, 8\)"):
         cpu_kernels.assemble_prompts_bwd(z(1, 2, 8), z(2, 8), z(2, 8))
+    with pytest.raises(ValueError, match=r"`d_shift` must have shape \(B, M, d\) = \(1, 2, 8\)"):
+        cpu_kernels.assemble_prompts_bwd(z(1, 2, 8), None, z(1, 3, 8))
     with pytest.raises(
         ValueError, match=r"`out` must have shape \(B, K, L, d\) = \(1, 3, 6, 8\), got \(1, 3, 7, 8\)"
     ):
@@ -252,30 +270,29 @@ def test_bad_assemble_arguments(widest_isa):
 
 @pytest.mark.parametrize("batch, k, width", [(1, 100, 512), (3, 1, 33), (2, 37, 20), (1, 2500, 8)])
 def test_head(isa, batch, k, width):
-    scale, grad_loss = 100.0, 0.7
+    scale, grad_loss = torch.tensor([100.0]), torch.tensor([0.7])
     features, image = torch.randn(batch, k, width) * 5, F.normalize(torch.randn(batch, width), dim=-1)
     labels = torch.randint(k, (batch,))
     exact = features.double().requires_grad_()
-    expected = cosine_logits_ref(image.double(), exact, torch.tensor(scale, dtype=torch.float64).log())
+    expected = cosine_logits_ref(image.double(), exact, scale.double().log())
     loss_exact = F.cross_entropy(expected, labels)
-    d_logits_exact, d_features_exact = torch.autograd.grad(loss_exact * grad_loss, (expected, exact))
+    d_logits_exact, d_features_exact = torch.autograd.grad(loss_exact * 0.7, (expected, exact))
 
     logits, norms = torch.empty(batch, k), torch.empty(batch, k)
     cpu_kernels.head_fwd(guarded_like(features).tensor, image, scale, logits, norms)
     assert_close(logits, expected, width, "logits")
     assert_close(norms, 1 / exact.norm(dim=-1), width, "inverse norms")
     logit_error = torch.finfo(torch.float32).eps * (8 + width**0.5) * float(expected.detach().abs().max())
-    loss = cpu_kernels.cross_entropy_fwd(logits, labels)
-    assert abs(loss - float(loss_exact.detach())) <= 2 * logit_error + 1e-6
+    assert abs(cross_entropy(logits, labels) - float(loss_exact.detach())) <= 2 * logit_error + 1e-6
 
     # From exact logits on: an error of the logits is multiplied by the softmax's slope, and is no error of backward.
     logits = expected.detach().float()
     d_logits = torch.empty(batch, k)
     cpu_kernels.cross_entropy_bwd(logits, labels, grad_loss, d_logits)
     rounded = logits.double().requires_grad_()
-    (d_rounded,) = torch.autograd.grad(F.cross_entropy(rounded, labels) * grad_loss, rounded)
+    (d_rounded,) = torch.autograd.grad(F.cross_entropy(rounded, labels) * 0.7, rounded)
     if k > 1:  # else both are zero
-        assert float((d_logits - d_rounded).abs().max()) < 1e-6 * grad_loss / batch
+        assert float((d_logits - d_rounded).abs().max()) < 1e-6 * 0.7 / batch
     d_features = Guarded(batch, k, width)
     arguments = (features, image, scale, logits, norms, d_logits_exact.float(), d_features.tensor)
     cpu_kernels.head_bwd(*arguments)
@@ -283,30 +300,35 @@ def test_head(isa, batch, k, width):
         assert_close(d_features.check(), d_features_exact, width, "d_features")
 
 
+def cross_entropy(logits, labels):
+    loss = torch.full((1,), torch.nan)
+    cpu_kernels.cross_entropy_fwd(logits, labels, loss)
+    return float(loss)
+
+
 def test_cross_entropy_is_stable(isa):
     logits = torch.tensor([[3e4, -3e4, 0.0], [-1e30, 1e30, 1e30]])
     labels = torch.tensor([1, 2])
-    loss = cpu_kernels.cross_entropy_fwd(logits, labels)
-    assert loss == pytest.approx((6e4 + math.log(2)) / 2, rel=1e-6)
+    assert cross_entropy(logits, labels) == pytest.approx((6e4 + math.log(2)) / 2, rel=1e-6)
     d_logits = torch.empty(2, 3)
-    cpu_kernels.cross_entropy_bwd(logits, labels, 2.0, d_logits)
+    cpu_kernels.cross_entropy_bwd(logits, labels, torch.tensor([2.0]), d_logits)
     assert_close(d_logits, torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.5, -0.5]], dtype=torch.float64), 1)
     logits[0, 2] = torch.nan
-    assert math.isnan(cpu_kernels.cross_entropy_fwd(logits, labels))
+    assert math.isnan(cross_entropy(logits, labels))
 
 
 def test_bad_head_arguments(widest_isa):
     z = torch.zeros
     with pytest.raises(ValueError, match=r"`image` must have shape \(B, E\) = \(2, 8\), got \(1, 8\)"):
-        cpu_kernels.head_fwd(z(2, 3, 8), z(1, 8), 1.0, z(2, 3), z(2, 3))
+        cpu_kernels.head_fwd(z(2, 3, 8), z(1, 8), z(1), z(2, 3), z(2, 3))
     with pytest.raises(ValueError, match=r"`labels` must be classes 0 .. 2, got 3 at 1"):
-        cpu_kernels.cross_entropy_fwd(z(2, 3), torch.tensor([0, 3]))
+        cpu_kernels.cross_entropy_fwd(z(2, 3), torch.tensor([0, 3]), z(1))
     with pytest.raises(ValueError, match=r"`labels` must be classes 0 .. 2, got -1 at 0"):
-        cpu_kernels.cross_entropy_bwd(z(2, 3), torch.tensor([-1, 0]), 1.0, z(2, 3))
+        cpu_kernels.cross_entropy_bwd(z(2, 3), torch.tensor([-1, 0]), z(1), z(2, 3))
     with pytest.raises(ValueError, match=r"torch.int64 tensors on the CPU here, got torch.int32"):
-        cpu_kernels.cross_entropy_fwd(z(1, 3), torch.tensor([0], dtype=torch.int32))
+        cpu_kernels.cross_entropy_fwd(z(1, 3), torch.tensor([0], dtype=torch.int32), z(1))
     with pytest.raises(ValueError, match=r"`d_features` must have 6 rows of 8, got \(2, 3, 7\)"):
-        cpu_kernels.head_bwd(z(2, 3, 8), z(2, 8), 1.0, z(2, 3), z(2, 3), z(2, 3), z(2, 3, 7))
+        cpu_kernels.head_bwd(z(2, 3, 8), z(2, 8), z(1), z(2, 3), z(2, 3), z(2, 3), z(2, 3, 7))
 
 
 # move_rows
@@ -318,12 +340,11 @@ def test_move_rows(isa, batch, rows, d):
     out = Guarded(batch, len(index), d)
     cpu_kernels.gather_rows(guarded_like(x).tensor, index, out.tensor)
     assert torch.equal(out.check(), x[:, index])
-    for accumulate in (False, True):
-        expected, target = x.clone(), guarded_like(x)
-        moved = torch.randn(batch, len(index), d)
-        expected[:, index] = expected[:, index] + moved if accumulate else moved
-        cpu_kernels.scatter_rows(guarded_like(moved).tensor, index, target.tensor, accumulate)
-        assert torch.equal(target.check(), expected)
+    expected, target = x.clone(), guarded_like(x)
+    moved = torch.randn(batch, len(index), d)
+    expected[:, index] = expected[:, index] + moved
+    cpu_kernels.add_rows(guarded_like(moved).tensor, index, target.tensor)
+    assert torch.equal(target.check(), expected)
 
 
 def test_bad_move_arguments(widest_isa):
@@ -335,7 +356,7 @@ def test_bad_move_arguments(widest_isa):
     with pytest.raises(ValueError, match=r"`out` must have shape \(B, n, d\) = \(1, 3, 8\), got \(1, 2, 8\)"):
         cpu_kernels.gather_rows(x, torch.tensor([0, 1, 2]), out)
     with pytest.raises(ValueError, match="`index` must have no row twice, got 1 at 1"):
-        cpu_kernels.scatter_rows(out, torch.tensor([1, 1]), x)
+        cpu_kernels.add_rows(out, torch.tensor([1, 1]), x)
 
 
 # all
@@ -344,20 +365,20 @@ def test_bad_move_arguments(widest_isa):
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (0, 2, 16)])
 def test_no_rows(isa, shape):
     rows, none, width = torch.zeros(*shape), torch.zeros(0), torch.ones(16)
-    cpu_kernels.layer_norm_fwd(rows, width, width, width, EPS, rows, none, none)
-    cpu_kernels.layer_norm_bwd(rows, rows, width, none, none, rows)
-    cpu_kernels.activation_fwd(rows, width, "gelu", rows)
-    cpu_kernels.activation_bwd(rows, width, "gelu", rows)
+    cpu_kernels.layer_norm_fwd(rows, width, rows, width, width, EPS, rows, none, none)
+    cpu_kernels.layer_norm_bwd(rows, rows, width, none, none, rows, accumulate=True)
+    cpu_kernels.activation_fwd(rows, "gelu", rows)
+    cpu_kernels.activation_bwd(rows, "gelu", rows)
     if len(shape) == 3:
-        pairs, no_index = torch.zeros(shape[:2]), torch.zeros(0, dtype=torch.int64)
-        cpu_kernels.head_fwd(rows, torch.zeros(shape[0], 16), 1.0, pairs, pairs)
-        cpu_kernels.head_bwd(rows, torch.zeros(shape[0], 16), 1.0, pairs, pairs, pairs, rows)
+        pairs, no_index, one = torch.zeros(shape[:2]), torch.zeros(0, dtype=torch.int64), torch.ones(1)
+        cpu_kernels.head_fwd(rows, torch.zeros(shape[0], 16), one, pairs, pairs)
+        cpu_kernels.head_bwd(rows, torch.zeros(shape[0], 16), one, pairs, pairs, pairs, rows)
         cpu_kernels.gather_rows(rows, no_index, torch.zeros(shape[0], 0, 16))
-        cpu_kernels.scatter_rows(torch.zeros(shape[0], 0, 16), no_index, rows)
-    d_ctx = torch.full((4, 16), torch.nan)  # a sum over no images is zero
-    cpu_kernels.assemble_prompts_bwd(torch.zeros(0, 4, 16), d_ctx, torch.zeros(0, 16))
-    assert not d_ctx.any()
-    assert math.isnan(cpu_kernels.cross_entropy_fwd(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)))
+        cpu_kernels.add_rows(torch.zeros(shape[0], 0, 16), no_index, rows)
+    d_vectors = torch.full((4, 16), torch.nan)  # a sum over no images is zero
+    cpu_kernels.assemble_prompts_bwd(torch.zeros(0, 4, 16), d_vectors, torch.zeros(0, 16))
+    assert not d_vectors.any()
+    assert math.isnan(cross_entropy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)))
 
 
 def test_same_bits_for_any_number_of_threads(isa, threads):
@@ -372,17 +393,18 @@ def test_same_bits_for_any_number_of_threads(isa, threads):
 
     def results():
         rows, y, mean, rstd, dx = x.clone(), torch.empty(n, d), torch.empty(n), torch.empty(n), dy.clone()
-        cpu_kernels.layer_norm_fwd(rows, bias, gamma, beta, EPS, y, mean, rstd)
-        cpu_kernels.layer_norm_bwd(dy, rows, gamma, mean, rstd, dx)
+        cpu_kernels.layer_norm_fwd(rows, bias, dy, gamma, beta, EPS, y, mean, rstd)
+        cpu_kernels.layer_norm_bwd(dy, rows, gamma, mean, rstd, dx, accumulate=True)
         out, dg = torch.empty(n, d), dy.clone()
-        cpu_kernels.activation_fwd(x, bias, "gelu", out)
-        cpu_kernels.activation_bwd(x, bias, "quick_gelu", dg)
-        d_ctx, d_bias = torch.empty(100, d), torch.empty(3, d)
-        cpu_kernels.assemble_prompts_bwd(x.view(3, 100, d), d_ctx, d_bias)
+        cpu_kernels.activation_fwd(x, "gelu", out)
+        cpu_kernels.activation_bwd(x, "quick_gelu", dg)
+        d_vectors, d_shift = torch.empty(100, d), torch.empty(3, d)
+        cpu_kernels.assemble_prompts_bwd(x.view(3, 100, d), d_vectors, d_shift)
         logits, norms = torch.empty(3, 100), torch.empty(3, 100)
-        cpu_kernels.head_fwd(x.view(3, 100, d), dy[:3], 100.0, logits, norms)
-        loss = torch.tensor(cpu_kernels.cross_entropy_fwd(logits, torch.tensor([0, 99, 5])))
-        return [rows, y, mean, rstd, dx, out, dg, d_ctx, d_bias, logits, norms, loss]
+        cpu_kernels.head_fwd(x.view(3, 100, d), dy[:3], torch.tensor([100.0]), logits, norms)
+        loss = torch.empty(1)
+        cpu_kernels.cross_entropy_fwd(logits, torch.tensor([0, 99, 5]), loss)
+        return [rows, y, mean, rstd, dx, out, dg, d_vectors, d_shift, logits, norms, loss]
 
     threads(1)
     first = results()
@@ -394,7 +416,7 @@ def test_same_bits_for_any_number_of_threads(isa, threads):
 def test_isa_is_chosen_by_name(widest_isa):
     available = cpu_kernels.available_isas()
     assert available[0] == "portable"
-    extension = cpu_kernels.load_extension()
+    extension = CPP.load()
     for name in available:
         cpu_kernels.set_isa(name)
         assert extension.isa() == name

@@ -3,34 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from attention_cases import random_names, tree_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_testing import Guarded, assert_close
 
 from cocoop_fast.ops import cpu as cpu_kernels
 from cocoop_fast.ops.cpu import TreeAttention
+from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.ops.tree_attention import tree_attention_ref
-from cocoop_fast.prompts.tree import ClassTree
-
-EOT = 99
-
-
-def tree_of(names, n_ctx=4):
-    """The tree of class names given as lists of small token ids."""
-    ids = torch.zeros(len(names), 2 + n_ctx + max(map(len, names)), dtype=torch.int64)
-    for row, name in zip(ids, names, strict=True):
-        row[1 + n_ctx : 1 + n_ctx + len(name)] = torch.tensor(name, dtype=torch.int64)
-        row[1 + n_ctx + len(name)] = EOT
-    return ClassTree(ids, n_ctx)
-
-
-def random_names(count, vocabulary, longest, seed):
-    generator = np.random.default_rng(seed)
-    return [
-        generator.integers(1, 1 + vocabulary, generator.integers(1, longest + 1)).tolist()
-        for _ in range(count)
-    ]
-
 
 NAMES = {
     "one class": [[5]],
@@ -233,7 +214,7 @@ def test_nan_goes_where_it_is_read(isa):
 
 def plan_of(parent, queries=None, n_ctx=2):
     arrays = [np.asarray(a, dtype=np.int64) if a is not None else None for a in (parent, queries)]
-    return cpu_kernels.load_extension().AttentionPlan(n_ctx, *arrays)
+    return CPP.load().AttentionPlan(n_ctx, *arrays)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +236,7 @@ def test_bad_plans(widest_isa, parent, queries, n_ctx, message):
 
 
 def test_plan_takes_integers_only(widest_isa):
-    make = cpu_kernels.load_extension().AttentionPlan
+    make = CPP.load().AttentionPlan
     assert make(1, np.array([-1, 0], dtype=np.int32)).n_nodes == 2
     with pytest.raises(ValueError, match="`parent` must be integers, got float64"):
         make(1, np.array([-1.0]))
@@ -322,7 +303,7 @@ def test_bad_backward_arguments(widest_isa, mode, change, message):
     results = [torch.zeros(2, rows, 16) for _ in range(3)]
     if case.queries is not None:
         results[0] = None if context_only else torch.zeros(2, case.n_queries, 16)
-    workspace = case.attention.workspace(2, 2, 8)
+    workspace = torch.empty(case.attention.workspace_floats(2, 2, 8))
     arguments = dict(zip(names, (case.grad_o, *case.inputs, *results, workspace), strict=True))
     arguments["context_only"] = context_only
     case.attention.backward(**arguments)  # nothing is wrong but the change
@@ -336,7 +317,7 @@ def test_read_only_results_are_refused(widest_isa):
     o = np.zeros((1, case.rows, 16), dtype=np.float32)
     o.flags.writeable = False
     with pytest.raises(ValueError, match="`o` must be writeable"):
-        cpu_kernels.load_extension().tree_attention_fwd(
+        CPP.load().tree_attention_fwd(
             case.attention.plan,
             *(x[:, : case.m] for x in (q, k, v)),
             *(x[:, case.m :] for x in (q, k, v)),

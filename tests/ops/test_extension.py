@@ -2,26 +2,26 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from cocoop_fast import extension
+import cocoop_fast
+from cocoop_fast.ops.extensions import CPP
 
 
 @pytest.fixture
 def c():
-    if not extension.extension_available():
-        pytest.skip(extension.describe_extension())
-    return extension.load_extension()
+    if reason := CPP.why_unavailable():
+        pytest.skip(reason)
+    return CPP.load()
 
 
-@pytest.fixture
-def not_loaded(monkeypatch):
-    """The loader as in a new process."""
-    monkeypatch.setattr(extension, "_loaded", None)
-    monkeypatch.setattr(extension, "_failure", None)
+def missing(folder, name="_missing"):
+    """An extension that nobody has built."""
+    return replace(CPP, name=name, folder=folder, _found=None)
 
 
 def test_build_info(c):
@@ -62,44 +62,35 @@ def test_openmp_runtime_is_shared_with_torch(c):
 
 
 def test_nothing_is_loaded_at_import():
-    code = "import sys, cocoop_fast.extension; print('cocoop_fast._C' in sys.modules)"
+    code = "import sys, cocoop_fast.ops.extensions; print('cocoop_fast._C' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 
 
-def test_missing_extension_is_explained_once_and_for_all(not_loaded, monkeypatch, tmp_path):
-    with monkeypatch.context() as missing:
-        missing.setitem(sys.modules, "cocoop_fast._C", None)  # import then raises ModuleNotFoundError
-        missing.setattr(extension, "__file__", str(tmp_path / "extension.py"))
-        with pytest.raises(
-            RuntimeError, match=r"did not build it.*install g\+\+ or clang\+\+.*pip install -v"
-        ):
-            extension.load_extension()
-    # Kept: the next call fails in the same words, although nothing is in the way any more.
-    assert not extension.extension_available()
+def test_missing_extension_is_explained_once_and_for_all(tmp_path):
+    extension = missing(tmp_path)
+    with pytest.raises(RuntimeError, match=r"did not build it.*install g\+\+ or clang\+\+.*pip install -v"):
+        extension.load()
+    (tmp_path / "_missing.so").touch()  # kept: the next call fails in the same words, whatever has come since
     with pytest.raises(RuntimeError, match="did not build it"):
-        extension.load_extension()
-    assert "did not build it" in extension.describe_extension()
+        extension.load()
+    assert "did not build it" in extension.why_unavailable()
+    assert "did not build it" in extension.describe()
 
 
-def test_extension_of_another_python_is_named(not_loaded, monkeypatch, tmp_path):
-    (tmp_path / "_C.cpython-39-x86_64-linux-gnu.so").touch()
-    monkeypatch.setitem(sys.modules, "cocoop_fast._C", None)
-    monkeypatch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
-    with pytest.raises(RuntimeError, match=r"_C\.cpython-39-\S+, perhaps built for another Python"):
-        extension.load_extension()
+def test_extension_of_another_python_is_named(tmp_path):
+    (tmp_path / "_missing.cpython-39-x86_64-linux-gnu.so").touch()
+    with pytest.raises(RuntimeError, match=r"_missing\.cpython-39-\S+, perhaps built for another Python"):
+        missing(tmp_path).load()
 
 
-def test_extension_that_does_not_load_gives_the_loader_s_words(not_loaded, monkeypatch):
-    def broken(name):
-        if name == "cocoop_fast._C":
-            raise ImportError("libgomp.so.1: cannot open shared object file")
-        return torch
-
-    monkeypatch.setattr(extension.importlib, "import_module", broken)
+def test_extension_that_does_not_load_gives_the_loader_s_words(monkeypatch, tmp_path):
+    module = tmp_path / "_broken.py"
+    module.write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
+    monkeypatch.setattr(cocoop_fast, "__path__", [*cocoop_fast.__path__, str(tmp_path)])
     with pytest.raises(RuntimeError, match=r"cannot be used \(ImportError: libgomp\.so\.1: cannot open"):
-        extension.load_extension()
+        missing(tmp_path, "_broken").load()
 
 
 def test_description_names_compiler_and_processor(c):
-    assert c.build_info()["compiler"] in extension.describe_extension()
+    assert c.build_info()["compiler"] in CPP.describe()

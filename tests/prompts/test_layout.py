@@ -76,7 +76,8 @@ def test_features_gradients_and_rows(shape, position, m, monkeypatch):
     finish_block = torch_tower.finish_block
 
     def counted(x, *rest):
-        computed.append(x.shape[0] * x.shape[1])
+        if x.device.type != "meta":  # where the tower asks itself how much memory it needs
+            computed.append(x.shape[0] * x.shape[1])
         return finish_block(x, *rest)
 
     model = tiny_clip(dtype=torch.float64)

@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.extension import extension_available
 from cocoop_fast.measure import this_machine as measure
-from cocoop_fast.measure.cost import Product, RowKernel, tree_step
+from cocoop_fast.measure.cost import Product, RowKernel, TreeCost, layout_on
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
-from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.measure.this_gpu import measure_rates
 from cocoop_fast.measure.this_machine import Machine, measure_cpu, use_threads
+from cocoop_fast.ops.extensions import CPP
 
 ROOT = Path(__file__).parents[2]
 
-needs_extension = pytest.mark.skipif(not extension_available(), reason="the C++ extension is not built")
+needs_extension = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
 
 MACHINE = Machine(
     name="made up",
@@ -28,7 +27,6 @@ MACHINE = Machine(
     memory_bytes=10**9,
     products={(512, 512, False): ((10, 1e9), (1000, 3e9)), (512, 512, True): ((100, 2e9),)},
     kernels={"layer_norm_fwd": 1e8},
-    packs_weights=True,
     copy_bandwidth=4e9,
     fresh_bandwidth=1e9,
 )
@@ -63,13 +61,16 @@ def test_the_predicted_memory_is_what_is_used(check_plan):
 @needs_extension
 def test_everything_that_a_step_does_is_measured():
     problem = build_problem(ProblemSpec(imagenet_names(5), model="demo"))
-    sizes, counts = TowerSizes.of(problem.weights), RowCounts.of(problem.tree)
-    machine = measure_cpu(sizes, problem.tree, 1, rounds=1)
-    for operation in tree_step(sizes, counts, 1).operations:
+    machine = measure_cpu(problem.weights, problem.tree, 1, rounds=1)
+    for operation in TreeCost(problem.weights, problem.tree, layout_on("cpu")).step(1).operations:
         if isinstance(operation, Product):
             assert measure.shape_of(operation) in machine.products
         else:
-            assert operation.kind in machine.kernels or operation.kind.startswith("copy")
+            assert operation.kind in machine.kernels or operation.kind in (
+                "move_rows",
+                "assemble_prompts_fwd",
+                "assemble_prompts_bwd",
+            )
         assert 0 < machine.seconds(operation, 4) < 1
     assert machine.fresh_bandwidth <= 1.5 * machine.copy_bandwidth
 
@@ -99,10 +100,10 @@ def test_threads_are_set_for_a_while_only():
 
 
 def test_without_the_extension_there_is_nothing_to_measure(monkeypatch):
-    monkeypatch.setattr(measure, "extension_available", lambda: False)
+    monkeypatch.setattr(CPP, "_found", "it was not built")
     problem = build_problem(ProblemSpec(imagenet_names(2), model="demo"))
     with pytest.raises(UserError, match="build it, or name a --device of the table"):
-        measure_cpu(TowerSizes.of(problem.weights), problem.tree, 1)
+        measure_cpu(problem.weights, problem.tree, 1)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from cocoop_fast.measure.sizes import TowerSizes
 
 @pytest.mark.parametrize("name", ["RN50-quickgelu", "ViT-B-32-256"])
 def test_a_described_model_is_the_real_one(name):
-    described = describe_model(name)
+    described = describe_model(name, torch.float32)
     real = open_clip.create_model(name, pretrained=None)
     assert described.sizes == TowerSizes.of(FrozenCLIP(real).text_weights())
     assert described.parameters == sum(parameter.numel() for parameter in real.parameters())
@@ -31,11 +31,11 @@ def test_a_described_model_is_the_real_one(name):
 
 
 def test_the_demo_model_is_described():
-    assert describe_model("demo").sizes.layers >= 2
+    assert describe_model("demo", torch.float32).sizes.layers >= 2
 
 
 def test_nothing_is_said_about_missing_weights(caplog):
-    describe_model("ViT-B-32")
+    describe_model("ViT-B-32", torch.float32)
     assert caplog.text == ""
     assert not logging.root.manager.disable
 
@@ -51,4 +51,4 @@ def test_nothing_is_said_about_missing_weights(caplog):
 )
 def test_a_model_that_cannot_be_planned_for_is_one_sentence(name, sentence):
     with pytest.raises(UserError, match=sentence):
-        describe_model(name)
+        describe_model(name, torch.float32)

@@ -1,4 +1,4 @@
-"""The CPU engine against its torch twin in float64: features, gradients, buffers, refusals."""
+"""The fused tower on a CPU against its torch twin in float64: features, gradients, memory, refusals."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from tiny_models import IMAGE_SIZE, tiny_clip
 
 from cocoop_fast import ClassTree, CustomCLIP, TreeTextEncoder, UserError
-from cocoop_fast.extension import extension_available
+from cocoop_fast.engine.contexts import ShiftedContext
 from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.ops.cpu import available_isas, set_isa
+from cocoop_fast.ops.extensions import CPP
 
-pytestmark = pytest.mark.skipif(not extension_available(), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
 
 SOS, EOT = 900, 999
 
@@ -61,7 +62,7 @@ def compare(engine, twin, ctx):
     assert_close(gradient, expected_gradient, 2e-5, "gradient of ctx")
 
 
-@pytest.mark.parametrize("isa", available_isas() if extension_available() else [])
+@pytest.mark.parametrize("isa", available_isas() if (CPP.why_unavailable() is None) else [])
 @pytest.mark.parametrize("layers", [1, 2, 4])
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_equals_the_twin(isa, layers, quick_gelu):
@@ -107,7 +108,7 @@ def test_fuzzed_trees(paths, n_ctx, batch, quick_gelu, seed):
 def test_panels_change_nothing(layers, monkeypatch):
     engine, twin = encoders(layers=layers)
     assert engine.tree.rows > 20
-    monkeypatch.setattr("cocoop_fast.engine.cpu_tower.PANEL_ROWS", 7)
+    monkeypatch.setattr("cocoop_fast.ops.cpu.PANEL_ROWS", 7)
     compare(engine, twin, context(3, 4))
     with torch.no_grad():
         assert_close(engine(context(3, 4)), twin(context(3, 4).double()), 1e-5)
@@ -120,7 +121,8 @@ def test_without_gradients():
     with torch.no_grad():
         assert_close(engine(ctx), expected, 1e-5)
     assert_close(engine(ctx), expected, 1e-5)
-    assert not engine._tower.workspace.free, "buffers for backward were borrowed in vain"
+    training = engine.tower.pass_bytes(engine.tree, 5, keeps=True)
+    assert 0 < engine.tower.pooled_bytes < training / 2, "buffers for backward were borrowed in vain"
 
 
 def test_strided_context():
@@ -147,14 +149,44 @@ def test_two_graphs_at_once_and_a_graph_used_twice():
 def test_the_same_buffers_serve_every_step():
     engine, _ = encoders()
     ctx = context(2, 4).requires_grad_()
+    held = set()
     for _ in range(5):
         loss = engine(ctx).square().sum()
         loss.backward()
+        held.add(engine.tower.pooled_bytes)
         # `loss` lives on into the next step, as in every training loop.
-    assert len(engine._tower.workspace.free) == 1
     abandoned = engine(ctx).sum()
+    assert engine.tower.pooled_bytes == 0
     del abandoned
-    assert len(engine._tower.workspace.free) == 1
+    held.add(engine.tower.pooled_bytes)
+    assert len(held) == 1 and min(held) > 0
+
+
+def test_memory_of_many_graphs_is_let_go():
+    engine, _ = encoders()
+    ctx = context(2, 4).requires_grad_()
+    engine(ctx).sum().backward()
+    one = engine.tower.pooled_bytes
+    graphs = [engine(ctx).sum() for _ in range(20)]
+    del graphs
+    assert engine.tower.pooled_bytes <= 2 * one
+
+
+def test_a_shifted_context_is_the_sum_of_its_parts():
+    """Features, and the gradients of both parts: a shift of each image, or of each of its rows."""
+    engine, twin = encoders()
+    for shape in ((3, 48), (3, 4, 48)):
+        results = []
+        for encoder in (engine, twin):
+            generator = torch.Generator().manual_seed(3)
+            vectors = torch.randn(4, 48, generator=generator).to(encoder.frozen.dtype).requires_grad_()
+            shift = torch.randn(*shape, generator=generator).to(encoder.frozen.dtype).requires_grad_()
+            features = encoder(ShiftedContext(vectors, shift))
+            probe = torch.randn(features.shape, generator=generator).to(features)
+            gradients = torch.autograd.grad((features * probe).sum(), (vectors, shift))
+            results.append((features, *gradients))
+        for name, actual, expected in zip(("features", "vectors", "shift"), *results, strict=True):
+            assert_close(actual, expected, 2e-5, name)
 
 
 def test_no_allocation_of_activation_size_after_the_first_step():

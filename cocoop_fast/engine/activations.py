@@ -1,0 +1,129 @@
+"""Where a pass through the fused tower keeps its rows: a pass memory laid out for a class tree and B images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor
+
+from cocoop_fast.engine.constants import TowerConstants
+from cocoop_fast.engine.memory import Buffers, PassMemory, Statistics
+from cocoop_fast.ops.table import ImageRows, Ops
+
+
+@dataclass(eq=False)
+class LayerActivations:
+    """What one layer leaves for its backward. Its rows: all B * R; in layer 0 the B * M context rows."""
+
+    x: Tensor  # what LayerNorm 1 reads: (rows, d); in layer 0 (B, M, d), a part of `residual`
+    residual: Tensor  # (queries, d) what is added to the attention's output
+    qkv: Tensor  # (rows, 3d) their query, key and value; in the last layer (rows, 2d), key and value
+    q: ImageRows  # what attention reads: views of qkv, with the constant node rows in layer 0
+    k: ImageRows
+    v: ImageRows
+    x_mid: Tensor  # (queries, d) after attention: all B * R rows; in the last layer the B * Q EOT rows
+    u: Tensor | None  # (queries, w) MLP pre-activations; None: nobody asks for them later
+    stats_1: Statistics  # mean and reciprocal standard deviation of each row of x
+    stats_q: Statistics  # in the last layer, of the EOT rows of x alone
+    stats_2: Statistics  # of x_mid
+
+
+@dataclass(eq=False)
+class Activations:
+    """What a pass over `batch` images leaves for its backward, with what both need besides."""
+
+    constants: TowerConstants
+    batch: int
+    ops: Ops
+    scratch: Buffers
+    floats: Buffers
+    largest_panel_only: bool = False  # enough to see how much memory a pass takes
+    layers: list[LayerActivations] = field(default_factory=list)
+    x_out: Tensor = field(init=False)  # (B * Q, d) what the final LayerNorm reads
+    stats_out: Statistics = field(init=False)
+
+    def panels(self, rows: int) -> list[slice]:
+        """Slices of about as many rows as the backend likes, all of nearly the same length."""
+        count = max(1, round(rows / (self.ops.PANEL_ROWS or max(rows, 1))))
+        bounds = [rows * i // count for i in range(count + 1)]
+        return [slice(*pair) for pair in pairwise(bounds)][-1 if self.largest_panel_only else 0 :]
+
+    def rows(self, name: str, rows: int, width: int) -> Tensor:
+        """(rows, width) scratch memory, its rows where a linear layer reads them fastest."""
+        return self.scratch.get(name, rows, width + self.ops.ROW_PADDING)[:, :width]
+
+
+def lay_out(
+    constants: TowerConstants,
+    batch: int,
+    memory: PassMemory,
+    ops: Ops,
+    workspace_floats: int,
+    *,
+    largest_panel_only: bool = False,
+) -> Activations:
+    """The memory laid out for a tree and B images. Made anew only when either is another than last time.
+
+    Args:
+        constants: of the model and the class tree.
+        batch: B.
+        memory: of the pass.
+        ops: the backend's.
+        workspace_floats: what attention needs in backward.
+        largest_panel_only: enough to see how much memory a pass takes.
+    """
+    last = memory.layout
+    if isinstance(last, Activations) and last.constants is constants and last.batch == batch:
+        return last
+    c, w = constants, constants.weights
+    acts = Activations(c, batch, ops, memory.scratch, memory.floats, largest_panel_only=largest_panel_only)
+    acts.layers = [_layer_activations(c, batch, layer, memory) for layer in range(len(w.blocks))]
+    acts.x_out = memory.scratch.get("x_out", batch * len(c.leaves), w.width)
+    acts.stats_out = memory.statistics("x_out", batch * len(c.leaves))
+    # At their full size from the start: memory that grows is there twice for a while.
+    panel = max(len(range(p.start, p.stop)) for a in acts.layers for p in acts.panels(len(a.x_mid)))
+    acts.rows("h", max(panel, batch * c.tree.n_ctx, batch * len(c.leaves)), w.width)
+    acts.rows("g", panel, max(block.fc.weight.shape[0] for block in w.blocks))
+    if memory.keeps:
+        largest = max((a.qkv for a in acts.layers), key=Tensor.numel)
+        acts.rows("grad_qkv", *largest.shape)
+        memory.floats.get("attention", workspace_floats)
+    memory.layout = acts
+    return acts
+
+
+def _layer_activations(c: TowerConstants, batch: int, layer: int, memory: PassMemory) -> LayerActivations:
+    own, d, m = memory.layers[layer], c.weights.width, c.tree.n_ctx
+    first, last = layer == 0, layer == len(c.weights.blocks) - 1
+    rows = batch * (m if first else c.tree.rows)
+    queries = batch * (len(c.leaves) if last else c.tree.rows)
+    qkv = own.get("qkv", rows, (2 if last else 3) * d)
+    *q_of_rows, k, v = qkv.view(batch, -1, qkv.shape[1]).split(d, dim=-1)
+    q: ImageRows
+    if first:
+        node_q, node_k, node_v = (part.reshape(-1, d) for part in c.node_qkv)
+        q = node_q[c.leaves].expand(batch, -1, -1) if last else (q_of_rows[0], node_q)
+        residual = own.get("x_first", batch * c.tree.rows, d)
+        x = residual.view(batch, -1, d)[:, :m]
+        residual.view(batch, -1, d)[:, m:] = c.node_rows  # and they stay there
+        keys: tuple[ImageRows, ImageRows] = (k, node_k), (v, node_v)
+    else:
+        q = own.get("q", batch, len(c.leaves), d) if last else q_of_rows[0]
+        x = residual = own.get("x", rows, d)
+        keys = k, v
+    if last:
+        residual = own.get("x_leaf", queries, d)
+    return LayerActivations(
+        x=x,
+        residual=residual,
+        qkv=qkv,
+        q=q,
+        k=keys[0],
+        v=keys[1],
+        x_mid=own.get("x_mid", queries, d),
+        u=own.get("u", queries, c.weights.blocks[layer].fc.weight.shape[0]) if memory.keeps else None,
+        stats_1=memory.statistics(f"x {layer}", rows),
+        stats_q=memory.statistics("x_leaf", queries if last else 0),
+        stats_2=memory.statistics(f"x_mid {layer}", queries),
+    )

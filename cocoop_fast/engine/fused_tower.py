@@ -1,0 +1,375 @@
+"""The text transformer over tree rows by a backend's operations: fused kernels between products, backward by hand.
+
+The weights are frozen, so backward is the chain of input gradients alone. Saved for it, per row and layer: the block's
+input (d), query, key and value (3d), the middle of the block (d), the MLP's pre-activation (4d) and the LayerNorm
+statistics. Attention weights, LayerNorm outputs and activations are recomputed. The memory is borrowed from a pool: after
+the first step nothing of activation size is allocated. Nothing here waits for a device or depends on its results, so that
+a whole step can be recorded as a CUDA graph.
+
+Attention needs all rows of a layer. What lies between two attentions goes panel by panel of rows where the backend asks
+for it, so that what one operation writes is still in the cache when the next one reads it.
+
+Rows lie image-major in (B * R, .) buffers, an image's context rows first, so a linear layer is one large product. Layer 0
+computes query, key and value of the context rows alone, since those of the nodes are constants; the last layer goes on
+with the EOT rows alone after its keys and values.
+
+Notation: B images, M context vectors, N nodes, R = M + N rows of an image, Q distinct EOT nodes, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cocoop_fast.clip.frozen import Affine, TextBlock, TextWeights
+from cocoop_fast.engine.activations import Activations, LayerActivations, lay_out
+from cocoop_fast.engine.constants import TowerConstants, own_types
+from cocoop_fast.engine.contexts import ContextRows
+from cocoop_fast.engine.memory import Lease, PassMemory, Pool, Statistics, undisturbed
+from cocoop_fast.errors import UserError
+from cocoop_fast.ops.linear import FrozenLinear
+from cocoop_fast.ops.shapes import ShapeOps
+from cocoop_fast.ops.table import Ops
+from cocoop_fast.prompts.tree import ClassTree
+
+
+class FusedTower:
+    """Contexts to the features of the Q distinct prompts, in the dtype of the weights.
+
+    Args:
+        constants: what the model and the class tree fix; a tree of the standard shape.
+        ops: the operations.
+        shared: of another tower over the same weights. Default: made for this one.
+    """
+
+    takes_deep_prompts = False
+
+    def __init__(self, constants: TowerConstants, ops: Ops, shared: SharedParts | None = None) -> None:
+        self.constants, self.ops = constants, ops
+        tree, device = constants.tree, constants.weights.device
+        self.attention = ops.tree_attention(tree, None, device)
+        self.leaf_attention = ops.tree_attention(tree, tree.leaves, device)
+        self.leaf_rows = tree.n_ctx + constants.leaves  # among the R rows of an image
+        self.shared = shared or SharedParts(constants.weights, ops)
+
+    def encode(self, contexts: ContextRows) -> Tensor:
+        """To (B, Q, E) text features of the tree's leaves."""
+        if contexts.requires_grad:
+            lease = self.shared.training.borrow()
+            features: Tensor = _Encode.apply(contexts.vectors, contexts.shift, self, lease)
+            lease.follow_owner()
+            return features
+        lease = self.shared.inference.borrow()
+        with torch.no_grad(), own_types(self.constants.weights.device):
+            return _forward(self, contexts, self.lay_out(contexts.batch, lease.memory))
+
+    def lay_out(self, batch: int, memory: PassMemory, *, largest_panel_only: bool = False) -> Activations:
+        """The memory laid out for a pass over B images."""
+        w = self.constants.weights
+        sizes = batch, w.heads, w.width // w.heads
+        floats = max(one.workspace_floats(*sizes) for one in (self.attention, self.leaf_attention))
+        return lay_out(self.constants, batch, memory, self.ops, floats, largest_panel_only=largest_panel_only)
+
+    def for_part(self, constants: TowerConstants) -> FusedTower:
+        """A tower of the same weights for another tree, which uses the same memory."""
+        return FusedTower(constants, self.ops, self.shared)
+
+    def release(self) -> None:
+        """Give back the memory of passes that are over; the packed weights stay."""
+        self.shared.training.release()
+        self.shared.inference.release()
+
+    @property
+    def kept_bytes(self) -> int:
+        """What stays allocated whatever passes come: the copies of weights."""
+        return self.shared.packed_bytes
+
+    @property
+    def pooled_bytes(self) -> int:
+        """The memory of passes that are over, for the next ones."""
+        return self.shared.training.nbytes + self.shared.inference.nbytes
+
+    def pass_bytes(self, tree: ClassTree, batch: int, *, keeps: bool) -> int:
+        """What a pass over B images of a tree allocates, its result and the tree's constants included."""
+
+        def found() -> PassBytes:
+            constants, ops = self.constants.on_meta(tree), ShapeOps(self.ops)
+            return shape_pass(constants, ops, batch, keeps=keeps, largest_panel_only=True)
+
+        size = undisturbed(found)
+        return size.activations + size.constants
+
+
+class PassBytes(NamedTuple):
+    """What a pass allocates."""
+
+    saved: int  # kept from forward to backward
+    scratch: int
+    results: int  # the features, and the gradients of the contexts
+    constants: int  # of the class tree
+    packed: int  # copies of weights
+
+    @property
+    def activations(self) -> int:
+        return self.saved + self.scratch + self.results
+
+
+def shape_pass(
+    constants: TowerConstants, ops: Ops, batch: int, *, keeps: bool, largest_panel_only: bool = False
+) -> PassBytes:
+    """A pass over meta tensors: nothing is computed, and what it allocates is known.
+
+    Args:
+        constants: on meta, see :meth:`TowerConstants.on_meta`.
+        ops: that do nothing, or note what they are given.
+        batch: B.
+        keeps: whether backward follows.
+        largest_panel_only: enough to see how much memory a pass takes.
+    """
+    tower = FusedTower(constants, ops)
+    memory = (tower.shared.training if keeps else tower.shared.inference).borrow().memory
+    shift = constants.positions.new_empty(batch, *constants.positions.shape)
+    with torch.no_grad():
+        acts = tower.lay_out(batch, memory, largest_panel_only=largest_panel_only)
+        features = _forward(tower, ContextRows(None, shift), acts)
+        if keeps:
+            _backward(tower, features, acts, None, shift)
+    saved = sum(layer.nbytes for layer in memory.layers) if keeps else 0
+    return PassBytes(
+        saved=saved,
+        scratch=memory.nbytes - saved,
+        results=features.nbytes + (shift.nbytes if keeps else 0),
+        constants=sum(one.nbytes for one in (constants.node_rows, *constants.node_qkv)),
+        packed=tower.shared.packed_bytes,
+    )
+
+
+class SharedParts:
+    """What towers over the same weights share: the linear layers, and the memory of their passes."""
+
+    def __init__(self, weights: TextWeights, ops: Ops) -> None:
+        last = len(weights.blocks) - 1
+        self.linears = [_block_linears(block, layer, last, ops) for layer, block in enumerate(weights.blocks)]
+        memory = partial(PassMemory, weights.dtype, weights.device, len(weights.blocks))
+        self.training = Pool(partial(memory, keeps=True))
+        self.inference = Pool(partial(memory, keeps=False))
+
+    @property
+    def packed_bytes(self) -> int:
+        """The copies of weights."""
+        return sum(one.packed_bytes for linears in self.linears for one in linears.all())
+
+
+@dataclass(frozen=True)
+class BlockLinears:
+    """The linear layers of a block."""
+
+    qkv: FrozenLinear  # in the last layer of key and value alone
+    leaf_q: FrozenLinear | None  # there, and only if it is not the first as well: of the EOT rows' queries
+    out_proj: FrozenLinear
+    fc: FrozenLinear
+    proj: FrozenLinear
+
+    def all(self) -> Iterator[FrozenLinear]:
+        yield from (self.qkv, self.out_proj, self.fc, self.proj)
+        if self.leaf_q is not None:
+            yield self.leaf_q
+
+
+def _block_linears(block: TextBlock, layer: int, last: int, ops: Ops) -> BlockLinears:
+    d = block.out_proj.weight.shape[0]
+    skipped = d if layer == last else 0
+    qkv = Affine(block.in_proj.weight[skipped:], block.in_proj.bias[skipped:])
+    leaf_q = Affine(block.in_proj.weight[:d], block.in_proj.bias[:d])
+    # Layer 0 projects the few context rows alone, and the last layer is for the EOT rows: not worth a packed copy.
+    linear = partial(ops.frozen_linear, packed=layer < last)
+    return BlockLinears(
+        qkv=linear(qkv) if layer > 0 else ops.frozen_linear(qkv, packed=False),
+        leaf_q=linear(leaf_q) if 0 < layer == last else None,
+        out_proj=linear(block.out_proj),
+        fc=linear(block.fc),
+        proj=linear(block.proj),
+    )
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(node: Any, vectors: Tensor | None, shift: Tensor, tower: FusedTower, lease: Lease) -> Tensor:
+        node.tower, node.lease = tower, lease
+        node.vectors = None if vectors is None else (vectors.shape, vectors.dtype)
+        node.shift = shift.shape, shift.dtype
+        node.save_for_backward(lease.owner())
+        with own_types(shift.device):
+            return _forward(tower, ContextRows(vectors, shift), tower.lay_out(len(shift), lease.memory))
+
+    @staticmethod
+    def backward(node: Any, grad_features: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise UserError(
+                "The engine has no second derivative (create_graph=True); build the model with backend='torch' for it."
+            )
+        _ = node.saved_tensors  # torch refuses a second backward over a graph that was not retained
+        tower: FusedTower = node.tower
+        d_vectors, d_shift = (
+            None if like is None else torch.empty(like[0], dtype=like[1], device=grad_features.device)
+            for like in (node.vectors, node.shift)
+        )
+        assert d_shift is not None
+        with own_types(grad_features.device):
+            acts = tower.lay_out(len(d_shift), node.lease.memory)
+            _backward(tower, grad_features, acts, d_vectors, d_shift)
+        return d_vectors, d_shift, None, None
+
+
+def _forward(tower: FusedTower, contexts: ContextRows, acts: Activations) -> Tensor:
+    c, w, ops, linears = tower.constants, tower.constants.weights, tower.ops, tower.shared.linears
+    batch, d, m, last = acts.batch, w.width, c.tree.n_ctx, len(w.blocks) - 1
+    first, ln_1 = acts.layers[0], w.blocks[0].ln_1
+    h = acts.rows("h", batch * m, d)
+    vectors = None if contexts.vectors is None else contexts.vectors.contiguous()
+    parts = vectors, contexts.shift.contiguous(), c.positions
+    ops.assemble_prompts_fwd(
+        *parts, ln_1.weight, ln_1.bias, ln_1.eps, first.x, h.view(batch, m, d), *first.stats_1
+    )
+    linears[0].qkv.forward(h, first.qkv)
+    features = acts.x_out.new_empty(len(acts.x_out), w.projection.weight.shape[1])
+    for layer, (block, own, a) in enumerate(zip(w.blocks, linears, acts.layers, strict=True)):
+        if layer == last:
+            _leaf_queries(tower, acts, a, own, block.ln_1)
+        o = acts.rows("o", len(a.x_mid), d)
+        attention = tower.leaf_attention if layer == last else tower.attention
+        attention.forward(a.q, a.k, a.v, *c.sos_kv[layer], w.heads, o.view(batch, -1, d))
+        following = acts.layers[layer + 1] if layer < last else None
+        for p in acts.panels(len(o)):
+            h = acts.rows("h", len(o[p]), d)
+            g = acts.rows("g", len(o[p]), block.fc.weight.shape[0])
+            # x_mid = x + W_o attention(q, k, v) + b_o;  u = W_f LN_2(x_mid) + b_f
+            own.out_proj.forward_norm(o[p], a.residual[p], a.x_mid[p], block.ln_2, h, *_part(a.stats_2, p))
+            own.fc.forward_activation(h, w.activation, None if a.u is None else a.u[p], g)
+            # x = x_mid + W_p act(u) + b_p, and its LayerNorm for the next layer, or the final one
+            if following is None:
+                own.proj.forward_norm(g, a.x_mid[p], acts.x_out[p], w.ln_final, h, *_part(acts.stats_out, p))
+                torch.addmm(w.projection.bias, h, w.projection.weight, out=features[p])
+            else:
+                norm, stats = w.blocks[layer + 1].ln_1, _part(following.stats_1, p)
+                own.proj.forward_norm(g, a.x_mid[p], following.x[p], norm, h, *stats)
+                linears[layer + 1].qkv.forward(h, following.qkv[p])
+    return features.view(batch, -1, features.shape[1])
+
+
+def _part(stats: Statistics, panel: slice) -> Statistics:
+    return stats[0][panel], stats[1][panel]
+
+
+def _leaf_queries(
+    tower: FusedTower, acts: Activations, a: LayerActivations, own: BlockLinears, ln_1: Affine
+) -> None:
+    """The EOT rows of the last layer's x, to be added to the attention's output, and their queries."""
+    c, d = tower.constants, a.residual.shape[1]
+    residual = a.residual.view(acts.batch, -1, d)
+    if own.leaf_q is None:  # the first layer is the last: they are constants
+        residual.copy_(c.node_rows[c.leaves])
+        return
+    assert isinstance(a.q, Tensor)
+    tower.ops.gather_rows(a.x.view(acts.batch, -1, d), tower.leaf_rows, residual)
+    h = acts.rows("h", len(a.residual), d)
+    tower.ops.layer_norm_fwd(a.residual, None, None, ln_1.weight, ln_1.bias, ln_1.eps, h, *a.stats_q)
+    own.leaf_q.forward(h, a.q.view(-1, d))
+
+
+def _backward(
+    tower: FusedTower, grad_features: Tensor, acts: Activations, d_vectors: Tensor | None, d_shift: Tensor
+) -> None:
+    """Writes the gradients of the contexts' parts."""
+    w, ops = tower.constants.weights, tower.ops
+    d, last = w.width, len(w.blocks) - 1
+    h = acts.rows("h", *acts.x_out.shape)
+    torch.mm(grad_features.flatten(0, 1), w.projection.weight.T, out=h)
+    grad_x = acts.rows("grad_leaf", *acts.x_out.shape)
+    ops.layer_norm_bwd(h, acts.x_out, w.ln_final.weight, *acts.stats_out, grad_x, accumulate=False)
+    for layer in range(last, -1, -1):
+        block, own, a = w.blocks[layer], tower.shared.linears[layer], acts.layers[layer]
+        assert a.u is not None
+        grad_o = acts.rows("o", len(grad_x), d)
+        for p in acts.panels(len(grad_x)):
+            # grad x += LN_2'(W_f^T (act'(u) * W_p^T grad x)): now that of x_mid. Then grad o = W_o^T grad x_mid.
+            h = acts.rows("h", len(grad_x[p]), d)
+            grad_u = acts.rows("g", len(grad_x[p]), a.u.shape[1])
+            own.proj.backward_activation(grad_x[p], a.u[p], w.activation, grad_u)
+            own.fc.backward(grad_u, h)
+            stats = _part(a.stats_2, p)
+            ops.layer_norm_bwd(h, a.x_mid[p], block.ln_2.weight, *stats, grad_x[p], accumulate=True)
+            own.out_proj.backward(grad_x[p], grad_o[p])
+        grad_qkv = acts.rows("grad_qkv", *a.qkv.shape)
+        grad_q = _attention_backward(tower, acts, layer, grad_o, grad_qkv)
+        if layer == 0:
+            _context_backward(tower, acts, grad_qkv, grad_x, d_vectors, d_shift)
+        elif layer < last:
+            _qkv_backward(tower, acts, layer, grad_qkv, grad_x, accumulate=True)
+        else:
+            grad_leaf, grad_x = grad_x, acts.rows("grad_x", *a.x.shape)
+            _qkv_backward(tower, acts, layer, grad_qkv, grad_x, accumulate=False)
+            # The EOT rows have queries, and a residual, as well.
+            assert own.leaf_q is not None and grad_q is not None
+            h = acts.rows("h", *grad_leaf.shape)
+            own.leaf_q.backward(grad_q.view(-1, d), h)
+            ops.layer_norm_bwd(h, a.residual, block.ln_1.weight, *a.stats_q, grad_leaf, accumulate=True)
+            ops.add_rows(grad_leaf.view(acts.batch, -1, d), tower.leaf_rows, grad_x.view(acts.batch, -1, d))
+
+
+def _attention_backward(
+    tower: FusedTower, acts: Activations, layer: int, grad_o: Tensor, grad_qkv: Tensor
+) -> Tensor | None:
+    """Writes the gradients of the layer's query, key and value rows. Returns that of the EOT rows' queries, which in
+    the last layer are not among those: (B, Q, d)."""
+    c, a, batch, d = tower.constants, acts.layers[layer], acts.batch, grad_o.shape[1]
+    first, last, heads = layer == 0, layer == len(acts.layers) - 1, c.weights.heads
+    *grad_q_of_rows, grad_k, grad_v = grad_qkv.view(batch, -1, grad_qkv.shape[1]).split(d, dim=-1)
+    leaf_q = acts.scratch.get("grad_q", batch, len(c.leaves), d) if last and not first else None
+    attention = tower.leaf_attention if last else tower.attention
+    attention.backward(
+        grad_o.view(batch, -1, d), a.q, a.k, a.v, *c.sos_kv[layer], heads,
+        leaf_q if last else grad_q_of_rows[0], grad_k, grad_v,
+        acts.floats.get("attention", attention.workspace_floats(batch, heads, d // heads)),
+        context_only=first,
+    )  # fmt: skip
+    return leaf_q
+
+
+def _qkv_backward(
+    tower: FusedTower, acts: Activations, layer: int, grad_qkv: Tensor, grad_x: Tensor, *, accumulate: bool
+) -> None:
+    """grad x (+)= LN_1'(W_qkv^T grad qkv); in the last layer of k and v alone."""
+    a, ln_1 = acts.layers[layer], tower.constants.weights.blocks[layer].ln_1
+    for p in acts.panels(len(grad_x)):
+        h = acts.rows("h", *grad_x[p].shape)
+        tower.shared.linears[layer].qkv.backward(grad_qkv[p], h)
+        tower.ops.layer_norm_bwd(
+            h, a.x[p], ln_1.weight, *_part(a.stats_1, p), grad_x[p], accumulate=accumulate
+        )
+
+
+def _context_backward(
+    tower: FusedTower,
+    acts: Activations,
+    grad_qkv: Tensor,
+    grad_x: Tensor,
+    d_vectors: Tensor | None,
+    d_shift: Tensor,
+) -> None:
+    """From layer 0's query, key and value of the context rows, and what goes past its attention, to the contexts."""
+    a, batch, m = acts.layers[0], acts.batch, tower.constants.tree.n_ctx
+    passed_on = len(acts.layers) > 1  # in a single layer the context rows end in their keys and values
+    d = a.x.shape[-1]
+    grad_rows = grad_x if passed_on else acts.rows("grad_x", batch * m, d)
+    grad_rows = grad_rows.view(batch, -1, d)[:, :m]
+    h = acts.rows("h", batch * m, d)
+    tower.shared.linears[0].qkv.backward(grad_qkv, h)
+    ln_1 = tower.constants.weights.blocks[0].ln_1
+    tower.ops.layer_norm_bwd(h, a.x, ln_1.weight, *a.stats_1, grad_rows, accumulate=passed_on)
+    tower.ops.assemble_prompts_bwd(grad_rows, d_vectors, d_shift)

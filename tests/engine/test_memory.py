@@ -1,0 +1,111 @@
+"""What a tower says that it needs is what it allocates; who holds a graph holds its memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_encoders import M
+from tiny_models import tiny_clip
+from torch.utils.checkpoint import checkpoint
+
+from cocoop_fast import TreeTextEncoder
+from cocoop_fast.engine.contexts import ContextRows
+from cocoop_fast.engine.memory import PeakBytes
+from cocoop_fast.ops.extensions import CPP
+from cocoop_fast.prompts.tokens import tokenize_prompts
+from cocoop_fast.prompts.tree import ClassTree
+
+needs_extension = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+
+
+def imagenet_encoder(classes, backend, **options):
+    """A narrow tower over real class names."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    prompts = tokenize_prompts(IMAGENET_CLASSNAMES[:classes], ctx_init="a photo of a")
+    model = tiny_clip(**{"layers": 4, "width": 64, "heads": 2, **options})
+    return TreeTextEncoder(model, ClassTree(prompts.tokens, prompts.n_ctx), backend=backend)
+
+
+def allocated(tower, batch, *, keeps):
+    """The most that was there at once, in a first pass: what later ones use again is allocated in it."""
+    width = tower.constants.weights.width
+    with PeakBytes() as peak:
+        context = torch.zeros(batch, M, width, requires_grad=keeps)
+        features = tower.encode(ContextRows(None, context))
+        if keeps:
+            features.backward(torch.ones_like(features))
+    return peak.bytes - context.nbytes - (features.nbytes if keeps else 0)  # the caller's own
+
+
+@pytest.mark.filterwarnings("ignore:Classes with the same prompt")
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_extension), "torch"])
+@pytest.mark.parametrize("keeps", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("classes, batch", [(20, 1), (20, 8), (1000, 1), (1000, 8)])
+def test_a_tower_needs_what_it_says(classes, batch, keeps, backend):
+    tower = imagenet_encoder(classes, backend).tower
+    said = tower.pass_bytes(tower.constants.tree, batch, keeps=keeps)
+    fresh = imagenet_encoder(classes, backend).tower
+    assert said == pytest.approx(allocated(fresh, batch, keeps=keeps), rel=0.02)
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore:Classes with the same prompt")
+@pytest.mark.parametrize("layers", [1, 2])
+def test_shallow_towers_too(layers):
+    tower = imagenet_encoder(100, "cpu", layers=layers).tower
+    said = tower.pass_bytes(tower.constants.tree, 2, keeps=True)
+    assert said == pytest.approx(allocated(tower, 2, keeps=True), rel=0.02)
+
+
+# Graphs and their memory
+
+
+def encoders():
+    """The engine, and the torch tower, on the same weights."""
+    from tiny_encoders import encoder
+
+    return encoder(backend="cpu"), encoder(backend="torch")
+
+
+def context(seed=0):
+    return (0.5 * torch.randn(2, M, 48, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+
+
+def gradients(encoder, compute):
+    ctx, other = context(), context(1)
+    compute(encoder, ctx, other).backward()
+    return ctx.grad, other.grad
+
+
+def plain(encoder, ctx, other):
+    return encoder(ctx).square().sum() + encoder(other).sin().sum()
+
+
+def under_a_hook_that_copies(encoder, ctx, other):
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        return plain(encoder, ctx, other)
+
+
+def under_save_on_cpu(encoder, ctx, other):
+    with torch.autograd.graph.save_on_cpu():
+        return plain(encoder, ctx, other)
+
+
+def checkpointed(encoder, ctx, other):
+    return sum(checkpoint(encoder, one, use_reentrant=False).square().sum() for one in (ctx, other))
+
+
+def checkpointed_by_the_old_way(encoder, ctx, other):
+    return sum(checkpoint(encoder, one, use_reentrant=True).square().sum() for one in (ctx, other))
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "compute",
+    [plain, under_a_hook_that_copies, under_save_on_cpu, checkpointed, checkpointed_by_the_old_way],
+)
+def test_two_graphs_never_share_memory(compute):
+    engine, twin = encoders()
+    for actual, expected in zip(gradients(engine, compute), gradients(twin, compute), strict=True):
+        assert float((actual - expected).abs().max() / expected.abs().max()) < 2e-5
