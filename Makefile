@@ -22,9 +22,10 @@ test: $(INSTALLED) ## all tests
 soak: $(INSTALLED) ## the long tests: 10,000 steps, a hundred kills
 	$(BIN)/python -m pytest tests/ -m soak
 
-lint: $(INSTALLED) ## style: ruff check and ruff format
+lint: $(INSTALLED) ## style: ruff check and ruff format; import-linter: who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 typecheck: $(INSTALLED) ## types: mypy
 	$(BIN)/mypy
@@ -54,5 +55,5 @@ $(INSTALLED): $(BUILD_INPUTS)
 		{ echo "$(PYTHON) cannot create virtual environments: install python3-venv (Debian, Ubuntu) or choose another: make PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
-	@$(BIN)/python -c 'from cocoop_fast.extension import describe_extension as d; print(d())'
+	@$(BIN)/python -c 'from cocoop_fast.ops.extensions import CPP; print(CPP.describe())'
 	@touch $@

@@ -1,5 +1,4 @@
-"""Evaluation of a trained (or zero-shot) model, and prediction on single images.
+"""Accuracy of a model on a data set, its metrics, and the features of test images kept on disk.
 
-May import ``data`` and the models; ``training`` and the command line import it. One exception: ``predict``
-reads what a finished run left, and so imports ``training``, which does not import ``predict``.
+May import ``distributed``, ``data`` and below. Imported by training and above.
 """

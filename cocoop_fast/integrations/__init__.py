@@ -1,5 +1,5 @@
-"""Other programs made to compute with this package.
+"""Other programs made to compute with this package; ``dassl``: CoOp's own ``train.py``, on Dassl.
 
-``dassl``: CoOp's own ``train.py``, on Dassl. Each integration imports what it integrates with only when it is itself
-imported. May import models and training; nothing imports it.
+May import everything but the command line; nothing imports it. Each imports what it integrates with when it is itself
+imported.
 """

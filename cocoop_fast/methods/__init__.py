@@ -1,6 +1,6 @@
-"""The methods of the paper, each a frozen CLIP with another prompt learner.
+"""What is learned: the frozen CLIP with prompts (``base``), what a learner is (``learner``), and one file a method.
 
-May import the model and everything below it. Imported by training, evaluation and the command line.
+May import ``engine`` and below. Imported by training, evaluation and everything above. ``records`` lists the methods.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing_extensions import Unpack
 
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import PromptConfig
-from cocoop_fast.methods.base import CustomCLIP, EngineOptions, LearnedPromptCLIP, PromptedCLIP
-from cocoop_fast.methods.cocoop import reference_cfg
+from cocoop_fast.methods.base import EngineOptions, LearnedPromptCLIP, PromptedCLIP
+from cocoop_fast.methods.cocoop import CustomCLIP, reference_cfg
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.methods.linear_probe import LinearProbe
 from cocoop_fast.methods.meta_nets import MetaNetsCLIP

@@ -1,5 +1,5 @@
-"""The op table: one file an op, with its torch twin (the readable definition) and its faster backends.
+"""The operations. ``table`` says what a backend offers; ``<op>`` has the readable twin of one operation; ``cpu``,
+``triton`` and ``cuda`` launch kernels; ``shapes`` computes nothing and knows the sizes.
 
-May be imported by the text tower and the models. Imports nothing above it: only torch, the class tree, and
-the kernels. `dispatch.py` says which backend serves a device and a dtype.
+May import ``prompts``, ``clip`` and below, and the kernels. Imported by the engine and the methods.
 """

@@ -1,7 +1,6 @@
 """Pages about runs, for people: ``cocoop-fast report``.
 
-May import ``protocols``, ``training``, ``evaluation``, ``plan`` and ``data``; the command line imports it. Read in
-this order: history, sources (what runs left on disk), inspection, contexts, cost (what their models do), style,
-figures (matplotlib), chapters (what belongs together), page (HTML), make_report. ``tensorboard`` stands alone: an
-observer of training.
+May import ``protocols`` and below. Imported by the command line. Read in this order: history, sources (what runs left on
+disk), inspection, contexts, cost (what their models do), style, figures (matplotlib), chapters (what belongs together),
+page (HTML), make_report. ``tensorboard`` stands alone: an observer of training.
 """

@@ -1,6 +1,4 @@
-"""Training: recipes, the learning-rate schedule, the loop, checkpoints, run directories and whole experiments.
+"""The training loop alone: steps, schedules, precision, features ahead of the steps. It writes no run directory.
 
-May import ``data``, ``evaluation`` and the models; only the command line imports it. ``trainer.fit`` needs no
-files; ``experiment.run`` adds them. Read in this order: recipe, schedule, trainer, checkpoint, run_directory,
-run_log, experiment; reference_checkpoint stands apart.
+May import ``evaluation``, ``data`` and below. Imported by ``runs``, the experiments and the measurements.
 """
