@@ -126,6 +126,7 @@ def attention(p: Problem, *, backward: bool, leaves: bool) -> Pair:
     if leaves:
         q = q.detach()[:, tree.n_ctx + tree.leaves].contiguous().requires_grad_()
     sos_k, sos_v = torch.randn(2, d, generator=torch.Generator().manual_seed(1))
+    inputs = (q, k, v, sos_k, sos_v, heads)
     o, do = torch.empty_like(q), torch.randn(q.shape, generator=torch.Generator().manual_seed(2))
 
     def by_head(t: Tensor) -> Tensor:
@@ -140,13 +141,13 @@ def attention(p: Problem, *, backward: bool, leaves: bool) -> Pair:
         workspace = torch.empty(plan.workspace_floats(1, heads, head))
 
         def fast_backward() -> Tensor:
-            plan.backward(do, q, k, v, sos_k, sos_v, heads, dq, dk, dv, workspace)
+            plan.backward(do, inputs, dq, dk, dv, workspace)
             return torch.cat([dq.flatten(), dk.flatten(), dv.flatten()])
 
         return fast_backward, gradient(twin(), (q, k, v), do)
 
     def fast() -> Tensor:
-        plan.forward(q, k, v, sos_k, sos_v, heads, o)
+        plan.forward(inputs, o)
         return o
 
     def twin_forward() -> Tensor:

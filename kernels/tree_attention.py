@@ -26,6 +26,7 @@ from .variants import STORAGE, Variant
 # The rows of an image: one (B, R, d) tensor, or its context and node rows apart, (B, M, d) and (B, N, d). Either part
 # may also be (1, rows, d) or (rows, d): the same for every image.
 ImageRows = Tensor | tuple[Tensor, Tensor]
+AttentionInputs = tuple[ImageRows, ImageRows, ImageRows, Tensor, Tensor, int]  # q, k, v, sos_k, sos_v, heads
 
 # Columns of a head that a program holds: the narrowest block that takes its size.
 HEAD_BLOCKS = (32, 64, 128)
@@ -392,37 +393,27 @@ class TreeAttention:
         """Float32 numbers of :meth:`backward`'s workspace."""
         return self.plan.workspace_floats(batch, heads, head_size)
 
-    def forward(
-        self,
-        q: ImageRows,
-        k: ImageRows,
-        v: ImageRows,
-        sos_k: Tensor,
-        sos_v: Tensor,
-        heads: int,
-        o: Tensor,
-    ) -> None:
+    def forward(self, inputs: AttentionInputs, o: Tensor) -> None:
         """o = softmax(q k / sqrt(d / heads)) v, over the keys that each row reads.
 
         Args:
-            q: rows of the image; with queries their rows alone, (B, Q, d).
-            k, v: rows of the image.
-            sos_k, sos_v: key and value of the start-of-text token, d numbers each.
-            heads: H, dividing d; d / H at most 128.
+            inputs: q, rows of the image, with queries their rows alone, (B, Q, d); k, v, rows of the image; sos_k,
+                sos_v, key and value of the start-of-text token, d numbers each; heads, H, dividing d; d / H at most 128.
             o: (B, R, d) or (B, Q, d), written.
 
         Raises:
             ValueError: a tensor has another shape, dtype or device, or rows that are not contiguous.
         """
         batch = self._check_queries(o, "o", o)
+        *rows, heads = inputs
         head_size, block = _head_block(o.shape[2], heads)
-        inputs, strides = self._inputs(q, k, v, sos_k, sos_v, o)
+        pointers, strides = self._inputs(*rows, o)
         if not batch:
             return
         plan = self.plan
         with torch.cuda.device_of(o):
             _tree_attention_fwd_kernel[(plan.tiles * heads, batch)](
-                *inputs, o, plan.tile_query, plan.tile_chunk, plan.slot_row, plan.visible,
+                *pointers, o, plan.tile_query, plan.tile_chunk, plan.slot_row, plan.visible,
                 plan.n_ctx if self.all_rows else 0, plan.n_ctx, heads, head_size**-0.5,
                 *strides, o.stride(0), o.stride(1),
                 HEAD_SIZE=head_size, BLOCK_D=block, QUERIES=QUERIES, SLOTS=SLOTS, KEYS=SLOTS,
@@ -432,23 +423,19 @@ class TreeAttention:
     def backward(
         self,
         grad_o: Tensor,
-        q: ImageRows,
-        k: ImageRows,
-        v: ImageRows,
-        sos_k: Tensor,
-        sos_v: Tensor,
-        heads: int,
+        inputs: AttentionInputs,
         dq: Tensor | None,
         dk: Tensor,
         dv: Tensor,
         workspace: Tensor,
+        *,
         context_only: bool = False,
     ) -> None:
         """dq, dk, dv = the gradients of q, k, v. The same bits every time.
 
         Args:
             grad_o: as `o`.
-            q, k, v, sos_k, sos_v, heads: as in :meth:`forward`.
+            inputs: as in :meth:`forward`.
             dq: as `o`, written; (B, M, d) with `context_only`, and None with queries as well.
             dk, dv: (B, R, d), written; (B, M, d) with `context_only`.
             workspace: (n,) fp32 with n >= workspace_floats(B, heads, d / heads); its content does not matter.
@@ -460,8 +447,9 @@ class TreeAttention:
         plan = self.plan
         batch = self._check_queries(grad_o, "grad_o", grad_o)
         width = grad_o.shape[2]
+        *read, heads = inputs
         head_size, block = _head_block(width, heads)
-        inputs, strides = self._inputs(q, k, v, sos_k, sos_v, grad_o)
+        pointers, strides = self._inputs(*read, grad_o)
         rows = plan.n_ctx if context_only else plan.rows
         _check_rows("dk", dk, (batch, rows, width), grad_o)
         _check_rows("dv", dv, (batch, rows, width), grad_o)
@@ -476,7 +464,7 @@ class TreeAttention:
         dkv_strides = (dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1))
         with torch.cuda.device_of(grad_o):
             _tree_attention_bwd_kernel[(plan.tiles * heads, batch)](
-                grad_o, *inputs, dq, dk, dv, workspace,
+                grad_o, *pointers, dq, dk, dv, workspace,
                 plan.tile_query, plan.tile_chunk, plan.slot_row, plan.slot_partial, plan.visible,
                 plan.n_ctx if self.all_rows else 0, plan.n_ctx, heads, head_size**-0.5,
                 queries, rows, plan.partials, width,

@@ -181,8 +181,8 @@ def measure_attention(rate: float, heads: int = 8, head_size: int = 64) -> Table
                 grads = torch.empty_like(qkv).split(d, -1)
                 floats = attention.workspace_floats(batch, heads, head_size)
                 workspace = torch.empty(floats, device="cuda")
-                forward = bind(attention.forward, *inputs, o)
-                backward = bind(attention.backward, grad_o, *inputs, *grads, workspace)
+                forward = bind(attention.forward, inputs, o)
+                backward = bind(attention.backward, grad_o, inputs, *grads, workspace)
                 times = [seconds(forward), seconds(backward)]
                 results[backend.name] = [o.clone(), *(grad.clone() for grad in grads)]
                 row_bytes = batch * tree.rows * d * o.element_size()

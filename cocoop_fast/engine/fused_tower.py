@@ -243,7 +243,7 @@ def _forward(tower: FusedTower, contexts: ContextRows, acts: Activations) -> Ten
             _leaf_queries(tower, acts, a, own, block.ln_1)
         o = acts.rows("o", len(a.x_mid), d)
         attention = tower.leaf_attention if layer == last else tower.attention
-        attention.forward(a.q, a.k, a.v, *c.sos_kv[layer], w.heads, o.view(batch, -1, d))
+        attention.forward((a.q, a.k, a.v, *c.sos_kv[layer], w.heads), o.view(batch, -1, d))
         following = acts.layers[layer + 1] if layer < last else None
         for p in acts.panels(len(o)):
             h = acts.rows("h", len(o[p]), d)
@@ -333,7 +333,7 @@ def _attention_backward(
     leaf_q = acts.scratch.get("grad_q", batch, len(c.leaves), d) if last and not first else None
     attention = tower.leaf_attention if last else tower.attention
     attention.backward(
-        grad_o.view(batch, -1, d), a.q, a.k, a.v, *c.sos_kv[layer], heads,
+        grad_o.view(batch, -1, d), (a.q, a.k, a.v, *c.sos_kv[layer], heads),
         leaf_q if last else grad_q_of_rows[0], grad_k, grad_v,
         acts.floats.get("attention", attention.workspace_floats(batch, heads, d // heads)),
         context_only=first,

@@ -22,6 +22,7 @@ from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.ops import cpu
 from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.ops.shapes import Layout, ShapeLinear, ShapeOps
+from cocoop_fast.ops.table import AttentionInputs
 from cocoop_fast.prompts.tree import ClassTree
 
 
@@ -179,7 +180,7 @@ class CountingAttention:
     def workspace_floats(self, batch: int, heads: int, head_size: int) -> int:
         return 0  # memory is counted apart
 
-    def forward(self, q: Any, k: Any, v: Any, sos_k: Tensor, sos_v: Tensor, heads: int, o: Tensor) -> None:
+    def forward(self, inputs: AttentionInputs, o: Tensor) -> None:
         self.ops.operations.append(
             attention_kernel(self.counts, len(o), o.shape[-1], leaves_alone=self.leaves_alone)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from cocoop_fast.clip.frozen import Affine
 from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.ops.linear import FrozenLinear, GemmLinear
-from cocoop_fast.ops.table import ImageRows
+from cocoop_fast.ops.table import AttentionInputs, ImageRows
 from cocoop_fast.prompts.tree import ClassTree
 
 # Fewer rows a panel, and each weight is read too often; more, and the widest intermediate (4d floats a row) leaves the
@@ -97,110 +98,98 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear_fwd(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    """out = x W^T + bias + residual.
+def _kernel(name: str, scalar: int | None = None) -> Callable[..., None]:
+    """The extension's function of this name, which checks all that it is given.
 
     Args:
-        x: (n, k), its rows any stride apart; fastest where that is no large power of two.
-        packed: W (width, k) from :func:`pack_weight`.
-        bias: (width,) or None.
-        residual: (n, width) or None; may be `out`.
-        out: (n, width), written.
+        name: of both.
+        scalar: the argument that is a number there, and a tensor of one here.
     """
-    CPP.load().linear_fwd(_array(x), _array(packed), _optional(bias), _optional(residual), _array(out))
+
+    def call(*arguments: object, **options: object) -> None:
+        values = [float(one) if i == scalar else _value(one) for i, one in enumerate(arguments)]  # type: ignore[arg-type]
+        getattr(CPP.load(), name)(*values, **{key: _value(one) for key, one in options.items()})
+
+    return call
 
 
-def linear_bwd(dy: Tensor, weight: Tensor, dx: Tensor) -> None:
-    """dx (n, k) = dy W, with dy (n, width) and W (width, k) as it lies."""
-    CPP.load().linear_bwd(_array(dy), _array(weight), _array(dx))
+def _value(argument: object) -> object:
+    return _array(argument) if isinstance(argument, Tensor) else argument
 
 
-def linear_activation_fwd(
-    x: Tensor, packed: Tensor, bias: Tensor, kind: str, u: Tensor | None, out: Tensor
-) -> None:
-    """u (n, width) = x W^T + bias, which may be None and is then not kept; out (n, width) = act(u)."""
-    CPP.load().linear_activation_fwd(_array(x), _array(packed), _array(bias), kind, _optional(u), _array(out))
+def _array(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory as numpy sees it."""
+    dtype = torch.float32 if tensor.is_floating_point() else torch.int64
+    if tensor.device.type != "cpu" or tensor.dtype != dtype:
+        raise ValueError(
+            f"The C++ kernels take {dtype} tensors on the CPU here, got {tensor.dtype} on {tensor.device}."
+        )
+    return tensor.detach().numpy()
 
 
-def linear_activation_bwd(dy: Tensor, weight: Tensor, u: Tensor, kind: str, du: Tensor) -> None:
-    """du (n, k) = (dy W) act'(u): W (width, k) is of the layer that reads the activation, u (n, k) its argument."""
-    CPP.load().linear_activation_bwd(_array(dy), _array(weight), _array(u), kind, _array(du))
+# Shapes: x (n, k), its rows any stride apart, and fastest where that is no large power of two; W (width, k), `packed` by
+# :func:`pack_weight` or as it lies. Arguments behind W may be None where they say so.
+linear_fwd = _kernel("linear_fwd")  # x, packed, bias?, residual?, out: out = x W^T + bias + residual
+linear_bwd = _kernel("linear_bwd")  # dy (n, width), weight, dx (n, k): dx = dy W
+linear_activation_fwd = _kernel(
+    "linear_activation_fwd"
+)  # x, packed, bias, kind, u?, out: out = act(u = x W^T + b)
+linear_activation_bwd = _kernel(
+    "linear_activation_bwd"
+)  # dy, weight, u (n, k), kind, du: du = (dy W) act'(u)
+
+layer_norm_fwd = _kernel("layer_norm_fwd")
+layer_norm_bwd = _kernel("layer_norm_bwd")
+activation_fwd = _kernel("activation_fwd")
+activation_bwd = _kernel("activation_bwd")
+assemble_prompts_fwd = _kernel("assemble_prompts_fwd")
+assemble_prompts_bwd = _kernel("assemble_prompts_bwd")
+assemble_dense = _kernel("assemble_dense")
+gather_rows = _kernel("gather_rows")
+add_rows = _kernel("add_rows")
+head_fwd = _kernel("head_fwd", scalar=2)
+head_bwd = _kernel("head_bwd", scalar=2)
+cross_entropy_bwd = _kernel("cross_entropy_bwd", scalar=2)
 
 
-def layer_norm_fwd(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> None:
-    CPP.load().layer_norm_fwd(
-        _array(x), _optional(bias), _optional(residual), _array(gamma), _array(beta), eps,
-        _array(y), _array(mean), _array(rstd),
-    )  # fmt: skip
-
-
-def layer_norm_bwd(
-    dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor, *, accumulate: bool
-) -> None:
-    CPP.load().layer_norm_bwd(
-        _array(dy), _array(x), _array(gamma), _array(mean), _array(rstd), _array(dx), accumulate
-    )
-
-
-def activation_fwd(u: Tensor, kind: str, out: Tensor) -> None:
-    CPP.load().activation_fwd(_array(u), kind, _array(out))
-
-
-def activation_bwd(u: Tensor, kind: str, dg: Tensor) -> None:
-    CPP.load().activation_bwd(_array(u), kind, _array(dg))
+def cross_entropy_fwd(logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+    loss.fill_(CPP.load().cross_entropy_fwd(_array(logits), _array(labels)))
 
 
 class TreeAttention:
     """See :class:`cocoop_fast.ops.table.TreeAttention`. The plan of the tree is the extension's, which checks it."""
 
     def __init__(self, tree: ClassTree, queries: Tensor | None = None) -> None:
-        ids = None if queries is None else _array(queries, torch.int64)
+        ids = None if queries is None else _array(queries)
         self.n_ctx = tree.n_ctx
         self.all_rows = queries is None
-        self.plan: Any = CPP.load().AttentionPlan(tree.n_ctx, _array(tree.parent, torch.int64), ids)
+        self.plan: Any = CPP.load().AttentionPlan(tree.n_ctx, _array(tree.parent), ids)
 
     def workspace_floats(self, batch: int, heads: int, head_size: int) -> int:
         return int(self.plan.workspace_floats(batch, heads, head_size))
 
-    def forward(
-        self, q: ImageRows, k: ImageRows, v: ImageRows, sos_k: Tensor, sos_v: Tensor, heads: int, o: Tensor
-    ) -> None:
-        CPP.load().tree_attention_fwd(self.plan, *self._inputs(q, k, v, sos_k, sos_v), heads, _array(o))
+    def forward(self, inputs: AttentionInputs, o: Tensor) -> None:
+        CPP.load().tree_attention_fwd(self.plan, *self._arrays(inputs), _array(o))
 
     def backward(
         self,
         grad_o: Tensor,
-        q: ImageRows,
-        k: ImageRows,
-        v: ImageRows,
-        sos_k: Tensor,
-        sos_v: Tensor,
-        heads: int,
+        inputs: AttentionInputs,
         dq: Tensor | None,
         dk: Tensor,
         dv: Tensor,
         workspace: Tensor,
+        *,
         context_only: bool = False,
     ) -> None:
         CPP.load().tree_attention_bwd(
-            self.plan, _array(grad_o), *self._inputs(q, k, v, sos_k, sos_v), heads,
-            _optional(dq), _array(dk), _array(dv), _array(workspace), context_only,
+            self.plan, _array(grad_o), *self._arrays(inputs), None if dq is None else _array(dq),
+            _array(dk), _array(dv), _array(workspace), context_only,
         )  # fmt: skip
 
-    def _inputs(
-        self, q: ImageRows, k: ImageRows, v: ImageRows, sos_k: Tensor, sos_v: Tensor
-    ) -> tuple[np.ndarray | None, ...]:
-        """As the extension takes them: q_ctx, k_ctx, v_ctx, q_node, k_node, v_node, sos_k, sos_v."""
+    def _arrays(self, inputs: AttentionInputs) -> tuple[Any, ...]:
+        """As the extension takes them: q_ctx, k_ctx, v_ctx, q_node, k_node, v_node, sos_k, sos_v, heads."""
+        q, k, v, sos_k, sos_v, heads = inputs
         if self.all_rows:
             q_ctx, q_node = self._split(q)
         elif isinstance(q, Tensor):
@@ -208,7 +197,17 @@ class TreeAttention:
         else:
             raise ValueError("`q` must be one (B, Q, d) tensor: the context rows have no queries here")
         (k_ctx, k_node), (v_ctx, v_node) = self._split(k), self._split(v)
-        return q_ctx, k_ctx, v_ctx, q_node, k_node, v_node, _array(sos_k).ravel(), _array(sos_v).ravel()
+        return (
+            q_ctx,
+            k_ctx,
+            v_ctx,
+            q_node,
+            k_node,
+            v_node,
+            _array(sos_k).ravel(),
+            _array(sos_v).ravel(),
+            heads,
+        )
 
     def _split(self, rows: ImageRows) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(rows, Tensor):
@@ -219,79 +218,3 @@ class TreeAttention:
 
 def tree_attention(tree: ClassTree, queries: Tensor | None, device: torch.device) -> TreeAttention:
     return TreeAttention(tree, queries)
-
-
-def assemble_prompts_fwd(
-    vectors: Tensor | None,
-    shift: Tensor,
-    position: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    x: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> None:
-    CPP.load().assemble_prompts_fwd(
-        _optional(vectors), _array(shift), _array(position), _array(gamma), _array(beta), eps,
-        _array(x), _array(y), _array(mean), _array(rstd),
-    )  # fmt: skip
-
-
-def assemble_prompts_bwd(dx: Tensor, d_vectors: Tensor | None, d_shift: Tensor) -> None:
-    CPP.load().assemble_prompts_bwd(_array(dx), _optional(d_vectors), _array(d_shift))
-
-
-def assemble_dense(context: Tensor, prefix: Tensor, suffix: Tensor, out: Tensor) -> None:
-    CPP.load().assemble_dense(_array(context), _array(prefix), _array(suffix), _array(out))
-
-
-def gather_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
-    CPP.load().gather_rows(_array(x), _array(index, torch.int64), _array(out))
-
-
-def add_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
-    CPP.load().add_rows(_array(x), _array(index, torch.int64), _array(out))
-
-
-def head_fwd(features: Tensor, image: Tensor, scale: Tensor, logits: Tensor, inverse_norms: Tensor) -> None:
-    CPP.load().head_fwd(_array(features), _array(image), float(scale), _array(logits), _array(inverse_norms))
-
-
-def head_bwd(
-    features: Tensor,
-    image: Tensor,
-    scale: Tensor,
-    logits: Tensor,
-    inverse_norms: Tensor,
-    d_logits: Tensor,
-    d_features: Tensor,
-) -> None:
-    CPP.load().head_bwd(
-        _array(features), _array(image), float(scale), _array(logits), _array(inverse_norms),
-        _array(d_logits), _array(d_features),
-    )  # fmt: skip
-
-
-def cross_entropy_fwd(logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-    loss.fill_(CPP.load().cross_entropy_fwd(_array(logits), _array(labels, torch.int64)))
-
-
-def cross_entropy_bwd(logits: Tensor, labels: Tensor, grad_loss: Tensor, d_logits: Tensor) -> None:
-    CPP.load().cross_entropy_bwd(
-        _array(logits), _array(labels, torch.int64), float(grad_loss), _array(d_logits)
-    )
-
-
-def _array(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """The tensor's memory as numpy sees it; its shape and strides are checked by the extension."""
-    if tensor.device.type != "cpu" or tensor.dtype != dtype:
-        raise ValueError(
-            f"The C++ kernels take {dtype} tensors on the CPU here, got {tensor.dtype} on {tensor.device}."
-        )
-    return tensor.detach().numpy()
-
-
-def _optional(tensor: Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else _array(tensor)

@@ -8,53 +8,35 @@ attention reads lie at multiples of 16 bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cocoop_fast.kernels.rows import STORAGE_TYPES, check_array
+from cocoop_fast.ops import triton
 from cocoop_fast.ops.cuda_plan import AttentionPlan
 from cocoop_fast.ops.extensions import CUDA
-from cocoop_fast.ops.table import ImageRows
-from cocoop_fast.ops.triton import (
-    PANEL_ROWS,
-    ROW_PADDING,
-    activation_bwd,
-    activation_fwd,
-    add_rows,
-    cross_entropy_bwd,
-    cross_entropy_fwd,
-    frozen_linear,
-    gather_rows,
-    head_bwd,
-    head_fwd,
-    layer_norm_bwd,
-    layer_norm_fwd,
-    packed_bytes,
-)
+from cocoop_fast.ops.table import AttentionInputs, ImageRows
 from cocoop_fast.prompts.tree import ClassTree
 
-__all__ = [
-    "PANEL_ROWS",
-    "ROW_PADDING",
-    "activation_bwd",
-    "activation_fwd",
-    "add_rows",
-    "assemble_dense",
-    "assemble_prompts_bwd",
-    "assemble_prompts_fwd",
-    "cross_entropy_bwd",
-    "cross_entropy_fwd",
-    "frozen_linear",
-    "gather_rows",
-    "head_bwd",
-    "head_fwd",
-    "layer_norm_bwd",
-    "layer_norm_fwd",
-    "packed_bytes",
-    "tree_attention",
-]
+PANEL_ROWS = triton.PANEL_ROWS
+ROW_PADDING = triton.ROW_PADDING
 
-# The types of rows, and the numbers that the extension knows them by.
+frozen_linear = triton.frozen_linear
+packed_bytes = triton.packed_bytes
+layer_norm_fwd = triton.layer_norm_fwd
+layer_norm_bwd = triton.layer_norm_bwd
+activation_fwd = triton.activation_fwd
+activation_bwd = triton.activation_bwd
+gather_rows = triton.gather_rows
+add_rows = triton.add_rows
+head_fwd = triton.head_fwd
+head_bwd = triton.head_bwd
+cross_entropy_fwd = triton.cross_entropy_fwd
+cross_entropy_bwd = triton.cross_entropy_bwd
+
+# The numbers that the extension knows the types of rows by.
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 _ALIGNMENT = 16  # bytes, of a load
@@ -71,33 +53,27 @@ class TreeAttention:
         """Two numbers for each slot, and the partial sums of the keys that many rows read."""
         return self._weight_floats(batch, heads) + batch * self.plan.n_partials * 2 * heads * head_size
 
-    def forward(
-        self, q: ImageRows, k: ImageRows, v: ImageRows, sos_k: Tensor, sos_v: Tensor, heads: int, o: Tensor
-    ) -> None:
-        like = self._check_queries("o", o, heads)
-        inputs = self._inputs(q, k, v, sos_k, sos_v, heads, like)
+    def forward(self, inputs: AttentionInputs, o: Tensor) -> None:
+        like = self._check_queries("o", o, inputs[-1])
+        read = self._inputs(inputs, like)
         rows = _rows("o", o, like, like.batch, self.plan.n_queries, written=True)
         if like.batch:
-            like.launch("tree_attention_fwd", **inputs, plan=self.plan.argument(), o=rows)
+            like.launch("tree_attention_fwd", **read, plan=self.plan.argument(), o=rows)
 
     def backward(
         self,
         grad_o: Tensor,
-        q: ImageRows,
-        k: ImageRows,
-        v: ImageRows,
-        sos_k: Tensor,
-        sos_v: Tensor,
-        heads: int,
+        inputs: AttentionInputs,
         dq: Tensor | None,
         dk: Tensor,
         dv: Tensor,
         workspace: Tensor,
+        *,
         context_only: bool = False,
     ) -> None:
-        plan = self.plan
+        plan, heads = self.plan, inputs[-1]
         like = self._check_queries("grad_o", grad_o, heads)
-        inputs = self._inputs(q, k, v, sos_k, sos_v, heads, like)
+        read = self._inputs(inputs, like)
         key_rows = plan.n_ctx if context_only else plan.n_ctx + plan.n_nodes
         dq_rows = plan.n_ctx if context_only else plan.n_queries
         if context_only and not self.all_rows:
@@ -116,12 +92,13 @@ class TreeAttention:
             workspace.ndim == 1 and len(workspace) >= needed,
             f"`workspace` must have at least {needed} numbers, got {tuple(workspace.shape)}",
         )
-        address = _dense("workspace", workspace, tuple(workspace.shape), like, torch.float32)
+        check_array("workspace", workspace, tuple(workspace.shape), grad_o, torch.float32)
         _check_aligned("workspace", workspace)
+        address = workspace.data_ptr()
         if like.batch:
             like.launch(
                 "tree_attention_bwd",
-                **inputs,
+                **read,
                 **arguments,
                 plan=plan.argument(context_only),
                 dq_rows=dq_rows,
@@ -154,30 +131,19 @@ class TreeAttention:
         )
         return like
 
-    def _inputs(
-        self,
-        q: ImageRows,
-        k: ImageRows,
-        v: ImageRows,
-        sos_k: Tensor,
-        sos_v: Tensor,
-        heads: int,
-        like: _Like,
-    ) -> dict[str, object]:
+    def _inputs(self, inputs: AttentionInputs, like: _Like) -> dict[str, Any]:
+        q, k, v, sos_k, sos_v, heads = inputs
         if self.all_rows:
             queries = self._split("q", q, like)
-        else:
-            _require(
-                isinstance(q, Tensor),
-                "`q` must be one (B, Q, d) tensor: the context rows have no queries here",
-            )
-            assert isinstance(q, Tensor)
+        elif isinstance(q, Tensor):
             queries = (_NO_ROWS, _rows("q", q, like, like.batch, self.plan.n_queries))
+        else:
+            raise ValueError("`q` must be one (B, Q, d) tensor: the context rows have no queries here")
         for name, sos in (("sos_k", sos_k), ("sos_v", sos_v)):
             _require(
                 sos.numel() == like.width, f"`{name}` must have {like.width} numbers, got {tuple(sos.shape)}"
             )
-            _dense(name, sos, tuple(sos.shape), like, like.dtype)
+            check_array(name, sos, tuple(sos.shape), like.rows, like.dtype)
             _check_aligned(name, sos)
         return {
             "dtype": _DTYPES[like.dtype],
@@ -230,43 +196,41 @@ def assemble_prompts_fwd(
     most: int = CUDA.load().MAX_WIDTH
     _require(d <= most, f"`x` must have rows of at most {most} numbers, got {d}")
     _require(eps >= 0, f"`eps` must not be negative, got {eps}")
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        check_array(name, statistic, (like.batch * m,), x, torch.float32)
     arguments = {
-        "vectors": _NO_ARRAY if vectors is None else _array("vectors", vectors, (m, d), like),
-        **_shift("shift", shift, m, like),
+        **_prompts("", vectors, shift, m, like),
         "position": _array("position", position, (m, d), like),
         "gamma": _array("gamma", gamma, (d,), like),
         "beta": _array("beta", beta, (d,), like),
         "x": _rows("x", x, like, like.batch, m, written=True, aligned=False),
         "y": _rows("y", y, like, like.batch, m, written=True, aligned=False),
-        "mean": _dense("mean", mean, (like.batch * m,), like, torch.float32),
-        "rstd": _dense("rstd", rstd, (like.batch * m,), like, torch.float32),
     }
     if like.batch:
-        like.launch(
-            "assemble_prompts_fwd",
-            **arguments,
-            dtype=_DTYPES[like.dtype],
-            batch=like.batch,
-            n_ctx=m,
-            d=d,
-            eps=eps,
-        )
+        like.launch("assemble_prompts_fwd", **arguments, mean=mean.data_ptr(), rstd=rstd.data_ptr(), eps=eps)
 
 
 def assemble_prompts_bwd(dx: Tensor, d_vectors: Tensor | None, d_shift: Tensor) -> None:
     _require(dx.ndim == 3, f"`dx` must have shape (B, M, d), got {tuple(dx.shape)}")
     like = _Like.of("dx", dx)
-    m, d = dx.shape[1:]
-    like.launch(
-        "assemble_prompts_bwd",
-        dx=_rows("dx", dx, like, like.batch, m, aligned=False),
-        d_vectors=_NO_ARRAY if d_vectors is None else _array("d_vectors", d_vectors, (m, d), like),
-        **_shift("d_shift", d_shift, m, like),
-        dtype=_DTYPES[like.dtype],
-        batch=like.batch,
-        n_ctx=m,
-        d=d,
-    )
+    m = dx.shape[1]
+    rows = _rows("dx", dx, like, like.batch, m, aligned=False)
+    like.launch("assemble_prompts_bwd", dx=rows, **_prompts("d_", d_vectors, d_shift, m, like))
+
+
+def _prompts(prefix: str, vectors: Tensor | None, shift: Tensor, m: int, like: _Like) -> dict[str, Any]:
+    """Vectors (M, d), or none, and their shift: (B, d), or (B, M, d), a row for each."""
+    of_row = shift.ndim == 3
+    shape = (like.batch, m, like.width) if of_row else (like.batch, like.width)
+    return {
+        f"{prefix}vectors": _array(f"{prefix}vectors", vectors, (m, like.width), like),
+        f"{prefix}shift": _array(f"{prefix}shift", shift, shape, like),
+        "shift_of_row": of_row,
+        "dtype": _DTYPES[like.dtype],
+        "batch": like.batch,
+        "n_ctx": m,
+        "d": like.width,
+    }
 
 
 def assemble_dense(context: Tensor, prefix: Tensor, suffix: Tensor, out: Tensor) -> None:
@@ -275,16 +239,18 @@ def assemble_dense(context: Tensor, prefix: Tensor, suffix: Tensor, out: Tensor)
     like = _Like.of("context", context)
     batch, m, d = context.shape
     classes, length = len(suffix), 1 + m + suffix.shape[1]
-    addresses = {
-        "context": _dense("context", context, (batch, m, d), like, like.dtype),
-        "prefix": _dense("prefix", prefix, (classes, d), like, like.dtype),
-        "suffix": _dense("suffix", suffix, (classes, length - 1 - m, d), like, like.dtype),
-        "out": _dense("out", out, (batch, classes, length, d), like, like.dtype),
+    parts = {
+        "context": (context, (batch, m, d)),
+        "prefix": (prefix, (classes, d)),
+        "suffix": (suffix, (classes, length - 1 - m, d)),
+        "out": (out, (batch, classes, length, d)),
     }
+    for name, (tensor, shape) in parts.items():
+        check_array(name, tensor, shape, context, like.dtype)
     if out.numel():
         like.launch(
             "assemble_dense",
-            **addresses,
+            **{name: tensor.data_ptr() for name, (tensor, _) in parts.items()},
             batch=batch,
             n_classes=classes,
             n_ctx=m,
@@ -297,6 +263,7 @@ def assemble_dense(context: Tensor, prefix: Tensor, suffix: Tensor, out: Tensor)
 class _Like:
     """What the tensors of a call have in common."""
 
+    rows: Tensor  # one of them, (B, rows, d)
     batch: int
     width: int
     dtype: torch.dtype
@@ -304,7 +271,6 @@ class _Like:
 
     @classmethod
     def of(cls, name: str, rows: Tensor) -> _Like:
-        """From rows (B, rows, d)."""
         extension = CUDA.load()
         device_type: str = extension.DEVICE_TYPE
         _require(
@@ -315,7 +281,7 @@ class _Like:
         _require(rows.shape[2] >= 1, f"`{name}` must have rows of at least one number")
         most: int = extension.MAX_GRID
         _require(len(rows) <= most, f"`{name}` must have at most {most} images, got {len(rows)}")
-        return cls(len(rows), rows.shape[2], rows.dtype, rows.device)
+        return cls(rows, len(rows), rows.shape[2], rows.dtype, rows.device)
 
     def launch(self, name: str, **arguments: object) -> None:
         """Call a launcher of the extension on this device and torch's current stream there."""
@@ -345,7 +311,10 @@ def _rows(
     """(B, rows, d), its last dimension contiguous. aligned: its rows are where 16 bytes can be loaded at a time."""
     shape = (batch, rows, like.width)
     _require(tuple(tensor.shape) == shape, f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}")
-    _check_kind(name, tensor, like, like.dtype)
+    _require(
+        tensor.dtype == like.dtype and tensor.device == like.device,
+        f"`{name}` must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}",
+    )
     # The stride of a single element is arbitrary.
     image_stride, row_stride, stride = (
         step if size > 1 else 0 for step, size in zip(tensor.stride(), shape, strict=True)
@@ -367,31 +336,12 @@ def _rows(
     return tensor.data_ptr(), image_stride, row_stride
 
 
-def _shift(name: str, shift: Tensor, m: int, like: _Like) -> dict[str, object]:
-    """(B, d), or (B, M, d): a row for each context vector."""
-    of_row = shift.ndim == 3
-    shape = (like.batch, m, like.width) if of_row else (like.batch, like.width)
-    return {name: _array(name, shift, shape, like), "shift_of_row": of_row}
-
-
-def _array(name: str, tensor: Tensor, shape: tuple[int, ...], like: _Like) -> tuple[int, int]:
-    """A contiguous array of any of the types."""
-    _require(tensor.dtype in _DTYPES, f"`{name}` must be float16, bfloat16 or float32, got {tensor.dtype}")
-    return _dense(name, tensor, shape, like, tensor.dtype), _DTYPES[tensor.dtype]
-
-
-def _dense(name: str, tensor: Tensor, shape: tuple[int, ...], like: _Like, dtype: torch.dtype) -> int:
-    _require(tuple(tensor.shape) == shape, f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}")
-    _require(tensor.is_contiguous(), f"`{name}` must be contiguous, got strides {tensor.stride()}")
-    _check_kind(name, tensor, like, dtype)
-    return tensor.data_ptr()
-
-
-def _check_kind(name: str, tensor: Tensor, like: _Like, dtype: torch.dtype) -> None:
-    _require(
-        tensor.dtype == dtype and tensor.device == like.device,
-        f"`{name}` must be {dtype} on {like.device}, got {tensor.dtype} on {tensor.device}",
-    )
+def _array(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: _Like) -> tuple[int, int]:
+    """A contiguous array of any of the types, or none."""
+    if tensor is None:
+        return _NO_ARRAY
+    check_array(name, tensor, shape, like.rows, *STORAGE_TYPES)
+    return tensor.data_ptr(), _DTYPES[tensor.dtype]
 
 
 def _check_aligned(name: str, tensor: Tensor, *strides: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip.frozen import Affine
-from cocoop_fast.ops.table import ImageRows, TreeAttention
+from cocoop_fast.ops.table import AttentionInputs, TreeAttention
 from cocoop_fast.prompts.tree import ClassTree
 
 
@@ -78,8 +78,6 @@ class ShapeAttention:
     def __init__(self, attention: HasWorkspace) -> None:
         self.workspace_floats = attention.workspace_floats
 
-    def forward(
-        self, q: ImageRows, k: ImageRows, v: ImageRows, sos_k: Tensor, sos_v: Tensor, heads: int, o: Tensor
-    ) -> None: ...
+    def forward(self, inputs: AttentionInputs, o: Tensor) -> None: ...
 
     def backward(self, *arguments: Any, **options: Any) -> None: ...

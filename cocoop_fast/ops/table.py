@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 # may also be (1, rows, d) or (rows, d): the same for every image.
 ImageRows: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
+# What attention reads: q, k, v, sos_k, sos_v, heads.
+#   q: rows of the image; where some nodes alone have queries, their rows, (B, Q, d).
+#   k, v: rows of the image.
+#   sos_k, sos_v: (H, d / H): key and value of the start-of-text token.
+#   heads: H, dividing d.
+AttentionInputs: TypeAlias = "tuple[ImageRows, ImageRows, ImageRows, Tensor, Tensor, int]"
+
 
 class TreeAttention(Protocol):
     """Attention over the rows of one class tree: every query reads SOS, the context before it, and the path above it."""
@@ -38,39 +45,30 @@ class TreeAttention(Protocol):
     def workspace_floats(self, batch: int, heads: int, head_size: int) -> int:
         """Float32 numbers that :meth:`backward` needs as scratch memory."""
 
-    def forward(
-        self, q: ImageRows, k: ImageRows, v: ImageRows, sos_k: Tensor, sos_v: Tensor, heads: int, o: Tensor
-    ) -> None:
+    def forward(self, inputs: AttentionInputs, o: Tensor) -> None:
         """o = softmax(q k / sqrt(d / H)) v, over the keys that each query reads.
 
         Args:
-            q: rows of the image; where some nodes alone have queries, their rows, (B, Q, d).
-            k, v: rows of the image.
-            sos_k, sos_v: (H, d / H): key and value of the start-of-text token.
-            heads: H, dividing d.
+            inputs: what it reads.
             o: (B, R, d) or (B, Q, d), written.
         """
 
     def backward(
         self,
         grad_o: Tensor,
-        q: ImageRows,
-        k: ImageRows,
-        v: ImageRows,
-        sos_k: Tensor,
-        sos_v: Tensor,
-        heads: int,
+        inputs: AttentionInputs,
         dq: Tensor | None,
         dk: Tensor,
         dv: Tensor,
         workspace: Tensor,
+        *,
         context_only: bool = False,
     ) -> None:
         """dq, dk, dv = the gradients of q, k, v. The same bits every time, whatever the number of threads.
 
         Args:
             grad_o: as `o`.
-            q, k, v, sos_k, sos_v, heads: as in :meth:`forward`.
+            inputs: as in :meth:`forward`.
             dq: as `o`, written; (B, M, d) with `context_only`, and None if no context row has a query as well.
             dk, dv: (B, R, d), written; (B, M, d) with `context_only`.
             workspace: (n,) float32, n >= workspace_floats(B, H, d / H); its content does not matter.

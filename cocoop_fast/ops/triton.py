@@ -9,38 +9,27 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip.frozen import Affine
-from cocoop_fast.kernels.activation import activation_bwd, activation_fwd
-from cocoop_fast.kernels.assemble_prompts import assemble_dense, assemble_prompts_bwd, assemble_prompts_fwd
-from cocoop_fast.kernels.head import cross_entropy_bwd, cross_entropy_fwd, head_bwd, head_fwd
-from cocoop_fast.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
-from cocoop_fast.kernels.move_rows import add_rows, gather_rows
+from cocoop_fast.kernels import activation, assemble_prompts, head, layer_norm, move_rows
 from cocoop_fast.kernels.tree_attention import TreeAttention
 from cocoop_fast.ops.linear import FrozenLinear, GemmLinear
 from cocoop_fast.prompts.tree import ClassTree
 
-__all__ = [
-    "PANEL_ROWS",
-    "ROW_PADDING",
-    "activation_bwd",
-    "activation_fwd",
-    "add_rows",
-    "assemble_dense",
-    "assemble_prompts_bwd",
-    "assemble_prompts_fwd",
-    "cross_entropy_bwd",
-    "cross_entropy_fwd",
-    "frozen_linear",
-    "gather_rows",
-    "head_bwd",
-    "head_fwd",
-    "layer_norm_bwd",
-    "layer_norm_fwd",
-    "packed_bytes",
-    "tree_attention",
-]
-
 PANEL_ROWS: int | None = None
 ROW_PADDING: int = 0
+
+layer_norm_fwd = layer_norm.layer_norm_fwd
+layer_norm_bwd = layer_norm.layer_norm_bwd
+activation_fwd = activation.activation_fwd
+activation_bwd = activation.activation_bwd
+assemble_prompts_fwd = assemble_prompts.assemble_prompts_fwd
+assemble_prompts_bwd = assemble_prompts.assemble_prompts_bwd
+assemble_dense = assemble_prompts.assemble_dense
+gather_rows = move_rows.gather_rows
+add_rows = move_rows.add_rows
+head_fwd = head.head_fwd
+head_bwd = head.head_bwd
+cross_entropy_fwd = head.cross_entropy_fwd
+cross_entropy_bwd = head.cross_entropy_bwd
 
 
 def frozen_linear(layer: Affine, *, packed: bool) -> FrozenLinear:

@@ -149,15 +149,15 @@ def test_no_images(cuda):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"vectors": torch.zeros(3, 8)}, r"`vectors` must have shape \(2, 8\), got \(3, 8\)"),
+        ({"vectors": torch.zeros(3, 8)}, r"`vectors` must be contiguous of shape \(2, 8\), got \(3, 8\)"),
         (
             {"vectors": torch.zeros(2, 8).double()},
-            "`vectors` must be float16, bfloat16 or float32, got torch.float64",
+            "`vectors` must be torch.float16 or torch.bfloat16 or torch.float32, got torch.float64",
         ),
         ({"shift": torch.zeros(3, 16)[:, ::2]}, "`shift` must be contiguous"),
-        ({"shift": torch.zeros(3, 1, 8)}, r"`shift` must have shape \(3, 2, 8\)"),
-        ({"gamma": torch.zeros(7)}, r"`gamma` must have shape \(8,\)"),
-        ({"beta": torch.zeros(8, 1)}, r"`beta` must have shape \(8,\)"),
+        ({"shift": torch.zeros(3, 1, 8)}, r"`shift` must be contiguous of shape \(3, 2, 8\)"),
+        ({"gamma": torch.zeros(7)}, r"`gamma` must be contiguous of shape \(8,\)"),
+        ({"beta": torch.zeros(8, 1)}, r"`beta` must be contiguous of shape \(8,\)"),
         ({"x": torch.zeros(3, 8)}, r"`x` must have shape \(B, M, d\)"),
         ({"x": torch.zeros(3, 2, 8).double()}, "take float16, bfloat16 and float32 tensors"),
         ({"x": torch.zeros(3, 2, 9999)}, "`x` must have rows of at most 8192 numbers, got 9999"),
@@ -165,7 +165,7 @@ def test_no_images(cuda):
         ({"y": torch.zeros(3, 2, 16)[..., ::2]}, "`y` must be contiguous in its last dimension"),
         ({"y": torch.zeros(3, 2, 8).half()}, "`y` must be torch.float32 on cpu, got torch.float16"),
         ({"mean": torch.zeros(6).half()}, "`mean` must be torch.float32"),
-        ({"rstd": torch.zeros(5)}, r"`rstd` must have shape \(6,\)"),
+        ({"rstd": torch.zeros(5)}, r"`rstd` must be contiguous of shape \(6,\)"),
         ({"eps": -1.0}, "`eps` must not be negative"),
         ({"eps": float("nan")}, "`eps` must not be negative"),
     ],
@@ -185,9 +185,9 @@ def test_bad_dense_arguments(cuda):
     context, prefix, suffix, out = (torch.zeros(s) for s in ((2, 3, 8), (4, 8), (4, 5, 8), (2, 4, 9, 8)))
     cuda.assemble_dense(context, prefix, suffix, out)
     for arguments, message in [
-        ((context, prefix[1:], suffix, out), r"`prefix` must have shape \(4, 8\)"),
+        ((context, prefix[1:], suffix, out), r"`prefix` must be contiguous of shape \(4, 8\)"),
         ((context, prefix, suffix.half(), out), "`suffix` must be torch.float32"),
-        ((context, prefix, suffix, out[:, :, 1:]), r"`out` must have shape \(2, 4, 9, 8\)"),
+        ((context, prefix, suffix, out[:, :, 1:]), r"`out` must be contiguous of shape \(2, 4, 9, 8\)"),
         ((context[0], prefix, suffix, out), r"`context` must have shape \(B, M, d\)"),
     ]:
         with pytest.raises(ValueError, match=message):

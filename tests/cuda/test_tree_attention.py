@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import MODES, AttentionCase, random_names, tree_of
+from attention_cases import MODES, AttentionCase, grouped, random_names, tree_of
 
 NAMES = {
     "one empty name": [[]],
@@ -23,9 +23,11 @@ def make(
     heads=2,
     head_size=8,
     dtype=torch.float32,
+    **options,
 ):
-    names = NAMES[names] if isinstance(names, str) else names
-    return AttentionCase(cuda, tree_of(names, n_ctx), batch, heads, head_size, dtype, "cpu", **MODES[mode])  # fmt: skip
+    tree = tree_of(NAMES[names] if isinstance(names, str) else names, n_ctx)
+    options |= MODES[mode]
+    return AttentionCase(cuda, tree, batch, heads, head_size, dtype, "cpu", **options)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -48,6 +50,11 @@ def test_trees(cuda, names, mode):
 def test_shapes(cuda, n_ctx, heads, head_size, dtype):
     names = [[1, 2], [1, 2, 3], [2]]
     make(cuda, names, n_ctx=n_ctx, batch=1, heads=heads, head_size=head_size, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_in_buffers_of_their_own(cuda, mode):
+    make(cuda, mode=mode, apart=True).check()
 
 
 @pytest.mark.parametrize("schedule", [0, 1, 2, 3])
@@ -148,7 +155,7 @@ def test_bad_forward_arguments(cuda, change, message):
     names = ("q", "k", "v", "sos_k", "sos_v", "heads", "o")
     arguments = dict(zip(names, (*case.inputs, torch.zeros(2, 9, 16)), strict=True))
     with pytest.raises(ValueError, match=message):
-        case.attention.forward(**{**arguments, **change})
+        case.attention.forward(**grouped({**arguments, **change}))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +193,6 @@ def test_bad_backward_arguments(cuda, mode, change, message):
     values = (case.grad_o, *case.inputs, dq, torch.zeros(2, rows, 16), torch.zeros(2, rows, 16),
               torch.empty(case.attention.workspace_floats(2, 2, 8)), case.layer_zero)  # fmt: skip
     arguments = dict(zip(names, values, strict=True))
-    case.attention.backward(**arguments)  # nothing is wrong but the change
+    case.attention.backward(**grouped(arguments))  # nothing is wrong but the change
     with pytest.raises(ValueError, match=message):
-        case.attention.backward(**{**arguments, **change})
+        case.attention.backward(**grouped({**arguments, **change}))

@@ -47,6 +47,13 @@ def test_attention_of_trees(kernels, names, mode, dtype):
     AttentionCase(kernels, tree_of(NAMES[names]), 3, 8, 64, dtype, GPU, **MODES[mode]).check()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_in_buffers_of_their_own(kernels, mode, dtype):
+    AttentionCase(
+        kernels, tree_of(NAMES["branching"]), 2, 8, 64, dtype, GPU, apart=True, **MODES[mode]
+    ).check()
+
+
 @pytest.mark.parametrize("n_ctx, heads, head_size", [(1, 12, 32), (16, 8, 64), (4, 3, 80), (25, 2, 128)])
 def test_attention_of_shapes(kernels, n_ctx, heads, head_size, dtype):
     tree = tree_of(NAMES["branching"], n_ctx)
@@ -70,8 +77,8 @@ def test_attention_in_a_graph(kernels, dtype):
     workspace = torch.empty(case.attention.workspace_floats(2, 8, 64), device="cuda")
 
     def call():
-        case.attention.forward(*case.inputs, o)
-        case.attention.backward(case.grad_o, *case.inputs, dq, dk, dv, workspace)
+        case.attention.forward(case.inputs, o)
+        case.attention.backward(case.grad_o, case.inputs, dq, dk, dv, workspace)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -99,7 +106,7 @@ def test_attention_on_another_stream_and_device(kernels):
     torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
         o = torch.zeros(2, case.n_queries, case.d, device=device)
-        case.attention.forward(*case.inputs, o)
+        case.attention.forward(case.inputs, o)
     stream.synchronize()
     assert_close(o.cpu(), case.expected()[0], TOLERANCES[torch.float32])
 

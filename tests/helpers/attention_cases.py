@@ -44,12 +44,32 @@ def random_names(count: int, vocabulary: int, longest: int, seed: int) -> list[l
     ]
 
 
-class Fenced:
-    """A tensor of this shape among poison, its rows where 16 bytes can be loaded at a time."""
+INPUTS = ("q", "k", "v", "sos_k", "sos_v", "heads")
 
-    def __init__(self, *shape: int, dtype: torch.dtype, device: torch.device | str, poison: float) -> None:
+
+def grouped(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Named arguments of a call, those that attention reads as its `inputs`."""
+    others = {name: value for name, value in arguments.items() if name not in INPUTS}
+    return {"inputs": tuple(arguments[name] for name in INPUTS), **others}
+
+
+class Fenced:
+    """A tensor of this shape among poison, its rows where 16 bytes can be loaded at a time.
+
+    Args:
+        behind: numbers of poison behind each row.
+    """
+
+    def __init__(
+        self,
+        *shape: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        poison: float,
+        behind: int = 16,
+    ) -> None:
         self.poison = torch.tensor(poison, dtype=torch.float64).to(dtype)
-        size = [*(extent + 2 for extent in shape[:-1]), shape[-1] + 32]
+        size = [*(extent + 2 for extent in shape[:-1]), 16 + shape[-1] + behind]
         self.buffer = self.poison.repeat(size).to(device)
         self.inside = (*[slice(1, extent + 1) for extent in shape[:-1]], slice(16, shape[-1] + 16))
         self.tensor = self.buffer[self.inside]
@@ -70,6 +90,7 @@ class AttentionCase:
         kernels: a table with the class TreeAttention.
         queries: the leaves alone ask, as in the last layer.
         layer_zero: the nodes' rows are the same for all images, and only the context's gradients are wanted.
+        apart: dq, dk and dv are written to buffers of their own, with other strides, instead of beside each other.
     """
 
     def __init__(
@@ -84,12 +105,13 @@ class AttentionCase:
         *,
         queries: bool = False,
         layer_zero: bool = False,
+        apart: bool = False,
         seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.tree, self.heads, self.head_size, self.d = tree, heads, head_size, heads * head_size
         self.batch, self.m, self.dtype, self.device = batch, tree.n_ctx, dtype, device
-        self.queries, self.layer_zero = tree.leaves if queries else None, layer_zero
+        self.queries, self.layer_zero, self.apart = tree.leaves if queries else None, layer_zero, apart
         self.n_queries = len(tree.leaves) if queries else tree.rows
 
         def random(*shape: int) -> Tensor:
@@ -110,33 +132,36 @@ class AttentionCase:
         self.attention = kernels.TreeAttention(tree, self.queries, device)
         self.inputs = (self.q, self.k, self.v, self.sos_k, self.sos_v, heads)
 
-    def result(self, rows: int, columns: int) -> Fenced:
-        return Fenced(self.batch, rows, columns, dtype=self.dtype, device=self.device, poison=POISON)
+    def result(self, rows: int, columns: int, behind: int = 16) -> Fenced:
+        kind = {"dtype": self.dtype, "device": self.device}
+        return Fenced(self.batch, rows, columns, **kind, poison=POISON, behind=behind)
 
     def forward(self) -> Tensor:
         o = self.result(self.n_queries, self.d)
-        self.attention.forward(*self.inputs, o.tensor)
+        self.attention.forward(self.inputs, o.tensor)
         o.check()
         return o.tensor
 
     def backward(self) -> list[Tensor | None]:
         """dq (or None), dk, dv."""
         rows = self.m if self.layer_zero else self.tree.rows
-        out = self.result(rows, (2 if self.queries is not None else 3) * self.d)  # views of one buffer
-        *dq, dk, dv = out.tensor.split(self.d, -1)
-        leaf_dq = None
+        count = 2 if self.queries is not None else 3
+        if self.apart:
+            results = [self.result(rows, self.d, behind) for behind in (16, 48, 80)[:count]]
+        else:  # views of one buffer
+            results = [self.result(rows, count * self.d)]
+        *dq, dk, dv = (part for one in results for part in one.tensor.split(self.d, -1))
         if self.queries is not None and not self.layer_zero:
-            leaf_dq = self.result(self.n_queries, self.d)
-            dq = [leaf_dq.tensor]
+            results.append(self.result(self.n_queries, self.d))
+            dq = [results[-1].tensor]
         floats = self.attention.workspace_floats(self.batch, self.heads, self.head_size)
         workspace = Fenced(floats, dtype=torch.float32, device=self.device, poison=torch.nan)
         gradients = [dq[0] if dq else None, dk, dv]
         self.attention.backward(
-            self.grad_o, *self.inputs, *gradients, workspace.tensor, context_only=self.layer_zero
+            self.grad_o, self.inputs, *gradients, workspace.tensor, context_only=self.layer_zero
         )
-        out.check()
-        if leaf_dq is not None:
-            leaf_dq.check()
+        for one in results:
+            one.check()
         outside = workspace.buffer.cpu().clone()
         outside[workspace.inside] = torch.nan
         assert bool(outside.isnan().all()), "memory outside the workspace was written"

@@ -37,8 +37,8 @@ def test_cosine_logits(buffers, dtype, tolerance, batch, k, width, fp32_image):
     assert torch.equal(features, d_features)
 
 
-# One block of classes, one more than a block, several, a single class; one image and more.
-@pytest.mark.parametrize("batch, k", [(1, 100), (3, 1025), (2, 2500), (5, 1)])
+# One block of classes, one more than a block, several, a single class; one image, more, and more than a block.
+@pytest.mark.parametrize("batch, k", [(1, 100), (3, 1025), (2, 2500), (5, 1), (1100, 3)])
 def test_cross_entropy(buffers, batch, k):
     logits = buffers.copy(buffers.randn(batch, k, contiguous=True) * 30, contiguous=True)
     labels = buffers.copy(torch.arange(batch) * 7 % k)

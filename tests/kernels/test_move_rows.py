@@ -25,6 +25,21 @@ def test_move_rows(buffers, dtype, batch, rows, d):
         assert torch.equal(target, expected)
 
 
+@pytest.mark.parametrize("batch, rows, strides", [(3, 4, (2**30, 16)), (1, 10, (2**32, 2**28))])
+def test_rows_further_apart_than_32_bits_count(device, batch, rows, strides):
+    """Each stride fits in 32 bits; the offset of the last image, or of the last row, does not. All kernels on rows find
+    them in the same way."""
+    near = torch.randn(batch, rows, 8, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    # Memory that is not touched is never there.
+    far = torch.empty_strided(near.shape, (*strides, 1), dtype=torch.float16, device=device)
+    far.copy_(near)
+    index, out = torch.arange(rows, device=device), torch.empty_like(near)
+    move_rows.gather_rows(far, index, out)
+    assert torch.equal(out, near)
+    move_rows.add_rows(near, index, far)
+    assert torch.equal(far, 2 * near)
+
+
 def test_no_rows(device):
     x, index = torch.zeros(2, 4, 16, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     move_rows.gather_rows(x, index, x[:, :0])

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import MODES, AttentionCase, random_names, tree_of
+from attention_cases import MODES, AttentionCase, grouped, random_names, tree_of
 from cocoop_fast.kernels.tree_attention_plan import QUERIES, SLOTS, plan_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,12 +30,11 @@ def make(
     heads=1,
     head_size=16,
     dtype=torch.float32,
-    seed=0,
+    **options,
 ):
     tree = tree_of(NAMES[names] if isinstance(names, str) else names, n_ctx)
-    return AttentionCase(
-        tree_attention, tree, batch, heads, head_size, dtype, DEVICE, seed=seed, **MODES[mode]
-    )  # fmt: skip
+    options |= MODES[mode]
+    return AttentionCase(tree_attention, tree, batch, heads, head_size, dtype, DEVICE, **options)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -63,6 +62,36 @@ def test_shapes(dtype, n_ctx, heads, head_size):
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision_in_every_layer(dtype, mode):
     make(mode=mode, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_in_buffers_of_their_own(mode):
+    make(mode=mode, batch=2, apart=True).check()
+
+
+def test_a_row_with_more_partial_sums_than_are_added_at_a_time():
+    names = random_names(400, 8, 5, seed=2)
+    plan = plan_attention(tree_of(names, 1), None, DEVICE)
+    assert int(plan.summed_start.diff().max()) > tree_attention.SUM_PARTIALS
+    make(names, n_ctx=1, head_size=8).check()
+
+
+@pytest.mark.parametrize("batch, strides", [(3, (2**30, 256)), (1, (2**32, 2**28))])
+def test_rows_further_apart_than_32_bits_count(batch, strides):
+    """Each stride fits in 32 bits; the offsets of the last image, and of the last rows, do not."""
+    near = make([[1, 2], [2], [3]], n_ctx=9, batch=batch, head_size=8, dtype=torch.float16)
+    shape = (batch, near.tree.rows, 8 * near.d)
+    # Memory that is not touched is never there.
+    far = torch.empty_strided(shape, (*strides, 1), dtype=torch.float16, device=DEVICE)
+    q, k, v, o, grad_o, dq, dk, dv = far.split(near.d, -1)
+    for there, here in ((q, near.q), (k, near.k), (v, near.v), (grad_o, near.grad_o)):
+        there.copy_(here)
+    inputs = (q, k, v, *near.inputs[3:])
+    near.attention.forward(inputs, o)
+    workspace = torch.empty(near.attention.workspace_floats(batch, 1, 8), device=DEVICE)
+    near.attention.backward(grad_o, inputs, dq, dk, dv, workspace)
+    for there, here in zip((o, dq, dk, dv), near.results(), strict=True):
+        assert torch.equal(there, here)
 
 
 @settings(max_examples=6, deadline=None)
@@ -141,10 +170,10 @@ def test_every_launch_is_a_variant_that_is_compiled_for_every_target(monkeypatch
         for names in ("branching", "deep"):
             case = make(names, "last layer", head_size=head_size, dtype=dtype)
             o = torch.zeros_like(case.grad_o)
-            case.attention.forward(*case.inputs, o)
+            case.attention.forward(case.inputs, o)
             workspace = torch.empty(case.attention.workspace_floats(1, 1, head_size), device=DEVICE)
             keys = torch.zeros_like(case.k), torch.zeros_like(case.k)
-            case.attention.backward(case.grad_o, *case.inputs, o, *keys, workspace)
+            case.attention.backward(case.grad_o, case.inputs, o, *keys, workspace)
     forms = {
         (v.kernel_name, next(iter(v.signature.values())), frozenset(v.constexprs.items()), v.num_warps)
         for v in tree_attention.VARIANTS
@@ -236,12 +265,7 @@ def test_rows_that_nobody_reads_have_no_gradient():
     sos = torch.ones(8, device=DEVICE)
     attention.backward(
         q,
-        q,
-        rows[1],
-        rows[2],
-        sos,
-        sos,
-        1,
+        (q, rows[1], rows[2], sos, sos, 1),
         dq,
         dk,
         dv,
@@ -330,14 +354,14 @@ def test_bad_forward_arguments(change, message):
     rows, sos = torch.zeros(2, 9, 16), torch.zeros(16)
     good = {"q": rows, "k": rows, "v": rows, "sos_k": sos, "sos_v": sos, "heads": 2, "o": rows.clone()}
     with pytest.raises(ValueError, match=message):
-        attention.forward(**{**good, **change})
+        attention.forward(**grouped({**good, **change}))
 
 
 def test_heads_that_no_block_takes():
     attention = tree_attention.TreeAttention(tree_of([[1]]))
     rows, sos = torch.zeros(1, 6, 129), torch.zeros(129)
     with pytest.raises(ValueError, match="heads of 129 numbers: the kernels take at most 128"):
-        attention.forward(rows, rows, rows, sos, sos, 1, rows.clone())
+        attention.forward((rows, rows, rows, sos, sos, 1), rows.clone())
 
 
 def test_a_workspace_that_is_too_small():
@@ -348,7 +372,7 @@ def test_a_workspace_that_is_too_small():
     with pytest.raises(
         ValueError, match=rf"`workspace` must have at least {needed} numbers, got \({needed - 1},\)"
     ):
-        case.attention.backward(case.grad_o, *case.inputs, torch.zeros_like(case.grad_o), *keys, short)
+        case.attention.backward(case.grad_o, case.inputs, torch.zeros_like(case.grad_o), *keys, short)
 
 
 @pytest.mark.parametrize(
@@ -373,4 +397,4 @@ def test_bad_backward_arguments(queries, change, message):
     if change.get("context_only"):
         change = {**change, "dk": rows[:, :4].clone(), "dv": rows[:, :4].clone()}
     with pytest.raises(ValueError, match=message):
-        attention.backward(**{**good, **change})
+        attention.backward(**grouped({**good, **change}))

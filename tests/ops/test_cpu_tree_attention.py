@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from attention_cases import random_names, tree_of
+from attention_cases import AttentionCase, grouped, random_names, tree_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_testing import Guarded, assert_close
@@ -58,7 +58,7 @@ class Case:
 
     def forward(self):
         o = Guarded(self.batch, self.n_queries, self.d)
-        self.attention.forward(*self.inputs, o.tensor)
+        self.attention.forward(self.inputs, o.tensor)
         return o.check()
 
     def backward(self):
@@ -71,7 +71,7 @@ class Case:
             out.tensor[..., : self.d] = 0
             dq = None if context_only else torch.full((self.batch, self.n_queries, self.d), torch.nan)
         workspace = Guarded(self.attention.workspace_floats(self.batch, self.heads, self.head_size))
-        arguments = (*self.inputs, dq, dk, dv, workspace.tensor)
+        arguments = (self.inputs, dq, dk, dv, workspace.tensor)
         self.attention.backward(self.grad_o, *arguments, context_only=context_only)
         workspace.tensor[workspace.tensor == workspace.buffer[0]] = 0  # it need not be used up
         workspace.check()
@@ -272,7 +272,7 @@ def test_bad_forward_arguments(widest_isa, change, message):
     arguments = dict(zip(names, (*case.inputs, torch.zeros(2, 9, 16)), strict=True))
     arguments.update({name: make(case) for name, make in change.items()})
     with pytest.raises(ValueError, match=message):
-        case.attention.forward(**arguments)
+        case.attention.forward(**grouped(arguments))
 
 
 @pytest.mark.parametrize(
@@ -306,9 +306,23 @@ def test_bad_backward_arguments(widest_isa, mode, change, message):
     workspace = torch.empty(case.attention.workspace_floats(2, 2, 8))
     arguments = dict(zip(names, (case.grad_o, *case.inputs, *results, workspace), strict=True))
     arguments["context_only"] = context_only
-    case.attention.backward(**arguments)  # nothing is wrong but the change
+    case.attention.backward(**grouped(arguments))  # nothing is wrong but the change
     with pytest.raises(ValueError, match=message):
-        case.attention.backward(**{**arguments, **change})
+        case.attention.backward(**grouped({**arguments, **change}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_in_buffers_of_their_own(widest_isa, mode):
+    tree, kind = tree_of(NAMES["branching"]), {"dtype": torch.float32, "device": "cpu"}
+    AttentionCase(Planned, tree, 2, 2, 16, **kind, apart=True, **MODES[mode]).check()
+
+
+class Planned:
+    """The table that a case asks for attention."""
+
+    @staticmethod
+    def TreeAttention(tree, queries, device):
+        return TreeAttention(tree, queries)
 
 
 def test_read_only_results_are_refused(widest_isa):
