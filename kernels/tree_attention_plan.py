@@ -165,9 +165,8 @@ def _tiles(above: list[int], asking: np.ndarray) -> Iterator[tuple[int, list[int
         for row in asking[begin : begin + QUERIES].tolist():
             path = _path(above, row)
             new = [key for key in path if key not in slot_of]
-            limit = (
-                limit or -(-(1 + len(new) + QUERIES // 2) // SLOTS) * SLOTS
-            )  # room for half a tile at least
+            # Room for half a tile at least.
+            limit = limit or -(-(1 + len(new) + QUERIES // 2) // SLOTS) * SLOTS
             if len(keys) + len(new) > limit:
                 break
             slot_of.update((key, len(keys) + i) for i, key in enumerate(new))

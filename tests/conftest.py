@@ -4,9 +4,8 @@ Without a GPU, Triton's kernels run in its interpreter.
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # for the processes that tests start, too; read when torch loads
+# For the processes that tests start, too; read when torch loads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

@@ -63,9 +63,8 @@ class TowerConstants:
     learnable: Tensor  # (S,) rows that are context vectors
     slots: Tensor  # (S,) which ones
     positions: Tensor  # (S, d) their position embeddings
-    fixed_kv: tuple[
-        tuple[Tensor, Tensor], ...
-    ]  # (1 + C, H, D): key and value of SOS and the constants, by layer
+    # (1 + C, H, D) by layer: key and value of SOS and of the tokens that no context precedes
+    fixed_kv: tuple[tuple[Tensor, Tensor], ...]
     leaves: Tensor  # (K',) distinct EOT nodes
     leaf_of_class: Tensor  # (K,)
 
@@ -148,7 +147,6 @@ def _fixed_rows(weights: TextWeights, tree: ClassTree) -> tuple[tuple[Tensor, Te
 
 def _embed(weights: TextWeights, token: Tensor, place: Tensor) -> Tensor:
     """(n,) token ids at (n,) positions to layer-0 rows (n, d)."""
-    token, place = token.to(weights.device), place.to(weights.device)
-    return weights.token_embedding[token].to(weights.dtype) + weights.positional_embedding[place].to(
-        weights.dtype
-    )
+    parts = ((weights.token_embedding, token), (weights.positional_embedding, place))
+    embedded, position = (table[index.to(weights.device)].to(weights.dtype) for table, index in parts)
+    return embedded + position

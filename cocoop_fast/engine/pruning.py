@@ -93,9 +93,8 @@ def choose_classes(logits: Tensor, label: Tensor, tau: float) -> Kept:
     classes = keep.any(dim=0).nonzero()[:, 0]
     is_label = classes == label[:, None]
     others = probabilities[:, classes].masked_fill(is_label | ~keep[:, classes], 0.0)
-    total = probabilities.scatter(1, label[:, None], 0.0).sum(
-        dim=1, keepdim=True
-    )  # 1 - p_label, free of cancellation
+    # 1 - p_label, free of cancellation
+    total = probabilities.scatter(1, label[:, None], 0.0).sum(dim=1, keepdim=True)
     kept, tiny = others.sum(dim=1, keepdim=True), torch.finfo(probabilities.dtype).tiny
     weights = torch.where(is_label, -total, others * (total / kept.clamp(min=tiny)))
     left_out = (total - kept).clamp(min=0) / (2 * total).clamp(min=tiny)

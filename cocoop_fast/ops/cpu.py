@@ -127,16 +127,16 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-# Shapes: x (n, k), its rows any stride apart, and fastest where that is no large power of two; W (width, k), `packed` by
-# :func:`pack_weight` or as it lies. Arguments behind W may be None where they say so.
-linear_fwd = _kernel("linear_fwd")  # x, packed, bias?, residual?, out: out = x W^T + bias + residual
-linear_bwd = _kernel("linear_bwd")  # dy (n, width), weight, dx (n, k): dx = dy W
-linear_activation_fwd = _kernel(
-    "linear_activation_fwd"
-)  # x, packed, bias, kind, u?, out: out = act(u = x W^T + b)
-linear_activation_bwd = _kernel(
-    "linear_activation_bwd"
-)  # dy, weight, u (n, k), kind, du: du = (dy W) act'(u)
+# Of x (n, k), its rows any stride apart, fastest where that is no large power of two, and W (width, k), in forward as
+# :func:`pack_weight` lays it out:
+#   linear_fwd(x, packed, bias or None, residual or None, out): out = x W^T + bias + residual
+#   linear_bwd(dy, W, dx): dx = dy W
+#   linear_activation_fwd(x, packed, bias, kind, u or None, out): u = x W^T + bias, out = act(u)
+#   linear_activation_bwd(dy, W, u, kind, du): du = (dy W) act'(u), W of the layer that reads the activation
+linear_fwd = _kernel("linear_fwd")
+linear_bwd = _kernel("linear_bwd")
+linear_activation_fwd = _kernel("linear_activation_fwd")
+linear_activation_bwd = _kernel("linear_activation_bwd")
 
 layer_norm_fwd = _kernel("layer_norm_fwd")
 layer_norm_bwd = _kernel("layer_norm_bwd")

@@ -87,9 +87,8 @@ def test_nan_goes_where_it_is_read(cuda):
 def test_large_scores_are_stable(cuda):
     case = make(cuda, batch=1)
     case.q.mul_(300)
-    assert (
-        float((case.forward() - case.expected()[0].detach()).abs().max()) < 1e-2
-    )  # scores of 1e4: an error of 1e-3
+    # Scores of 1e4: an error of 1e-3.
+    assert float((case.forward() - case.expected()[0].detach()).abs().max()) < 1e-2
 
 
 def test_launches(built, cuda):

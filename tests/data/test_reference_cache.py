@@ -22,9 +22,8 @@ def test_a_cache_is_read_without_its_class(tmp_path, protocol):
     path = tmp_path / "shot_1-seed_1.pkl"
     write_reference_cache(path, "/data", SAMPLES, SAMPLES[:1], protocol=protocol)
     assert not any(name.startswith("dassl") for name in sys.modules)
-    if (
-        protocol < 2
-    ):  # there objects are made by copyreg's function, and highest protocols are what is written
+    # There objects are made by copyreg's function, and highest protocols are what is written.
+    if protocol < 2:
         with pytest.raises(UserError, match=r"asks for copy_?reg\._reconstructor"):
             read_reference_cache(path)
     else:

@@ -204,10 +204,8 @@ def test_launches(monkeypatch, layers):
     tower.encode(contexts).sum().backward()  # the first pass lays the memory out
     with Launches(monkeypatch) as forward:
         features = tower.encode(contexts)
-    once = {
-        "_assemble_prompts_fwd_kernel": 1,
-        "_move_rows_kernel": 1,
-    }  # layer 0's rows; the EOT rows of the last
+    # Layer 0's rows; the EOT rows of the last.
+    once = {"_assemble_prompts_fwd_kernel": 1, "_move_rows_kernel": 1}
     of_layers = {
         "_layer_norm_fwd_kernel": 2 * layers + 1,
         "_tree_attention_fwd_kernel": layers,

@@ -62,9 +62,8 @@ def food101(root: Path) -> None:
 def dtd(root: Path) -> None:
     for name in ("banded", "blotchy", "cobwebbed", "crosshatched", "zigzagged"):
         write_jpegs(root / "dtd/images" / name, [f"{name}_{i:04d}.jpg" for i in range(6)])
-        (root / "dtd/images" / name / ".directory").write_bytes(
-            b"hidden"
-        )  # some folders of the real set have it
+        # Some folders of the real set have it.
+        (root / "dtd/images" / name / ".directory").write_bytes(b"hidden")
 
 
 def eurosat(root: Path) -> None:
@@ -123,12 +122,8 @@ def oxford_flowers(root: Path) -> None:
     (folder / "cat_to_name.json").write_text(json.dumps(dict(reversed(FLOWERS.items()))))
 
 
-VARIANTS = (
-    "707-320",
-    "Model B200",
-    "A300B4",
-    "Yak-42",
-)  # not in alphabetical order here, so that order shows
+# Not in alphabetical order here, so that order shows.
+VARIANTS = ("707-320", "Model B200", "A300B4", "Yak-42")
 
 
 def fgvc_aircraft(root: Path) -> None:

@@ -45,9 +45,8 @@ def learner_flops(problem, *, backward):
 
 
 @pytest.mark.parametrize("layers", [2, 4])
-@pytest.mark.parametrize(
-    "batch", [2, 3]
-)  # torch takes the cosines of a single image for a product with a weight
+# With a single image torch takes the cosines for a product with a weight.
+@pytest.mark.parametrize("batch", [2, 3])
 def test_the_products_of_the_tree_are_those_that_the_tower_computes(layers, batch):
     problem = problem_of(layers=layers, batch=batch)
     model = field.BY_NAME["tree+torch"].build(problem).model

@@ -71,9 +71,8 @@ def test_shifts_are_the_meta_net_s_output(clip, method):
         bias = torch.stack([net(unit) for net in nets], dim=1).double()
     torch.testing.assert_close(shifts.mean, bias.mean(dim=0), atol=1e-6, rtol=0)
     flat = (bias - bias.mean(dim=0)).flatten(1)
-    assert shifts.spread == pytest.approx(
-        float(flat.square().sum(dim=1).mean().sqrt() / 2), rel=1e-5
-    )  # 4 tokens
+    spread = flat.square().sum(dim=1).mean().sqrt() / 2  # 4 tokens
+    assert shifts.spread == pytest.approx(float(spread), rel=1e-5)
     points, explained = principal_components(bias.flatten(1))
     torch.testing.assert_close(shifts.points, points, atol=1e-5, rtol=0)
     assert shifts.explained == pytest.approx(explained, abs=1e-5)

@@ -84,9 +84,8 @@ def test_what_decides_a_view_is_in_its_name(tmp_path):
     assert [images_encoded(source(tmp_path, batches=other), 1) for other in changed] == [23, 23, 22]
     other = replace(loaded_tiny_clip(), model=tiny_clip(layers=2, seed=3))
     assert images_encoded(source(tmp_path, clip=other), 1) == 23
-    assert (
-        images_encoded(source(tmp_path, batches=replace(batches, batch_size=5)), 1) == 0
-    )  # does not decide it
+    # The batch size does not decide it.
+    assert images_encoded(source(tmp_path, batches=replace(batches, batch_size=5)), 1) == 0
 
 
 @pytest.mark.parametrize("damage", ["torn", "altered", "empty"])
