@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -73,7 +74,7 @@ def lay_out(
         workspace_floats: what attention needs in backward.
         largest_panel_only: enough to see how much memory a pass takes.
     """
-    last = memory.layout
+    last = memory.layout()
     if isinstance(last, Activations) and last.constants is constants and last.batch == batch:
         return last
     c, w = constants, constants.weights
@@ -81,15 +82,17 @@ def lay_out(
     acts.layers = [_layer_activations(c, batch, layer, memory) for layer in range(len(w.blocks))]
     acts.x_out = memory.scratch.get("x_out", batch * len(c.leaves), w.width)
     acts.stats_out = memory.statistics("x_out", batch * len(c.leaves))
-    # At their full size from the start: memory that grows is there twice for a while.
-    panel = max(len(range(p.start, p.stop)) for a in acts.layers for p in acts.panels(len(a.x_mid)))
+    # At their full size from the start: memory that grows is there twice for a while. A smaller tree may have the longer
+    # panels, so that they get what the longest take.
+    rows = max(len(a.x_mid) for a in acts.layers)
+    panel = min(rows, 3 * ops.PANEL_ROWS // 2) if ops.PANEL_ROWS else rows
     acts.rows("h", max(panel, batch * c.tree.n_ctx, batch * len(c.leaves)), w.width)
     acts.rows("g", panel, max(block.fc.weight.shape[0] for block in w.blocks))
     if memory.keeps:
         largest = max((a.qkv for a in acts.layers), key=Tensor.numel)
         acts.rows("grad_qkv", *largest.shape)
         memory.floats.get("attention", workspace_floats)
-    memory.layout = acts
+    memory.layout = weakref.ref(acts)
     return acts
 
 

@@ -80,6 +80,11 @@ class TowerConstants:
         with torch.no_grad(), own_types(self.weights.device):
             return qkv_rows(self.node_rows, self.weights.blocks[0], self.weights.heads)
 
+    @property
+    def nbytes(self) -> int:
+        """Of those that grow with the tree."""
+        return sum(one.nbytes for one in (self.node_rows, *self.node_qkv))
+
     def part(self, tree: ClassTree) -> TowerConstants:
         """The same for a subtree of the tree, by :meth:`ClassTree.subtree`."""
         return compute_constants(self.weights, tree, self.fixed_kv)

@@ -18,7 +18,7 @@ Notation: B images, M context vectors, N nodes, R = M + N rows of an image, Q di
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from cocoop_fast.clip.frozen import Affine, TextBlock, TextWeights
 from cocoop_fast.engine.activations import Activations, LayerActivations, lay_out
 from cocoop_fast.engine.constants import TowerConstants, own_types
 from cocoop_fast.engine.contexts import ContextRows
-from cocoop_fast.engine.memory import Lease, PassMemory, Pool, Statistics, undisturbed
+from cocoop_fast.engine.memory import Lease, PassMemory, PassSize, Pool, Statistics, undisturbed
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.linear import FrozenLinear
 from cocoop_fast.ops.shapes import ShapeOps
@@ -56,6 +56,8 @@ class FusedTower:
         self.leaf_attention = ops.tree_attention(tree, tree.leaves, device)
         self.leaf_rows = tree.n_ctx + constants.leaves  # among the R rows of an image
         self.shared = shared or SharedParts(constants.weights, ops)
+        # The last one that keeps activations, and the last one that does not.
+        self._layouts: dict[bool, Activations] = {}
 
     def encode(self, contexts: ContextRows) -> Tensor:
         """To (B, Q, E) text features of the tree's leaves."""
@@ -73,7 +75,9 @@ class FusedTower:
         w = self.constants.weights
         sizes = batch, w.heads, w.width // w.heads
         floats = max(one.workspace_floats(*sizes) for one in (self.attention, self.leaf_attention))
-        return lay_out(self.constants, batch, memory, self.ops, floats, largest_panel_only=largest_panel_only)
+        acts = lay_out(self.constants, batch, memory, self.ops, floats, largest_panel_only=largest_panel_only)
+        self._layouts[memory.keeps] = acts
+        return acts
 
     def for_part(self, constants: TowerConstants) -> FusedTower:
         """A tower of the same weights for another tree, which uses the same memory."""
@@ -94,15 +98,25 @@ class FusedTower:
         """The memory of passes that are over, for the next ones."""
         return self.shared.training.nbytes + self.shared.inference.nbytes
 
-    def pass_bytes(self, tree: ClassTree, batch: int, *, keeps: bool) -> int:
-        """What a pass over B images of a tree allocates, its result and the tree's constants included."""
+    def pass_size(self, trees: Sequence[ClassTree], batch: int, *, keeps: bool) -> PassSize:
+        """What passes over B images allocate, one tree after the other; found by passes over meta tensors."""
 
-        def found() -> PassBytes:
-            constants, ops = self.constants.on_meta(tree), ShapeOps(self.ops)
-            return shape_pass(constants, ops, batch, keeps=keeps, largest_panel_only=True)
+        def found() -> PassSize:
+            ops, sizes = ShapeOps(self.ops), []
+            shared = SharedParts(self.constants.weights.to(torch.device("meta")), ops)
+            for tree in trees:
+                size = shape_pass(
+                    self.constants.on_meta(tree),
+                    ops,
+                    batch,
+                    keeps=keeps,
+                    shared=shared,
+                    largest_panel_only=True,
+                )
+                sizes.append(PassSize(size.saved + size.scratch, size.results, size.constants))
+            return PassSize.most(sizes)
 
-        size = undisturbed(found)
-        return size.activations + size.constants
+        return undisturbed(found)
 
 
 class PassBytes(NamedTuple):
@@ -120,7 +134,13 @@ class PassBytes(NamedTuple):
 
 
 def shape_pass(
-    constants: TowerConstants, ops: Ops, batch: int, *, keeps: bool, largest_panel_only: bool = False
+    constants: TowerConstants,
+    ops: Ops,
+    batch: int,
+    *,
+    keeps: bool,
+    shared: SharedParts | None = None,
+    largest_panel_only: bool = False,
 ) -> PassBytes:
     """A pass over meta tensors: nothing is computed, and what it allocates is known.
 
@@ -129,9 +149,10 @@ def shape_pass(
         ops: that do nothing, or note what they are given.
         batch: B.
         keeps: whether backward follows.
+        shared: of a pass before, whose memory is used again.
         largest_panel_only: enough to see how much memory a pass takes.
     """
-    tower = FusedTower(constants, ops)
+    tower = FusedTower(constants, ops, shared)
     memory = (tower.shared.training if keeps else tower.shared.inference).borrow().memory
     shift = constants.positions.new_empty(batch, *constants.positions.shape)
     with torch.no_grad():
@@ -144,7 +165,7 @@ def shape_pass(
         saved=saved,
         scratch=memory.nbytes - saved,
         results=features.nbytes + (shift.nbytes if keeps else 0),
-        constants=sum(one.nbytes for one in (constants.node_rows, *constants.node_qkv)),
+        constants=constants.nbytes,
         packed=tower.shared.packed_bytes,
     )
 

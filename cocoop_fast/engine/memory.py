@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ class PassMemory:
         self.scratch = Buffers(dtype, device)
         self.floats = Buffers(torch.float32, device)
         self.layers = [Buffers(dtype, device) if keeps else self.scratch for _ in range(layers)]
-        self.layout: object = None  # what its tower has last made of it
+        # What a tower has last made of it. The tower keeps that: with a part's tower go the part's constants.
+        self.layout: Callable[[], object] = lambda: None
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +76,23 @@ class PassMemory:
         """Mean and reciprocal standard deviation of so many rows."""
         mean, rstd = self.floats.get(f"statistics of {name}", 2, rows).unbind()
         return mean, rstd
+
+
+class PassSize(NamedTuple):
+    """The bytes that a pass allocates."""
+
+    pooled: int  # wait for the next pass when this one is over
+    passing: int  # are free again then, or its result
+    constants: int  # of the tree; they stay with its tower
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    @classmethod
+    def most(cls, sizes: Sequence[PassSize]) -> PassSize:
+        """Of each part the most."""
+        return cls(*(max(column) for column in zip(*sizes, strict=True)))
 
 
 class Pool:

@@ -8,7 +8,7 @@ the context is added up in a fixed order. One more forward is the price: three p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cocoop_fast.engine.constants import TowerConstants
 from cocoop_fast.engine.contexts import ContextRows
-from cocoop_fast.engine.memory import free_memory, parse_bytes
+from cocoop_fast.engine.memory import PassSize, free_memory, parse_bytes
 from cocoop_fast.errors import UserError
 from cocoop_fast.prompts.tree import ClassTree
 
@@ -51,8 +51,14 @@ class Tower(Protocol):
     def encode(self, contexts: ContextRows) -> Tensor:
         """To (B, Q, E) features of the leaves, differentiable."""
 
-    def pass_bytes(self, tree: ClassTree, batch: int, *, keeps: bool) -> int:
-        """What a pass over B images of this tree, or a part of it, allocates; `keeps`: with its backward."""
+    def pass_size(self, trees: Sequence[ClassTree], batch: int, *, keeps: bool) -> PassSize:
+        """What passes over B images allocate that go through this tree or parts of it, one after the other.
+
+        Args:
+            trees: of each pass.
+            batch: B.
+            keeps: each is followed by its backward.
+        """
 
     def for_part(self, constants: TowerConstants) -> Tower:
         """A tower of the same weights for another tree."""
@@ -79,6 +85,11 @@ class Pieces:
     def of(self, batch: int) -> Iterator[slice]:
         """The groups of images."""
         return (slice(first, min(first + self.images, batch)) for first in range(0, batch, self.images))
+
+    def in_order(self) -> Sequence[Shard | None]:
+        """The shards, None for the whole tree. The largest comes first: the towers' memory grows to its size once, and not
+        again and again."""
+        return sorted(self.shards, key=lambda shard: -len(shard.tree)) or (None,)
 
 
 def shard(tree: ClassTree, max_nodes: int) -> tuple[Shard, ...]:
@@ -136,6 +147,24 @@ class MemoryBudget:
             known[batch, keeps] = self._decide(tower, batch, keeps)
         return known[batch, keeps]
 
+    def step_bytes(self, tower: Tower, batch: int) -> int:
+        """What a training step of B images allocates, whole or in pieces; from the contexts to their gradient.
+
+        Raises:
+            UserError: see :meth:`pieces`.
+        """
+        backward = self.pieces(tower, batch, keeps=True)
+        training = _size(tower, backward, keeps=True)
+        if backward.images >= batch and not backward.shards:
+            return training.total + _fixed_bytes(tower, batch)
+        forward = self.pieces(tower, batch, keeps=False)
+        inference = _size(tower, forward, keeps=False)
+        whole = passing = 0  # constants of the whole tree stay, those of a shard go with it
+        for pieces, size in ((forward, inference), (backward, training)):
+            whole = max(whole, 0 if pieces.shards else size.constants)
+            passing = max(passing, size.passing + (size.constants if pieces.shards else 0))
+        return _fixed_bytes(tower, batch) + training.pooled + inference.pooled + whole + passing
+
     def lower(self, tower: Tower, batch: int) -> None:
         """After a step ran out of memory: from now on pieces of half the size that it had. What the tower kept for
         larger ones is given back.
@@ -149,8 +178,8 @@ class MemoryBudget:
         """
         tower.release()
         pieces = self.pieces(tower, batch, keeps=True)
-        largest = _largest_pass(tower, pieces, keeps=True)
-        self.bytes = _fixed_bytes(tower, batch) + int(largest / 2 / _share(tower, keeps=True))
+        largest = _size(tower, pieces, keeps=True)
+        self.bytes = _fixed_bytes(tower, batch) + int(largest.total / 2 / _share(tower, keeps=True))
         self._known.clear()
         for keeps in (True, False):
             self.pieces(tower, batch, keeps=keeps)
@@ -162,25 +191,27 @@ class MemoryBudget:
         if total is None:
             return Pieces(most)
         fixed = _fixed_bytes(tower, batch)
-        if keeps and tower.pass_bytes(tree, most, keeps=True) <= total - fixed:
+        if keeps and tower.pass_size([tree], most, keeps=True).total + fixed <= total:
             return Pieces(most)
         share = _share(tower, keeps=keeps)
         left = int(share * (total - fixed))
-        if not keeps and tower.pass_bytes(tree, most, keeps=False) <= left:
+        if not keeps and tower.pass_size([tree], most, keeps=False).total <= left:
             return Pieces(most)
-        largest = tower.pass_bytes(tree, 1, keeps=keeps)
-        if largest <= left:
-            return Pieces(min(most, left // largest))
-        nodes = len(tree)
+        of_image = tower.pass_size([tree], 1, keeps=keeps)
+        if of_image.total <= left:
+            return Pieces(min(most, left // of_image.total))
+        if keeps and share == 1 and not self.pieces(tower, batch, keeps=False).shards:
+            left -= of_image.constants  # from the forward pass; otherwise they are in its share
+        nodes, largest = len(tree), of_image.total
         while nodes > 1 and left > 0:
             nodes = max(1, int(nodes * min(0.9, left / largest)))
             pieces = Pieces(1, shard(tree, nodes))
-            largest = _largest_pass(tower, pieces, keeps)
+            largest = _size(tower, pieces, keeps=keeps).total
             if largest <= left:
                 return pieces
         deepest = tree.leaves[tree.depth[tree.leaves].argmax()].reshape(1)
         path = tree.subtree(tree.ancestors(deepest))
-        least = fixed + tower.pass_bytes(path, 1, keeps=keeps) / share
+        least = fixed + tower.pass_size([path], 1, keeps=keeps).total / share
         raise UserError(
             f"A memory budget of {total / 1e6:.3g} MB is too small: a batch of {batch} and {tree.n_classes} classes "
             f"needs {ceil(least / 1e4) / 100:.2f} MB at least; give more."
@@ -194,26 +225,39 @@ class MemoryBudget:
 
 
 def _share(tower: Tower, *, keeps: bool) -> float:
-    """Of the memory for activations. Where backward goes in pieces, the pass without gradients and that with them are
-    there at once: by what they need of an image, both go in about as many pieces."""
+    """Of the memory for activations. Where backward goes in pieces and the memory of a pass waits for the next one, that
+    of the pass without gradients and of that with them are there at once: by what they need of an image, both go in about
+    as many pieces."""
     inference, training = (
-        tower.pass_bytes(tower.constants.tree, 1, keeps=with_them) for with_them in (False, True)
+        tower.pass_size([tower.constants.tree], 1, keeps=with_them) for with_them in (False, True)
     )
-    return (training if keeps else inference) / (inference + training)
+    if not training.pooled:
+        return 1.0
+    return (training if keeps else inference).total / (inference.total + training.total)
 
 
 def _fixed_bytes(tower: Tower, batch: int) -> int:
-    """Whatever the pieces are: copies of weights; the features of leaves and classes, and the gradients of both."""
+    """Whatever the pieces are: copies of weights; in backward the features of the classes and their gradient, and that of
+    the leaves, in whose place the leaves' features were."""
     tree, weights = tower.constants.tree, tower.constants.weights
-    features = batch * (len(tree.leaves) + tree.n_classes) * weights.projection.weight.shape[1]
-    return tower.kept_bytes + 2 * features * weights.dtype.itemsize
+    features = 2 * tree.n_classes + len(tree.leaves)
+    return tower.kept_bytes + batch * features * weights.projection.weight.shape[1] * weights.dtype.itemsize
 
 
-def _largest_pass(tower: Tower, pieces: Pieces, keeps: bool) -> int:
-    """Of all pieces. A shard that is the largest has the most rows or the most leaves."""
-    trees = [part.tree for part in pieces.shards] or [tower.constants.tree]
-    largest = {max(trees, key=lambda tree: tree.rows), max(trees, key=lambda tree: len(tree.leaves))}
-    return max(tower.pass_bytes(tree, pieces.images, keeps=keeps) for tree in largest)
+def _size(tower: Tower, pieces: Pieces, *, keeps: bool) -> PassSize:
+    """Of all pieces, which use the same memory in turn."""
+    trees = [part.tree for part in pieces.shards]
+    if not trees:
+        return tower.pass_size([tower.constants.tree], pieces.images, keeps=keeps)
+    # A shard that is the largest in some way has the most rows, leaves or places on its paths.
+    largest = {
+        max(trees, key=lambda tree: tree.rows),
+        max(trees, key=lambda tree: len(tree.leaves)),
+        max(trees, key=lambda tree: tree.rows * tree.max_depth),
+    }
+    size = tower.pass_size(list(largest), pieces.images, keeps=keeps)
+    on_cpu = tower.constants.weights.device.type == "cpu"  # where the trees are
+    return size._replace(pooled=size.pooled + on_cpu * sum(tree.nbytes for tree in trees))
 
 
 def encode_in_pieces(tower: Tower, contexts: ContextRows, budget: MemoryBudget) -> Tensor:
@@ -255,18 +299,24 @@ class _InPieces(torch.autograd.Function):
             [None if one is None else torch.zeros_like(one) for one in contexts.tensors()]
         )
         for images in node.pieces.of(contexts.batch):
-            for tower, leaves in _towers(node.tower, node.pieces):
-                own = ContextRows.of(
-                    [None if one is None else one.detach() for one in contexts.images(images).tensors()]
-                )
-                with torch.enable_grad(), node.autocast:  # which backward does not run under
-                    inputs = [one.requires_grad_() for one in own.tensors() if one is not None]
-                    features = tower.encode(own)
-                found = torch.autograd.grad(features, inputs, grad_features[images, leaves])
-                there = [one for one in totals.images(images).tensors() if one is not None]
+            there = [one for one in totals.images(images).tensors() if one is not None]
+            for shard in node.pieces.in_order():
+                with node.autocast:  # which backward does not run under
+                    found = _gradients(node.tower, shard, contexts.images(images), grad_features[images])
                 for total, part in zip(there, found, strict=True):  # views of the totals
                     total += part
         return None, None, None, *totals.tensors()
+
+
+@torch.enable_grad()
+def _gradients(
+    tower: Tower, shard: Shard | None, contexts: ContextRows, grad_features: Tensor
+) -> tuple[Tensor, ...]:
+    """Of the contexts, through one piece. Nothing of it outlives the call: the next piece has the memory for itself."""
+    own = ContextRows.of([None if one is None else one.detach() for one in contexts.tensors()])
+    inputs = [one.requires_grad_() for one in own.tensors() if one is not None]
+    part, leaves = _part(tower, shard)
+    return torch.autograd.grad(part.encode(own), inputs, grad_features[:, leaves])
 
 
 @torch.no_grad()
@@ -275,17 +325,15 @@ def _forward(tower: Tower, pieces: Pieces, contexts: ContextRows) -> Tensor:
     shape = contexts.batch, len(tower.constants.leaves), weights.projection.weight.shape[1]
     features = torch.empty(shape, dtype=weights.dtype, device=weights.device)
     for images in pieces.of(contexts.batch):
-        for part, leaves in _towers(tower, pieces):
+        for shard in pieces.in_order():
+            part, leaves = _part(tower, shard)
             features[images, leaves] = part.encode(contexts.images(images))
+            del part  # the next one has the memory for itself
     return features
 
 
-def _towers(tower: Tower, pieces: Pieces) -> Iterator[tuple[Tower, slice]]:
-    """A tower for each shard, made when it is needed: its constants are not kept.
-
-    The largest comes first: the towers' memory grows to its size once, and not again and again.
-    """
-    if not pieces.shards:
-        yield tower, slice(None)
-    for part in sorted(pieces.shards, key=lambda part: -len(part.tree)):
-        yield tower.for_part(tower.constants.part(part.tree)), part.leaves
+def _part(tower: Tower, shard: Shard | None) -> tuple[Tower, slice]:
+    """The tower of a shard, made when it is needed: its constants are not kept."""
+    if shard is None:
+        return tower, slice(None)
+    return tower.for_part(tower.constants.part(shard.tree)), shard.leaves

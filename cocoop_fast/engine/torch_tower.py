@@ -6,6 +6,7 @@ backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from cocoop_fast.engine.constants import TowerConstants, finish_block, project, qkv_rows
 from cocoop_fast.engine.contexts import ContextRows
-from cocoop_fast.engine.memory import PeakBytes, undisturbed
+from cocoop_fast.engine.memory import PassSize, PeakBytes, undisturbed
 from cocoop_fast.ops.path_attention import path_attention_ref
 from cocoop_fast.ops.tree_attention import tree_attention_ref
 from cocoop_fast.prompts.tree import ClassTree, RowPaths
@@ -41,19 +42,11 @@ class TorchTower:
     def release(self) -> None:
         """Nothing is kept between passes."""
 
-    def pass_bytes(self, tree: ClassTree, batch: int, *, keeps: bool) -> int:
-        """What a pass over B images of a tree allocates, its result included; found by a pass over meta tensors."""
-
-        def bytes_at_peak() -> int:
-            constants = self.constants.on_meta(tree)
-            context = torch.empty(batch, len(constants.slots), constants.weights.width, device="meta")
-            with PeakBytes() as peak, torch.set_grad_enabled(keeps):
-                features = TorchTower(constants).encode(ContextRows(None, context.requires_grad_(keeps)))
-                if keeps:
-                    features.backward(torch.empty_like(features))
-            return peak.bytes
-
-        return undisturbed(bytes_at_peak)
+    def pass_size(self, trees: Sequence[ClassTree], batch: int, *, keeps: bool) -> PassSize:
+        """What passes over B images allocate, one tree after the other; found by passes over meta tensors."""
+        return undisturbed(
+            lambda: PassSize.most([_pass_size(self.constants.on_meta(tree), batch, keeps) for tree in trees])
+        )
 
     def encode(self, contexts: ContextRows) -> Tensor:
         """To (B, K', E) text features of the tree's leaves."""
@@ -106,3 +99,14 @@ class TorchTower:
         if c.tree.is_standard:
             return tree_attention_ref(q, k, v, *c.sos_kv[layer], c.tree, c.leaves if leaves else None)
         return path_attention_ref(q, k, v, *c.fixed_kv[layer], self._paths, leaves)
+
+
+def _pass_size(constants: TowerConstants, batch: int, keeps: bool) -> PassSize:
+    """The features are counted among what it allocates."""
+    kept = constants.nbytes
+    context = torch.empty(batch, len(constants.slots), constants.weights.width, device="meta")
+    with PeakBytes() as peak, torch.set_grad_enabled(keeps):
+        features = TorchTower(constants).encode(ContextRows(None, context.requires_grad_(keeps)))
+        if keeps:
+            features.backward(torch.empty_like(features))
+    return PassSize(pooled=0, passing=peak.bytes, constants=kept)

@@ -194,6 +194,11 @@ class ClassTree:
         return len(self.token)
 
     @property
+    def nbytes(self) -> int:
+        """Of its index tensors, those that were asked for included."""
+        return sum(one.nbytes for one in vars(self).values() if isinstance(one, Tensor))
+
+    @property
     def is_standard(self) -> bool:
         """Whether all that is learned is one shared context right after SOS."""
         return self.n_ctx == self.n_slots

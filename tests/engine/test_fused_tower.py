@@ -121,7 +121,7 @@ def test_without_gradients():
     with torch.no_grad():
         assert_close(engine(ctx), expected, 1e-5)
     assert_close(engine(ctx), expected, 1e-5)
-    training = engine.tower.pass_bytes(engine.tree, 5, keeps=True)
+    training = engine.tower.pass_size([engine.tree], 5, keeps=True).total
     assert 0 < engine.tower.pooled_bytes < training / 2, "buffers for backward were borrowed in vain"
 
 

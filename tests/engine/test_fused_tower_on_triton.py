@@ -87,7 +87,7 @@ def test_without_gradients():
     for _ in range(2):  # the second pass is over the first one's memory
         with torch.no_grad():
             assert_close(engine(context(2).to(DEVICE)).cpu(), expected, 1e-5)
-    training = engine.tower.pass_bytes(engine.tree, 2, keeps=True)
+    training = engine.tower.pass_size([engine.tree], 2, keeps=True).total
     assert 0 < engine.tower.pooled_bytes < training, "memory for backward was borrowed in vain"
 
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cocoop_fast import TreeTextEncoder
 from cocoop_fast.engine.contexts import ContextRows
-from cocoop_fast.engine.memory import PeakBytes
+from cocoop_fast.engine.memory import PeakBytes, parse_bytes
 from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.prompts.tokens import tokenize_prompts
 from cocoop_fast.prompts.tree import ClassTree
@@ -18,13 +18,15 @@ from cocoop_fast.prompts.tree import ClassTree
 needs_extension = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
 
 
-def imagenet_encoder(classes, backend, **options):
+def imagenet_encoder(classes, backend, memory_budget=None, **options):
     """A narrow tower over real class names."""
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
     prompts = tokenize_prompts(IMAGENET_CLASSNAMES[:classes], ctx_init="a photo of a")
     model = tiny_clip(**{"layers": 4, "width": 64, "heads": 2, **options})
-    return TreeTextEncoder(model, ClassTree(prompts.tokens, prompts.n_ctx), backend=backend)
+    return TreeTextEncoder(
+        model, ClassTree(prompts.tokens, prompts.n_ctx), backend=backend, memory_budget=memory_budget
+    )
 
 
 def allocated(tower, batch, *, keeps):
@@ -44,9 +46,34 @@ def allocated(tower, batch, *, keeps):
 @pytest.mark.parametrize("classes, batch", [(20, 1), (20, 8), (1000, 1), (1000, 8)])
 def test_a_tower_needs_what_it_says(classes, batch, keeps, backend):
     tower = imagenet_encoder(classes, backend).tower
-    said = tower.pass_bytes(tower.constants.tree, batch, keeps=keeps)
+    said = tower.pass_size([tower.constants.tree], batch, keeps=keeps).total
     fresh = imagenet_encoder(classes, backend).tower
     assert said == pytest.approx(allocated(fresh, batch, keeps=keeps), rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:Classes with the same prompt")
+@pytest.mark.parametrize(
+    "backend, batch, budget",
+    [
+        *(
+            pytest.param("cpu", batch, budget, marks=needs_extension)
+            for batch, budget in [(1, "100MB"), (1, "16MB"), (8, "120MB"), (8, "32MB")]
+        ),
+        ("torch", 1, "24MB"),
+        ("torch", 8, "200MB"),
+    ],
+)
+def test_a_step_in_pieces_needs_what_it_says(backend, batch, budget):
+    encoder, fresh = (
+        imagenet_encoder(1000, backend, memory_budget=budget, width=128, layers=3) for _ in range(2)
+    )
+    said = encoder.memory.step_bytes(encoder.tower, batch)
+    context = torch.zeros(batch, M, encoder.frozen.width, requires_grad=True)
+    with PeakBytes() as peak:
+        features = fresh(context)
+        torch.autograd.grad(features, context, torch.ones_like(features))
+    assert peak.bytes <= parse_bytes(budget)
+    assert said == pytest.approx(peak.bytes, rel=0.02)
 
 
 @needs_extension
@@ -54,7 +81,7 @@ def test_a_tower_needs_what_it_says(classes, batch, keeps, backend):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_shallow_towers_too(layers):
     tower = imagenet_encoder(100, "cpu", layers=layers).tower
-    said = tower.pass_bytes(tower.constants.tree, 2, keeps=True)
+    said = tower.pass_size([tower.constants.tree], 2, keeps=True).total
     assert said == pytest.approx(allocated(tower, 2, keeps=True), rel=0.02)
 
 
