@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,25 +47,22 @@ class Configuration:
 
 
 def build(
-    files: Sequence[Path] = (),
+    files: Sequence[Path] | None = None,
     options: Mapping[str, tuple[str, Any]] | None = None,
-    pairs: Sequence[str] = (),
+    pairs: Sequence[str] | None = None,
 ) -> Configuration:
     """Merge the layers.
 
     Args:
         files: YAML files, ours or the reference's.
-        options: value and the option it came from, e.g. ``{"optim.lr": ("--lr", 0.01)}``; ``None`` values were
-            not given and are left out.
+        options: by field the option that was given and its value, e.g. ``{"optim.lr": ("--lr", 0.01)}``.
         pairs: keys and values in turn.
 
     Raises:
         UserError: an unreadable file, an unknown key, a value of the wrong type or out of range.
     """
-    given = {
-        field: (option, value) for field, (option, value) in (options or {}).items() if value is not None
-    }
-    pair_values = _pairs(pairs)
+    given = options or {}
+    pair_values = _pairs(pairs or ())
     # Choices made outside a file of the reference, which outrank what it says in its own way.
     chosen = {
         field: pair_values.get(field, given.get(field, (None, None))[1])
@@ -84,7 +81,7 @@ def build(
             ours = {**translation.fields, **ours}
         layers.append((where, ours))
 
-    for file in files:
+    for file in files or ():
         add(str(file), load_yaml(file))
     for field, (option, value) in given.items():
         add(option, {field: value})
@@ -114,16 +111,7 @@ def build(
 
 def field_names() -> tuple[str, ...]:
     """Dotted names of all fields of :class:`RunConfig`."""
-    return tuple(_walk(RunConfig()))
-
-
-def _walk(config: Any, prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _walk(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
+    return tuple(name for name, _ in flatten(dataclasses.asdict(RunConfig())))
 
 
 def _pairs(pairs: Sequence[str]) -> dict[str, Any]:

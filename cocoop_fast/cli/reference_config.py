@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ IMAGE_SIZES = {"RN50x4": 288, "RN50x16": 384, "RN50x64": 448, "ViT-L/14@336px": 
 TRAINERS = {"CoCoOp": "cocoop", "CoOp": "coop", "ZeroshotCLIP": "zeroshot", "ZeroshotCLIP2": "zeroshot"}
 # fp16 there means "as CLIP's weights are on a GPU"; `auto` is that on a GPU, and float32 where halves are slow.
 PRECISIONS = {"fp16": "auto", "fp32": "fp32", "amp": "amp", "bf16": "bf16"}
-METHOD_SECTIONS = {"COCOOP": "cocoop", "COOP": "coop"}
+METHOD_SECTIONS = {"TRAINER.COCOOP": "cocoop", "TRAINER.COOP": "coop"}
 
 CROP_SCALE = (0.08, 1.0)  # of the reference's random_resized_crop
 FLIP = 0.5  # of its random_flip
@@ -78,7 +78,8 @@ def translate(
     flat = dict(flatten(values))
     for key in flat:
         if _rule(key) is None:
-            near = difflib.get_close_matches(key, [*RULES, *_method_keys()], n=1)
+            of_methods = [f"{section}.{name}" for section in METHOD_SECTIONS for name in METHOD_RULES]
+            near = difflib.get_close_matches(key, [*RULES, *of_methods], n=1)
             hint = f"did you mean {near[0]}?" if near else "check its spelling, or leave it out."
             raise UserError(f"{where}: {key} is not a key of the reference's configuration; {hint}")
     chosen = chosen or {}
@@ -88,8 +89,7 @@ def translate(
     warnings = []
     for key, value in flat.items():
         rule = _rule(key)
-        section = _method_section(key)
-        if section is not None and method != METHOD_SECTIONS[section]:
+        if _method_of_key(key) not in (None, method):
             warnings.append(f"{where}: {key} is ignored, because the method is {method}.")
         elif key == "DATASET.NAME" and chosen.get("data.name"):
             warnings.append(f"{where}: {key} is ignored, because the data set is {chosen['data.name']}.")
@@ -183,19 +183,16 @@ def _dataset(value: Any) -> Fields:
 
 def _transforms(value: Any) -> Fields:
     names = {value} if isinstance(value, str) else set(value)
-    if (
-        not {"random_resized_crop", "normalize"}
-        <= names
-        <= {"random_resized_crop", "random_flip", "normalize"}
-    ):
+    always = {"random_resized_crop", "normalize"}
+    if not always <= names <= always | {"random_flip"}:
         raise ValueError(
             "only random_resized_crop, random_flip (which may be left out) and normalize are offered"
         )
     return {"augment.crop_scale": CROP_SCALE, "augment.flip": FLIP if "random_flip" in names else 0.0}
 
 
-def _shots(value: Any) -> int:
-    return max(int(value), 0)  # the reference's -1, and our 0, are "all images"
+def _not_below_zero(value: Any) -> int:
+    return max(int(value), 0)
 
 
 def _seed(value: Any) -> int:
@@ -229,7 +226,7 @@ RULES: dict[str, Rule] = {
     "INPUT.RRCROP_SCALE": _field("augment.crop_scale"),
     "DATASET.NAME": _dataset,
     "DATASET.ROOT": _field("data.root"),
-    "DATASET.NUM_SHOTS": _field("data.shots", _shots),
+    "DATASET.NUM_SHOTS": _field("data.shots", _not_below_zero),  # -1 is, as our 0, all images
     "DATASET.SUBSAMPLE_CLASSES": _choice("data.subset", {"all": "all", "base": "base", "new": "new"}),
     "DATALOADER.NUM_WORKERS": _field("data.workers"),
     "DATALOADER.K_TRANSFORMS": _only(1),
@@ -253,7 +250,7 @@ RULES: dict[str, Rule] = {
     "OPTIM.STAGED_LR": _only(False),
     "OPTIM.LR_SCHEDULER": _only("cosine"),
     "OPTIM.MAX_EPOCH": _field("optim.epochs"),
-    "OPTIM.WARMUP_EPOCH": _field("optim.warmup_epochs", lambda value: max(int(value), 0)),  # -1: none
+    "OPTIM.WARMUP_EPOCH": _field("optim.warmup_epochs", _not_below_zero),  # -1: none
     "OPTIM.WARMUP_TYPE": _only("constant"),
     "OPTIM.WARMUP_CONS_LR": _field("optim.warmup_lr"),
     "OPTIM.WARMUP_RECOUNT": _only(True),
@@ -295,30 +292,22 @@ UNUSED_PREFIXES = (
 
 
 def _rule(key: str) -> Rule | None:
-    section = _method_section(key)
-    if section is not None:
-        return METHOD_RULES.get(key.rsplit(".", 1)[1])
-    if key in RULES:
-        return RULES[key]
-    return ignored if key.startswith(UNUSED_PREFIXES) else None
+    if _method_of_key(key) is not None:
+        return METHOD_RULES.get(key.rpartition(".")[2])
+    return RULES.get(key, ignored if key.startswith(UNUSED_PREFIXES) else None)
 
 
-def _method_section(key: str) -> str | None:
-    parts = key.split(".")
-    return parts[1] if len(parts) == 3 and parts[0] == "TRAINER" and parts[1] in METHOD_SECTIONS else None
-
-
-def _method_keys() -> Iterator[str]:
-    return (f"TRAINER.{section}.{name}" for section in METHOD_SECTIONS for name in METHOD_RULES)
+def _method_of_key(key: str) -> str | None:
+    return METHOD_SECTIONS.get(key.rpartition(".")[0])
 
 
 def _method_of(flat: Mapping[str, Any], where: str) -> str | None:
     if "TRAINER.NAME" in flat:
         return {name.lower(): ours for name, ours in TRAINERS.items()}.get(str(flat["TRAINER.NAME"]).lower())
-    sections = {section for key in flat if (section := _method_section(key))}
-    if len(sections) > 1:
+    methods = {method for key in flat if (method := _method_of_key(key))}
+    if len(methods) > 1:
         raise UserError(f"{where}: it has both TRAINER.COCOOP and TRAINER.COOP; say which with --method.")
-    return METHOD_SECTIONS[sections.pop()] if sections else None
+    return methods.pop() if methods else None
 
 
 def _check_image_size(flat: Mapping[str, Any], where: str) -> None:

@@ -92,7 +92,7 @@ def test_the_table_of_devices(capsys):
         (["--device", "T4", "--precision", "bf16"], "The T4 does not compute in bf16"),
         (
             ["--device", "A100", "--precision", "fp8"],
-            "--precision is 'fp8', but it must be auto, fp32, fp16, bf16.",
+            "--precision is 'fp8', but it must be one of auto, fp32, fp16, bf16.",
         ),
         (["--device", "cpu", "--precision", "fp16"], "The engine computes in fp32 on a CPU, not in fp16"),
         (["--device", "A100", "--budget", "much"], "The memory budget 'much' is not an amount of memory"),
