@@ -110,7 +110,7 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("COCOOP_FAST_DEBUG"):
             traceback.print_exc()
         sentence, status = failures.explain(error)
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
         return status
 
 

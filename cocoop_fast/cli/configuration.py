@@ -69,29 +69,23 @@ def build(
         for field in ("prompt.method", "data.name")
     }
 
-    layers: list[tuple[str, dict[str, Any]]] = []  # where it came from, fields by dotted name
-    warnings: list[str] = []
-
-    def add(where: str, values: Mapping[str, Any]) -> None:
-        theirs = {key: value for key, value in values.items() if reference_config.is_reference_key(str(key))}
-        ours = dict(flatten({key: value for key, value in values.items() if key not in theirs}))
-        if theirs:
-            translation = reference_config.translate(theirs, where, chosen)
-            warnings.extend(translation.warnings)
-            ours = {**translation.fields, **ours}
-        layers.append((where, ours))
-
-    for file in files or ():
-        add(str(file), load_yaml(file))
-    for field, (option, value) in given.items():
-        add(option, {field: value})
     for key in pair_values:
         if not reference_config.is_reference_key(key):
             _check_known(key)
-    add("the command line", pair_values)
-
-    merged: dict[str, Any] = {}
-    for where, fields in layers:
+    layers: list[tuple[str, Mapping[str, Any]]] = [  # where it comes from, and what it says
+        *((str(file), load_yaml(file)) for file in files or ()),
+        *((option, {field: value}) for field, (option, value) in given.items()),
+        ("the command line", pair_values),
+    ]
+    merged: dict[str, Any] = {}  # by dotted name
+    warnings: list[str] = []
+    for where, values in layers:
+        theirs = {key: value for key, value in values.items() if reference_config.is_reference_key(str(key))}
+        fields = dict(flatten({key: value for key, value in values.items() if key not in theirs}))
+        if theirs:
+            translation = reference_config.translate(theirs, where, chosen)
+            warnings += translation.warnings
+            fields = {**translation.fields, **fields}
         _openai_spelling(fields)
         from_mapping(_nest(fields, where), where)  # a mistake is reported with the place where it was made
         if fields.get("model.name", merged.get("model.name")) != merged.get("model.name"):
@@ -174,10 +168,7 @@ def _context_length(merged: dict[str, Any]) -> list[str]:
     """A length without words asks for random vectors; a length that the words contradict is not used."""
     if "prompt.n_ctx" not in merged:
         return []
-    if "prompt.ctx_init" not in merged:
-        merged["prompt.ctx_init"] = ""
-        return []
-    words = str(merged["prompt.ctx_init"]).split()
+    words = str(merged.setdefault("prompt.ctx_init", "")).split()
     if words and str(merged["prompt.n_ctx"]) != str(len(words)):
         return [
             f"n_ctx {merged['prompt.n_ctx']} is not used, because ctx_init '{' '.join(words)}' decides the length; "

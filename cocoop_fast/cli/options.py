@@ -92,10 +92,19 @@ def must_be(what: str, holds: Callable[[Any], bool]) -> Callable[..., Any]:
     return check
 
 
+def _some_words(parameter: typer.CallbackParam, given: str) -> str:
+    if not given.split():
+        raise UserError(
+            f"{parameter.opts[0]} is empty; give the words that the context begins as, say 'X X X X'."
+        )
+    return given
+
+
 Positive = Annotated[int, must_be("positive", lambda value: value > 0)]
 AtLeastOne = Annotated[int, must_be("at least 1", lambda value: value >= 1)]
 NotNegative = Annotated[int, must_be("at least 0", lambda value: value >= 0)]
 Seconds = Annotated[float, must_be("positive", lambda value: value > 0)]
+Words = Annotated[str, _some_words]
 
 # -- from functions to commands ----------------------------------------------------------------------------------
 
@@ -307,14 +316,12 @@ def problem_spec(
     """The problem that the options of ``bench`` and ``verify`` ask for.
 
     Raises:
-        UserError: weights without their model, or no context.
+        UserError: weights without their model.
     """
     from cocoop_fast.measure.problem import ProblemSpec
 
     if pretrained is not None and model is None:
         raise UserError("--pretrained needs the --model that it belongs to.")
-    if not ctx_init.split():
-        raise UserError("--ctx-init is empty; give the words that the context begins as, say 'X X X X'.")
     spelled = open_clip_name(model or "")
     if spelled is not None:
         model, pretrained = spelled[0], pretrained or spelled[1]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cocoop_fast.cli import options, output
-from cocoop_fast.cli.options import Positive
+from cocoop_fast.cli.options import Positive, Words
 from cocoop_fast.errors import UserError
 from cocoop_fast.readable import readable_bytes, readable_flops, readable_time
 
 if TYPE_CHECKING:
-    from cocoop_fast.measure.predict import Model, Prediction, Schedule, Setting
+    from cocoop_fast.measure.predict import Model, Prediction, Setting
     from cocoop_fast.prompts.tree import ClassTree
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -31,7 +31,7 @@ def command(
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
     device: str = "this",
     budget: str | None = None,
-    ctx_init: str = "a photo of a",
+    ctx_init: Words = "a photo of a",
     shots: Positive = 16,
     train_images: Positive | None = None,
     epochs: Positive = 10,
@@ -84,14 +84,26 @@ def command(
     if limit is None:
         raise UserError("This system does not tell how much memory is available; give --budget.")
     schedule = Schedule(train_images or shots * tree.n_classes, epochs, test_images)
-    predictions = {
-        "tree": predict_tree(setting, schedule, limit),
-        "dense": predict_dense(setting, schedule, limit),
+    found = {
+        "command": "plan",
+        "prediction": True,
+        "model": described.name,
+        "device": setting.device.name,
+        "device_rates": setting.device.rates(),
+        "precision": precision,
+        "batch": batch_size,
+        "budget_bytes": limit,
+        "tree": asdict(setting.counts),
+        "schedule": asdict(schedule),
+        "ways": {
+            "tree": _figures(predict_tree(setting, schedule, limit)),
+            "dense": _figures(predict_dense(setting, schedule, limit)),
+        },
     }
     if json:
-        output.print_json(_to_mapping(setting, precision, schedule, limit, predictions))
+        output.print_json(found)
     else:
-        _print(setting, precision, schedule, limit, predictions)
+        _print(found)
 
 
 def _read(model: str, names: tuple[str, ...], ctx_init: str, precision: str) -> tuple[Model, ClassTree]:
@@ -101,10 +113,6 @@ def _read(model: str, names: tuple[str, ...], ctx_init: str, precision: str) -> 
     from cocoop_fast.prompts.tree import ClassTree
 
     described = describe_model(model, DTYPES[precision])
-    if not ctx_init.split():
-        raise UserError(
-            "--ctx-init is empty, but its words fix the length of the context; give, say, 'X X X X'."
-        )
     prompts = tokenize_prompts(
         names,
         ctx_init=ctx_init,
@@ -154,25 +162,7 @@ def _setting(
     return Setting(model, tree, batch, find_gpu(place).at(precision), layout_on("cuda"))
 
 
-def _to_mapping(
-    setting: Setting, precision: str, schedule: Schedule, budget: int, predictions: dict[str, Prediction]
-) -> dict[str, Any]:
-    return {
-        "command": "plan",
-        "prediction": True,
-        "model": setting.model.name,
-        "device": setting.device.name,
-        "device_rates": setting.device.rates(),
-        "precision": precision,
-        "batch": setting.batch,
-        "budget_bytes": budget,
-        "tree": asdict(setting.counts),
-        "schedule": asdict(schedule),
-        "ways": {name: _row(found) for name, found in predictions.items()},
-    }
-
-
-def _row(found: Prediction) -> dict[str, Any]:
+def _figures(found: Prediction) -> dict[str, Any]:
     whole = dict(vars(found))
     step, memory = whole.pop("step"), whole.pop("memory")
     return {
@@ -183,15 +173,12 @@ def _row(found: Prediction) -> dict[str, Any]:
     }
 
 
-def _print(
-    setting: Setting, precision: str, schedule: Schedule, budget: int, predictions: dict[str, Prediction]
-) -> None:
-    counts, model = setting.counts, setting.model
-    tree, dense = (_row(predictions[name]) for name in ("tree", "dense"))
-    images = output.images(setting.batch)
+def _print(found: dict[str, Any]) -> None:
+    counts, schedule, (tree, dense) = found["tree"], found["schedule"], found["ways"].values()
+    images = output.images(found["batch"])
     print(
-        f"Predicted, not measured: {model.name}, {counts.classes} classes, {images} a step, {precision}, "
-        f"{setting.device.name}."
+        f"Predicted, not measured: {found['model']}, {counts['classes']} classes, {images} a step, "
+        f"{found['precision']}, {found['device']}."
     )
     lines = [
         ("Rows a step", "rows", "{:,.0f}".format),
@@ -202,21 +189,21 @@ def _print(
         ("Memory in all", "memory_bytes", readable_bytes),
         ("Text step", "step_seconds", readable_time),
         (f"Encoding {images}", "image_seconds", readable_time),
-        (f"Epoch of {schedule.train_images:,} images", "epoch_seconds", readable_time),
-        (f"Training, {schedule.epochs} epochs", "training_seconds", readable_time),
-        (f"Testing {schedule.test_images:,} images", "evaluation_seconds", readable_time),
+        (f"Epoch of {schedule['train_images']:,} images", "epoch_seconds", readable_time),
+        (f"Training, {schedule['epochs']} epochs", "training_seconds", readable_time),
+        (f"Testing {schedule['test_images']:,} images", "evaluation_seconds", readable_time),
     ]
     rows: list[list[str | None]] = [
         [name, form(tree[key]), form(dense[key]), f"{dense[key] / tree[key]:.3g}"]
         for name, key, form in lines
     ]
     largest = [f"{way['largest_batch']:,.0f}" if way["largest_batch"] else "none" for way in (tree, dense)]
-    rows.append([f"Largest batch in {readable_bytes(budget)}", *largest, None])
+    rows.append([f"Largest batch in {readable_bytes(found['budget_bytes'])}", *largest, None])
     output.print_table(["Prediction", "Class tree", "Dense", "Dense / tree"], rows)
     print(
-        f"Tree: {counts.leaves:,} distinct prompts of {counts.classes:,}, {counts.nodes:,} nodes for "
-        f"{counts.tokens:,} class tokens, {counts.rows:,} rows an image;\n"
-        f"the longest prompt has {counts.longest} tokens."
+        f"Tree: {counts['leaves']:,} distinct prompts of {counts['classes']:,}, {counts['nodes']:,} nodes for "
+        f"{counts['tokens']:,} class tokens, {counts['context'] + counts['nodes']:,} rows an image;\n"
+        f"the longest prompt has {counts['longest']} tokens."
     )
     print(
         "Dense: the reference's way, every prompt with all its tokens, in eager PyTorch. Text step: forward and\n"
@@ -227,7 +214,7 @@ def _print(
             f"This batch does not fit at once: that needs {readable_bytes(tree['memory_bytes'])}. "
             "In pieces it costs one more forward pass."
         )
-    for name, value in setting.device.rates().items():
+    for name, value in found["device_rates"].items():
         print(f"{name.capitalize()}: {value}.")
 
 

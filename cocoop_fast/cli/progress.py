@@ -49,8 +49,7 @@ def observe_cell(cell: str, *, quiet: bool) -> Observer:
 class _Shown(Observer):
     """What lines and bars have in common: messages, and the first line of a method."""
 
-    def __init__(self) -> None:
-        self._method = ""
+    _method = ""
 
     def on_message(self, text: str) -> None:
         self._print(text)
@@ -71,7 +70,6 @@ class Lines(_Shown):
     """At most :data:`PLAIN_LINES` lines a method, each after ``prefix``: for log files and pipes."""
 
     def __init__(self, stream: TextIO, prefix: str = "") -> None:
-        super().__init__()
         self._stream = stream
         self._prefix = prefix
 
@@ -101,7 +99,6 @@ class Bars(_Shown):
     """A bar for each method's training and for each evaluation; finished bars stay."""
 
     def __init__(self, progress: Progress) -> None:
-        super().__init__()
         self._progress = progress
         self._task: TaskID | None = None
         self._epoch_loss = self._epoch_accuracy = 0.0

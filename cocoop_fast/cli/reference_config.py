@@ -76,28 +76,22 @@ def translate(
         UserError: an unknown key, or a value that would change the result and cannot be had; it names the key.
     """
     flat = dict(flatten(values))
-    for key in flat:
-        if _rule(key) is None:
-            of_methods = [f"{section}.{name}" for section in METHOD_SECTIONS for name in METHOD_RULES]
-            near = difflib.get_close_matches(key, [*RULES, *of_methods], n=1)
-            hint = f"did you mean {near[0]}?" if near else "check its spelling, or leave it out."
-            raise UserError(f"{where}: {key} is not a key of the reference's configuration; {hint}")
+    rules = {key: _rule(key, where) for key in flat}
     chosen = chosen or {}
     method = chosen.get("prompt.method") or _method_of(flat, where)
 
     fields: Fields = {} if method is None else {"prompt.method": method}
     warnings = []
     for key, value in flat.items():
-        rule = _rule(key)
         if _method_of_key(key) not in (None, method):
             warnings.append(f"{where}: {key} is ignored, because the method is {method}.")
         elif key == "DATASET.NAME" and chosen.get("data.name"):
             warnings.append(f"{where}: {key} is ignored, because the data set is {chosen['data.name']}.")
-        elif rule is ignored:
+        elif rules[key] is ignored:
             warnings.append(f"{where}: {key} is ignored; it does not change what is learned.")
-        elif rule is not None:  # checked above
+        else:
             try:
-                fields.update(rule(_literal(value)))
+                fields.update(rules[key](_literal(value)))
             except ValueError as error:
                 raise UserError(f"{where}: {key} is {_show(value)}, but {error}.") from error
     _check_image_size(flat, where)
@@ -273,28 +267,33 @@ METHOD_RULES: dict[str, Rule] = {
     "CSC": _field("prompt.csc"),
     "CLASS_TOKEN_POSITION": _field("prompt.class_position"),
 }
+ALL_RULES = RULES | {
+    f"{section}.{key}": rule for section in METHOD_SECTIONS for key, rule in METHOD_RULES.items()
+}
 
 # Sections and settings that only other algorithms or other transforms of that library read.
 UNUSED_PREFIXES = (
-    *("INPUT.CROP_PADDING", "INPUT.CUTOUT_", "INPUT.GN_", "INPUT.RANDAUGMENT_", "INPUT.COLORJITTER_"),
-    *("INPUT.RGS_", "INPUT.GB_", "DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.NUM_LABELED"),
-    *("DATASET.VAL_PERCENT", "DATASET.STL10_FOLD", "DATASET.CIFAR_C", "DATASET.ALL_AS_UNLABELED"),
-    *("DATALOADER.TRAIN_U.", "DATALOADER.TRAIN_X.N_DOMAIN", "DATALOADER.TRAIN_X.N_INS", "MODEL.HEAD."),
-    *("OPTIM.RMSPROP_", "OPTIM.ADAM_", "OPTIM.NEW_LAYERS", "OPTIM.BASE_LR_MULT", "OPTIM.STEPSIZE"),
-    *("OPTIM.GAMMA", "OPTIM.WARMUP_MIN_LR", "TEST.EVAL_FREQ"),
-    *("TRAINER.MCD.", "TRAINER.MME.", "TRAINER.CDAC.", "TRAINER.SE.", "TRAINER.M3SDA.", "TRAINER.DAEL."),
-    *("TRAINER.DAELDG.", "TRAINER.CROSSGRAD.", "TRAINER.CG.", "TRAINER.DDAIG.", "TRAINER.ENTMIN."),
-    *("TRAINER.MEANTEA.", "TRAINER.MIXMATCH.", "TRAINER.FIXMATCH.", "TRAINER.DOMAINMIX."),
-)
+    "INPUT.CROP_PADDING", "INPUT.CUTOUT_", "INPUT.GN_", "INPUT.RANDAUGMENT_", "INPUT.COLORJITTER_", "INPUT.RGS_",
+    "INPUT.GB_", "DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.NUM_LABELED", "DATASET.VAL_PERCENT",
+    "DATASET.STL10_FOLD", "DATASET.CIFAR_C", "DATASET.ALL_AS_UNLABELED", "DATALOADER.TRAIN_U.",
+    "DATALOADER.TRAIN_X.N_DOMAIN", "DATALOADER.TRAIN_X.N_INS", "MODEL.HEAD.", "OPTIM.RMSPROP_", "OPTIM.ADAM_",
+    "OPTIM.NEW_LAYERS", "OPTIM.BASE_LR_MULT", "OPTIM.STEPSIZE", "OPTIM.GAMMA", "OPTIM.WARMUP_MIN_LR",
+    "TEST.EVAL_FREQ", "TRAINER.MCD.", "TRAINER.MME.", "TRAINER.CDAC.", "TRAINER.SE.", "TRAINER.M3SDA.",
+    "TRAINER.DAEL.", "TRAINER.DAELDG.", "TRAINER.CROSSGRAD.", "TRAINER.CG.", "TRAINER.DDAIG.", "TRAINER.ENTMIN.",
+    "TRAINER.MEANTEA.", "TRAINER.MIXMATCH.", "TRAINER.FIXMATCH.", "TRAINER.DOMAINMIX.",
+)  # fmt: skip
 
 
 # -- how they are applied ---------------------------------------------------------------------------------------
 
 
-def _rule(key: str) -> Rule | None:
-    if _method_of_key(key) is not None:
-        return METHOD_RULES.get(key.rpartition(".")[2])
-    return RULES.get(key, ignored if key.startswith(UNUSED_PREFIXES) else None)
+def _rule(key: str, where: str) -> Rule:
+    rule = ALL_RULES.get(key, ignored if key.startswith(UNUSED_PREFIXES) else None)
+    if rule is None:
+        near = difflib.get_close_matches(key, ALL_RULES, n=1)
+        hint = f"did you mean {near[0]}?" if near else "check its spelling, or leave it out."
+        raise UserError(f"{where}: {key} is not a key of the reference's configuration; {hint}")
+    return rule
 
 
 def _method_of_key(key: str) -> str | None:

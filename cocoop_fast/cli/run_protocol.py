@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from cocoop_fast.errors import UserError
 
 if TYPE_CHECKING:
     from cocoop_fast.config import DataConfig
-    from cocoop_fast.protocols.cells import Cell, Experiment
+    from cocoop_fast.protocols.cells import Experiment
     from cocoop_fast.protocols.protocol import Protocol
     from cocoop_fast.protocols.run_cell import Outcome
 
@@ -81,9 +82,10 @@ def run(
         on_device,
         refuse_changed,
     )
+    from cocoop_fast.protocols.outputs import write_outputs
     from cocoop_fast.protocols.processes import run_in_processes
     from cocoop_fast.protocols.protocol import PROTOCOLS, find_protocol
-    from cocoop_fast.protocols.run_cell import run_cells
+    from cocoop_fast.protocols.run_cell import Outcome, run_cells
 
     setting = find_protocol(protocol)
     built = configuration.build(config, given, pairs)
@@ -119,6 +121,7 @@ def run(
         if not redo_changed:
             refuse_changed(changed)
         anew = frozenset(cells if overwrite else changed)
+        running: Any  # a generator of outcomes, in the order in which cells end
         if names:
             running = run_in_processes(
                 cells,
@@ -131,8 +134,12 @@ def run(
         else:
             shared.clip(asked.config.model)  # what is wrong with it is wrong for every cell
             running = run_cells(cells, shared, observer, overwrite=anew)
-        outcomes = collect(asked, cells, running)
-    finish(asked, outcomes, json=json)
+        outcomes = {cell: Outcome(cell) for cell in cells}
+        with closing(running):
+            for outcome in running:  # written after each, so that an interruption leaves a table
+                outcomes[outcome.cell] = outcome
+                results = write_outputs(asked, list(outcomes.values()))
+    finish(asked, list(outcomes.values()), results, json=json)
 
 
 command = options.command(fields=f"{FIELDS} model.device")(run)
@@ -183,34 +190,17 @@ def data_sets(
     return trained_on, others, places
 
 
-def collect(experiment: Experiment, cells: Sequence[Cell], running: Any) -> list[Outcome]:
-    """Outcomes in the order of the cells, from the generator ``running``, which has them in the order of their ends.
-
-    The files are written after each, so that an interruption leaves a table.
-    """
-    from contextlib import closing
-
-    from cocoop_fast.protocols.outputs import write_outputs
-    from cocoop_fast.protocols.run_cell import Outcome
-
-    outcomes = {cell: Outcome(cell) for cell in cells}
-    with closing(running):
-        for outcome in running:
-            outcomes[outcome.cell] = outcome
-            write_outputs(experiment, list(outcomes.values()))
-    return list(outcomes.values())
-
-
-def finish(experiment: Experiment, outcomes: Sequence[Outcome], *, json: bool) -> None:
-    """Print the table.
+def finish(
+    experiment: Experiment, outcomes: Sequence[Outcome], results: dict[str, Any], *, json: bool
+) -> None:
+    """Print the table, or its ``results``.
 
     Raises:
         UserError: cells failed; each has been told of.
     """
-    from cocoop_fast.protocols.outputs import columns_and_rows, notes, write_outputs
+    from cocoop_fast.protocols.outputs import columns_and_rows, notes
     from cocoop_fast.protocols.table import make_table
 
-    results = write_outputs(experiment, outcomes)
     if json:
         output.print_json({"command": "run", "output_dir": str(experiment.root), **results})
     else:

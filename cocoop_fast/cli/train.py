@@ -92,11 +92,8 @@ def methods_to_compare(
         raise UserError("--compare and --no-compare exclude each other.")
     if no_compare or (compare is None and not built.is_default_experiment):
         return ()
-    named = (
-        options.PAPER_METHODS
-        if compare is None or compare == "all"
-        else options.methods_of(compare, "--compare")
-    )
+    text = compare or "all"
+    named = options.PAPER_METHODS if text == "all" else options.methods_of(text, "--compare")
     return tuple(name for name in named if name != built.config.prompt.method)
 
 

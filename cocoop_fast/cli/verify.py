@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from cocoop_fast.cli import failures, options, output
-from cocoop_fast.cli.options import Positive
+from cocoop_fast.cli.options import Positive, Words
 from cocoop_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from cocoop_fast.measure.problem import ProblemSpec
     from cocoop_fast.measure.verify import PruningError, Verdict
 
 PRECISIONS = {"cpu": ("fp64", "fp32"), "cuda": ("fp64", "fp32", "fp16", "bf16")}
@@ -33,7 +32,7 @@ def command(
     k: Positive | None = None,
     model: str | None = None,
     pretrained: str | None = None,
-    ctx_init: str = "a photo of a",
+    ctx_init: Words = "a photo of a",
     batch_size: Positive = 1,
     steps: Positive = 3,
     device: str = "auto",
@@ -66,6 +65,8 @@ def command(
         raise UserError(f"--prune-mass is {prune_mass:g}, but it must be at least 0 and below 1.")
     names = options.class_names(classes, k, 20)
     spec = options.problem_spec(names, batch_size, model, pretrained, ctx_init)
+
+    import torch
 
     from cocoop_fast.clip.load import resolve_device
     from cocoop_fast.measure.problem import build_problem
@@ -100,33 +101,15 @@ def command(
             f"No backend asked for computes in these precisions on {where.type}; leave --backend out."
         )
     within = all(verdict.within for verdict in compared)
-    if json:
-        found = _to_mapping(spec, str(where), steps, verdicts, within)
-        if prune_mass:
-            found["pruning"] = {"prune_mass": prune_mass, "rows": [_pruning_row(one) for one in pruned]}
-        output.print_json(found)
-    else:
-        _print(spec, str(where), steps, verdicts, within)
-        if prune_mass:
-            _print_pruning(prune_mass, len(names), pruned)
-    if not within:
-        raise typer.Exit(failures.FAILED)
-
-
-def _to_mapping(
-    spec: ProblemSpec, device: str, steps: int, verdicts: list[Verdict], within: bool
-) -> dict[str, Any]:
-    import torch
-
-    return {
+    found: dict[str, Any] = {
         "command": "verify",
         "within": within,
         "model": spec.model_name,
         "pretrained": spec.pretrained,
-        "classes": len(spec.classes),
-        "batch": spec.batch,
+        "classes": len(names),
+        "batch": batch_size,
         "steps": steps,
-        "device": device,
+        "device": str(where),
         "torch": torch.__version__,
         "rows": [
             {
@@ -140,10 +123,21 @@ def _to_mapping(
             for verdict in verdicts
         ],
     }
+    if prune_mass:
+        found["pruning"] = {"prune_mass": prune_mass, "rows": [_pruning_row(one) for one in pruned]}
+    if json:
+        output.print_json(found)
+    else:
+        _print(found, verdicts)
+        if prune_mass:
+            _print_pruning(prune_mass, len(names), pruned)
+    if not within:
+        raise typer.Exit(failures.FAILED)
 
 
-def _print(spec: ProblemSpec, device: str, steps: int, verdicts: list[Verdict], within: bool) -> None:
-    print(f"{spec.model_name}: {len(spec.classes)} classes, {output.images(spec.batch)} a step, {device}.")
+def _print(found: dict[str, Any], verdicts: list[Verdict]) -> None:
+    images = output.images(found["batch"])
+    print(f"{found['model']}: {found['classes']} classes, {images} a step, {found['device']}.")
     output.print_table(
         ["Path", "In", *COLUMNS.values(), "Verdict"],
         [
@@ -159,13 +153,13 @@ def _print(spec: ProblemSpec, device: str, steps: int, verdicts: list[Verdict], 
     )
     print(
         "Largest errors against the dense oracle in fp64, relative to the largest element. Losses: those of "
-        f"{steps} training steps.\nMoved: how far these moved what is learned. A dense row is the dense path's own error."
+        f"{found['steps']} training steps.\nMoved: how far these moved what is learned. A dense row is the dense path's own error."
     )
     for verdict in verdicts:
         for name, error, most in verdict.outside():
             path = f"{verdict.contestant.name} in {verdict.contestant.precision}"
             print(f"{path}: {COLUMNS[name].lower()} is off by {error:.1e}, but {most:.1e} is allowed.")
-    print("Equivalent: every error is within its bound." if within else "NOT equivalent.")
+    print("Equivalent: every error is within its bound." if found["within"] else "NOT equivalent.")
 
 
 def _pruning_row(one: PruningError) -> dict[str, Any]:
