@@ -68,13 +68,9 @@ def command(
     contestants = choose(only, skip)
     with use_threads(threads), output.only_json(json):
         problem = build_problem(spec)
+        tell = output.teller("bench", silent=quiet or json)
         comparison = compare(
-            problem,
-            contestants,
-            rounds=rounds,
-            max_seconds=max_seconds,
-            memory=memory,
-            tell=output.teller("bench", silent=quiet or json),
+            problem, contestants, rounds=rounds, max_seconds=max_seconds, memory=memory, tell=tell
         )
         if not comparison.results:
             reasons = "; ".join(f"{name} {reason}" for name, reason in comparison.notes.items())

@@ -11,8 +11,7 @@ from cocoop_fast.cli.options import NotNegative, Positive
 from cocoop_fast.config import DataConfig
 from cocoop_fast.errors import UserError
 
-_SHOWN = 5
-
+_SHOWN = 5  # images that are not there, by name
 
 app = options.group(
     """List the data sets that are known, where they are looked for, and what is missing there.
@@ -33,13 +32,13 @@ def listing(context: typer.Context, *, root: Path | None = None, json: bool = Fa
         return
     from cocoop_fast.data.registry import REGISTRY
 
-    found = [
-        (entry, list(entry.missing(DataConfig(name=entry.name, root=root)))) for entry in REGISTRY.values()
-    ]
+    missing = {
+        name: list(entry.missing(DataConfig(name=name, root=root))) for name, entry in REGISTRY.items()
+    }
     if json:
         known = [
-            {"name": entry.name, "title": entry.title, "layout": entry.layout, "missing": missing}
-            for entry, missing in found
+            {"name": name, "title": entry.title, "layout": entry.layout, "missing": missing[name]}
+            for name, entry in REGISTRY.items()
         ]
         where = None if root is None else str(root)
         output.print_json({"command": "datasets", "root": where, "datasets": known})
@@ -47,8 +46,8 @@ def listing(context: typer.Context, *, root: Path | None = None, json: bool = Fa
     output.print_table(
         ["Name", "What", "Looked for in", "Missing"],
         [
-            [entry.name, entry.title, entry.layout or "the package itself", ", ".join(missing) or "nothing"]
-            for entry, missing in found
+            [name, entry.title, entry.layout or "the package itself", ", ".join(missing[name]) or "nothing"]
+            for name, entry in REGISTRY.items()
         ],
         left=4,
     )
@@ -155,11 +154,10 @@ def sample(
     folder = output_ or dataset.few_shot_dir
     if folder is None:
         raise UserError("Say where to write the sample with --output DIR.")
-    drawn = (
-        sample_shots(dataset, shots, seed)
-        if from_ is None
-        else few_shot_files.read_few_shot(from_, dataset, shots)
-    )
+    if from_ is None:
+        drawn = sample_shots(dataset, shots, seed)
+    else:
+        drawn = few_shot_files.read_few_shot(from_, dataset, shots)
     path = few_shot_files.write_few_shot(folder, drawn, shots, seed)
     if json:
         output.print_json({"command": "datasets sample", "path": str(path), "images": len(drawn.train)})

@@ -58,8 +58,7 @@ class Translation:
 
 def is_reference_key(key: str) -> bool:
     """Whether a top-level or dotted key is in the reference's upper-case spelling."""
-    head = key.split(".", 1)[0]
-    return head.isupper()
+    return key.partition(".")[0].isupper()
 
 
 def translate(

@@ -45,13 +45,8 @@ def command(
     from cocoop_fast.report.make_report import make_report
 
     with output.only_json(json):
-        report = make_report(
-            runs,
-            close_ups=close_ups,
-            most_images=images,
-            device=device,
-            tell=output.teller("report", silent=quiet or json),
-        )
+        tell = output.teller("report", silent=quiet or json)
+        report = make_report(runs, close_ups=close_ups, most_images=images, device=device, tell=tell)
         page = report.write(folder)
     if json:
         plots = [f"{picture.name}{suffix}" for picture in report.pictures for suffix in (".svg", ".png")]

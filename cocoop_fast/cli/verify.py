@@ -85,13 +85,8 @@ def command(
                 f"The oracle reads --ctx-init '{ctx_init}' word by word, but some word has several tokens; choose others."
             )
         asked = list(contestants(where, precision or PRECISIONS[where.type], backend or ()))
-        verdicts = verify(
-            problem,
-            asked,
-            device=where,
-            steps=steps,
-            tell=output.teller("verify", silent=quiet or json),
-        )
+        tell = output.teller("verify", silent=quiet or json)
+        verdicts = verify(problem, asked, device=where, steps=steps, tell=tell)
         pruned = (
             measure_pruning(problem, asked, prune_mass, device=where, batches=steps) if prune_mass else []
         )
@@ -130,7 +125,7 @@ def command(
     else:
         _print(found, verdicts)
         if prune_mass:
-            _print_pruning(prune_mass, len(names), pruned)
+            _print_pruning(found["pruning"], len(names))
     if not within:
         raise typer.Exit(failures.FAILED)
 
@@ -168,19 +163,21 @@ def _pruning_row(one: PruningError) -> dict[str, Any]:
     return {"name": contestant.name, "precision": contestant.precision, **figures}
 
 
-def _print_pruning(prune_mass: float, classes: int, found: list[PruningError]) -> None:
-    print(f"\nPruning with prune_mass {prune_mass:g}, which is not exact, against the same path without it:")
+def _print_pruning(found: dict[str, Any], classes: int) -> None:
+    print(
+        f"\nPruning with prune_mass {found['prune_mass']:g}, which is not exact, against the same path without it:"
+    )
     output.print_table(
         ["Path", "In", "Gradient", "Weights left out", "Classes in backward"],
         [
             [
-                one.contestant.name,
-                one.contestant.precision,
-                f"{one.gradients:.1e}",
-                f"{one.share_left_out:.2%}",
-                f"{one.classes_kept} of {classes}",
+                row["name"],
+                row["precision"],
+                f"{row['gradients']:.1e}",
+                f"{row['share_left_out']:.2%}",
+                f"{row['classes_kept']} of {classes}",
             ]
-            for one in found
+            for row in found["rows"]
         ],
         left=2,
     )
