@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,22 +62,7 @@ def run(seen):
 
 
 def test_arguments_and_options_reach_the_function(run, seen):
-    run(
-        "a.txt",
-        "seed",
-        "1",
-        "--subset",
-        "new",
-        "-b",
-        "2",
-        "--from",
-        "b",
-        "--only",
-        "new",
-        "--only",
-        "base",
-        "--json",
-    )
+    run(*shlex.split("a.txt seed 1 --subset new -b 2 --from b --only new --only base --json"))
     assert seen == {
         "seen": seen,
         "file": Path("a.txt"),
@@ -92,13 +78,8 @@ def test_arguments_and_options_reach_the_function(run, seen):
 
 def test_what_is_not_said_has_its_default(run, seen):
     run("a.txt")
-    assert (seen["pairs"], seen["subset"], seen["only"], seen["batch_size"], seen["json"]) == (
-        None,
-        None,
-        None,
-        3,
-        False,
-    )
+    assert seen["pairs"] is seen["subset"] is seen["only"] is None
+    assert (seen["batch_size"], seen["json"]) == (3, False)
 
 
 def test_options_of_fields_are_given_by_field(run, seen):
