@@ -40,7 +40,7 @@ def readable_flops(count: float) -> str:
 
 
 def _amount(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """In the largest of the units, which fall, that is no larger than the value."""
+    """Three digits, in the largest unit that the value reaches; ``units`` go from large to small."""
     unit, name = next((one for one in units if value >= one[0]), units[-1])
     number = value / unit
     return f"{number:.3g} {name}" if number < 100 else f"{number:,.0f} {name}"

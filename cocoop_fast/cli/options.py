@@ -113,9 +113,9 @@ def command(fields: str = "", about: str = "") -> Callable[[Callable[..., None]]
     """Make a function what typer takes as a command, with its help and ``epilog``.
 
     Args:
-        fields: dotted names of the configuration's fields, parted by spaces, whose options stand for ``given``. The
-            function gets those that a user gave.
-        about: a docstring in place of the function's own, which then says of the arguments alone.
+        fields: dotted names of the configuration's fields, separated by spaces. Their options take the place of the
+            parameter ``given``, in which the function gets those that a user gave.
+        about: a docstring in place of the function's own, of which only the descriptions of arguments are used.
     """
 
     def decorate(function: Callable[..., None]) -> Any:
@@ -147,7 +147,7 @@ def command(fields: str = "", about: str = "") -> Callable[[Callable[..., None]]
 
 
 def group(about: str, **settings: Any) -> typer.Typer:
-    """What holds several commands, with a docstring of its own; ``settings`` are typer's."""
+    """A command that holds others. ``about`` is its help, written as a docstring; ``settings`` are typer's."""
     text, _, epilog = _parts(about)
     shown: dict[str, Any] = {"help": text, "epilog": epilog, "rich_markup_mode": "rich"}
     return typer.Typer(**{**shown, **settings}, context_settings={"help_option_names": ["-h", "--help"]})

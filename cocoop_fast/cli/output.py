@@ -16,7 +16,7 @@ from rich.table import Table
 
 @contextlib.contextmanager
 def only_json(active: bool) -> Iterator[None]:
-    """While active, what anybody prints goes to stderr, so that stdout holds the JSON line alone."""
+    """While active, everything that is printed goes to stderr, so that stdout holds the JSON line alone."""
     with contextlib.redirect_stdout(sys.stderr) if active else contextlib.nullcontext():
         yield
 

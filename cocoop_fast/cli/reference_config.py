@@ -44,7 +44,7 @@ CROP_SCALE = (0.08, 1.0)  # of the reference's random_resized_crop
 FLIP = 0.5  # of its random_flip
 
 Fields = dict[str, Any]  # dotted names of our fields and their values
-# What becomes of one key: the fields that a value sets; ``ValueError`` with the reason if it cannot be had.
+# What becomes of one key: the fields that a value sets; ``ValueError`` with the reason if it is not offered.
 Rule = Callable[[Any], Fields]
 
 
@@ -72,7 +72,7 @@ def translate(
         chosen: ``prompt.method`` and ``data.name`` as chosen elsewhere; they outrank what the keys say.
 
     Raises:
-        UserError: an unknown key, or a value that would change the result and cannot be had; it names the key.
+        UserError: an unknown key, or a value that would change the result and is not offered; it names the key.
     """
     flat = dict(flatten(values))
     rules = {key: _rule(key, where) for key in flat}
