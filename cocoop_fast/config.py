@@ -3,6 +3,8 @@
 Defaults are the CoCoOp paper's recipe (``vit_b16_c4_ep10_batch1_ctxv1``). A field that is ``None`` means
 "what the data set or the method says"; :func:`cocoop_fast.runs.recipe.resolve` fills it in, so that the
 ``config.yaml`` of a run directory never holds a ``None`` that decides something.
+
+The text below a field is its description, and the help of its option on the command line.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from cocoop_fast.errors import UserError
 
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 Method = Literal["cocoop", "coop", "meta-nets", "zeroshot", "linear-probe"]
 ClassPosition = Literal["end", "middle", "front"]
@@ -40,14 +42,22 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class ModelConfig:
     """The frozen CLIP."""
 
-    name: str = "demo"  # an open_clip architecture, or "demo": the CLIP that ships with the package
-    pretrained: str | None = None  # an open_clip tag, a hub name or a local file
-    precision: Precision = "auto"  # auto: fp32 on a CPU, fp16 on a GPU
+    name: str = "demo"
+    """open_clip architecture, OpenAI's name such as ViT-B/16, hf-hub:OWNER/NAME, or demo, the embedded CLIP."""
+    pretrained: str | None = None
+    """open_clip tag of the weights, hf-hub:OWNER/NAME, or a file of open_clip or OpenAI."""
+    precision: Precision = "auto"
+    """Number format of CLIP's arithmetic; auto is fp32 on a CPU and fp16 on a GPU."""
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
-    memory_budget: str | None = None  # for what a step allocates, e.g. "4GB"; None: most of what is free
+    """Implementation of the text tower; auto takes the fastest that is available."""
+    memory_budget: str | None = None
+    """For all that a step allocates, e.g. 4GB; the result is the same. Default: most of what is free."""
     device: str = "auto"
-    cuda_graph: bool = True  # on a GPU: record a training step once and replay it
-    shard: ShardBy = "auto"  # what several processes share out; auto: images, or classes in batches of one
+    """auto, cpu, cuda or cuda:N."""
+    cuda_graph: bool = True
+    """On a GPU: record a training step once and replay it."""
+    shard: ShardBy = "auto"
+    """What the processes of torchrun share out; auto is images, or classes in batches of one."""
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -55,52 +65,77 @@ class PromptConfig:
     """The learned context (paper, section 3.2)."""
 
     method: Method = "cocoop"
-    ctx_init: str = "a photo of a"  # empty: random initialisation of n_ctx vectors
-    n_ctx: AtLeastOne = 4  # used when ctx_init is empty
-    csc: bool = False  # a context for each class; such a model knows no class but those trained on
-    class_position: ClassPosition = "end"  # of the class name: after, amid or before the context
-    template: str | None = None  # zero-shot prompt, e.g. "a photo of a {}."; None: the data set's own
-    ensemble: Ensemble = "none"  # zero-shot: also the reference's seven templates, or OpenAI's 80
+    """What to train."""
+    ctx_init: str = "a photo of a"
+    """Words the context begins from; empty: random vectors."""
+    n_ctx: AtLeastOne = 4
+    """Length of a random context; given alone, it implies an empty --ctx-init."""
+    csc: bool = False
+    """A context for each class, from random vectors; it knows no class but those trained on."""
+    class_position: ClassPosition = "end"
+    """Of the class name: after, amid or before the context."""
+    template: str | None = None
+    """Zero-shot prompt, e.g. 'a photo of a {}.'. Default: the data set's own."""
+    ensemble: Ensemble = "none"
+    """Zero-shot: also the reference's seven templates, or OpenAI's 80."""
 
 
 @dataclass(config=_STRICT, frozen=True)
 class DataConfig:
     """Which images, and which of them are seen."""
 
-    name: str = "digits"  # a name in cocoop_fast.data.registry
+    name: str = "digits"
+    """One of `cocoop-fast datasets`; --root alone implies folder."""
     root: Path | None = None
-    shots: Count = 16  # images a class to train on; 0: all of them
-    few_shot: Path | None = None  # a file, or a directory of files, that says which images
-    subset: Subset = "base"  # classes that are trained on
+    """Folder or list of the images; of published data sets, the folder that holds them."""
+    shots: Count = 16
+    """Training images a class; 0 is all."""
+    few_shot: Path | None = None
+    """A file, or a folder of files, that says which images. Default: beside the images, else drawn."""
+    subset: Subset = "base"
+    """Classes to train on: a half, or all."""
     workers: Count = 0
+    """Processes that read images."""
     skip_bad_images: bool = False
-    cache_views: Count = 0  # train on N fixed views of each image, encoded once; 0: new ones each epoch
+    """Leave images out that cannot be read, and say so."""
+    cache_views: Count = 0
+    """Train on so many fixed augmented views of each image, encoded once and kept on disk; 0: new ones each epoch."""
 
 
 @dataclass(config=_STRICT, frozen=True)
 class AugmentConfig:
-    """Training transform: random resized crop, horizontal flip (None: the data set's own choice)."""
+    """Training transform: random resized crop, horizontal flip."""
 
     crop_scale: tuple[Share, Share] | None = None
-    flip: Probability | None = None  # probability
+    """Smallest and largest area of the crop. Default: the data set's own."""
+    flip: Probability | None = None
+    """Probability of a flip. Default: the data set's own."""
 
 
 @dataclass(config=_STRICT, frozen=True)
 class OptimConfig:
-    """Stochastic gradient descent as in the reference (None: the method's own recipe)."""
+    """Stochastic gradient descent as in the reference."""
 
     lr: Positive = 0.002
+    """Learning rate."""
     momentum: Probability = 0.9
+    """Of SGD."""
     weight_decay: NotNegative = 5e-4
-    master_weights: bool = True  # what is learned is kept in fp32, whatever the precision
-    prune_mass: Annotated[float, Field(ge=0, lt=1)] = (
-        0.0  # share of the wrong classes' probability left out of backward
-    )
-    on_nonfinite: OnNonfinite = "stop"  # at a step whose loss or gradient is not finite
-    batch_size: AtLeastOne | None = None  # CoCoOp 1, CoOp 32
-    epochs: Count | None = None  # CoCoOp 10, CoOp 200; 0 for zero-shot alone
+    """Of SGD."""
+    master_weights: bool = True
+    """What is learned is kept in fp32, whatever the precision."""
+    prune_mass: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Leave the unlikeliest classes out of backward, up to this share of the wrong classes' probability; 0 is exact."""
+    on_nonfinite: OnNonfinite = "stop"
+    """At a step whose loss or gradient is NaN or infinite."""
+    batch_size: AtLeastOne | None = None
+    """Images a step. Default: CoCoOp 1, CoOp 32."""
+    epochs: Count | None = None
+    """Passes over the training images; 0 for zero-shot alone. Default: CoCoOp 10, CoOp 200."""
     warmup_epochs: Count = 1
+    """First epochs, whose learning rate is warmup_lr."""
     warmup_lr: NotNegative = 1e-5
+    """Learning rate of the first epochs."""
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -113,11 +148,17 @@ class RunConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: Count = 1
-    output_dir: Path | None = None  # None: output/<data>/<method>/seed<seed>
+    """Draws the shots, their order and crops."""
+    output_dir: Path | None = None
+    """Run directory. Default: output/DATASET/METHOD/seedSEED."""
     eval_batch_size: AtLeastOne = 100
-    print_freq: AtLeastOne = 20  # steps between lines of log.txt
-    checkpoint_steps: Count = 0  # also save every so many steps; 0: at each epoch's end only
-    reference_compat: bool = False  # with those of the reference's defects that docs/migration.md lists
+    """Images at once in evaluation."""
+    print_freq: AtLeastOne = 20
+    """Steps between lines of log.txt."""
+    checkpoint_steps: Count = 0
+    """Save every so many steps too; 0 is at each epoch's end only."""
+    reference_compat: bool = False
+    """With those of the reference's defects that docs/migration.md lists."""
 
 
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 METHOD_TITLES = {
     "zeroshot": "zero-shot CLIP",
     "coop": "CoOp",
@@ -13,9 +15,7 @@ METHOD_TITLES = {
 
 def readable_seconds(seconds: float) -> str:
     """Three digits and a unit."""
-    if seconds >= 1:
-        return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
-    return f"{1e3 * seconds:.3g} ms"
+    return _amount(seconds, ((1, "s"), (1e-3, "ms")))
 
 
 def readable_time(seconds: float) -> str:
@@ -31,15 +31,16 @@ def readable_time(seconds: float) -> str:
 
 def readable_bytes(count: float) -> str:
     """Three digits and a decimal unit."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}" if count < 1e3 * unit else f"{count / unit:,.0f} {name}"
-    return f"{count / 1e3:.3g} kB"
+    return _amount(count, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")))
 
 
 def readable_flops(count: float) -> str:
     """Three digits and the unit's letter."""
-    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count / 1e6:.3g} M"
+    return _amount(count, ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")))
+
+
+def _amount(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """Three digits, in the largest unit that the value reaches; ``units`` go from large to small."""
+    unit, name = next((one for one in units if value >= one[0]), units[-1])
+    number = value / unit
+    return f"{number:.3g} {name}" if number < 100 else f"{number:,.0f} {name}"

@@ -241,8 +241,10 @@ def _entry(name: str) -> Iterator[str]:
 
 
 def _fields(thing: Any) -> Iterator[str]:
-    """What the comments beside its fields say, where the docstring does not."""
-    said = re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(thing), re.MULTILINE)
+    """What the descriptions of its fields or the comments beside them say, where the docstring does not."""
+    described = getattr(thing, "__pydantic_fields__", {}).items()
+    said = [(name, field.description) for name, field in described if field.description]
+    said += re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(thing), re.MULTILINE)
     if said:
         yield from ("**Fields**", "", *(f"- `{name}`: {comment}" for name, comment in said), "")
 

@@ -1,6 +1,7 @@
 """The command ``cocoop-fast``: one small file a command.
 
-``configuration`` merges files and options, ``output`` prints, ``failures`` turns exceptions into sentences.
+``options`` makes commands of functions, ``configuration`` merges files and options, ``output`` prints, ``failures``
+turns exceptions into sentences.
 May import everything; nothing imports it. Nothing heavy is imported before a command needs it, so that
 ``--help`` answers at once.
 """
@@ -12,7 +13,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
 
 import typer
 
@@ -22,12 +22,12 @@ from cocoop_fast.cli import (
     datasets,
     evaluate,
     failures,
+    options,
     output,
     plan,
     predict,
     report,
     run_protocol,
-    sweep,
     train,
     verify,
 )
@@ -35,46 +35,44 @@ from cocoop_fast.errors import UserError
 
 SEVERAL_PROCESSES = ("train", "eval")  # the commands that torchrun may start
 
-app = typer.Typer(
+app = options.group(
+    "Prompt learning for CLIP (CoCoOp, CoOp, zero-shot), with every distinct row computed once.",
     name="cocoop-fast",
-    help="Prompt learning for CLIP (CoCoOp, CoOp, zero-shot), with every distinct row computed once.",
     epilog="Exit status: 0 done, 1 failed, 2 wrong usage. `cocoop-fast COMMAND --help` has examples.",
-    rich_markup_mode="rich",
     add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train", epilog=train.EPILOG)(train.command)
-app.command("eval", epilog=evaluate.EPILOG)(evaluate.command)
-app.command("predict", epilog=predict.EPILOG)(predict.command)
-app.command("run", epilog=run_protocol.EPILOG)(run_protocol.command)
-app.command("sweep", epilog=sweep.EPILOG)(sweep.command)
-app.command("bench", epilog=bench.EPILOG)(bench.command)
-app.command("report", epilog=report.EPILOG)(report.command)
-app.command("plan", epilog=plan.EPILOG)(plan.command)
-app.command("verify", epilog=verify.EPILOG)(verify.command)
+for name, command in {
+    "train": train.command,
+    "eval": evaluate.command,
+    "predict": predict.command,
+    "run": run_protocol.command,
+    "sweep": run_protocol.sweep,
+    "bench": bench.command,
+    "report": report.command,
+    "plan": plan.command,
+    "verify": verify.command,
+}.items():
+    app.command(name, epilog=command.epilog)(command)
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(checkpoint.app, name="checkpoint")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import PackageNotFoundError, version
+@app.callback(invoke_without_command=True)
+@options.command()
+def _root(context: typer.Context, *, version: bool = False) -> None:
+    """What comes before a command.
+
+    Args:
+        version: Print the version and exit.
+    """
+    if version:
+        from importlib import metadata
 
         try:
-            print(f"cocoop-fast {version('cocoop-fast')}")
-        except PackageNotFoundError:
+            print(f"cocoop-fast {metadata.version('cocoop-fast')}")
+        except metadata.PackageNotFoundError:
             print("cocoop-fast (not installed)")
         raise typer.Exit
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
-    ] = False,
-) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(failures.WRONG_USAGE)
@@ -97,11 +95,7 @@ def run(arguments: Sequence[str]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning  # type: ignore[assignment]  # it has no use for the place
             warnings.filterwarnings("ignore", "Image size .* decompression bomb")  # an error of ours follows
-            status = app(
-                args=run_protocol.join_lists(train.complete_compare(arguments)),
-                prog_name="cocoop-fast",
-                standalone_mode=False,
-            )
+            status = app(args=options.join_lists(arguments), prog_name="cocoop-fast", standalone_mode=False)
         sys.stdout.flush()
         if status == failures.INTERRUPTED:  # the parser's way of reporting control-C
             raise KeyboardInterrupt
@@ -116,7 +110,7 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("COCOOP_FAST_DEBUG"):
             traceback.print_exc()
         sentence, status = failures.explain(error)
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
         return status
 
 

@@ -3,68 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from cocoop_fast.cli import configuration, options, output
+from cocoop_fast.cli.options import Given
 
-from cocoop_fast.cli import configuration, output
+app = options.group(
+    """Import and export what the reference implementation calls prompt_learner/model.pth.tar-N.
 
-EPILOG = """
-[bold]Examples[/bold]
-
-Go on with a run that the reference began: [cyan]cocoop-fast checkpoint import output/seed1 -c eurosat.yaml -c vit_b16_c4_ep10_batch1_ctxv1.yaml --root DATA -o runs/eurosat[/cyan]
-
-Give a run to somebody who uses the reference: [cyan]cocoop-fast checkpoint export runs/eurosat -o output/seed1[/cyan]
-"""
-
-app = typer.Typer(
-    help="Import and export what the reference implementation calls prompt_learner/model.pth.tar-N.",
-    epilog=EPILOG,
-    rich_markup_mode="rich",
+    Examples:
+        Go on with a run that the reference began: checkpoint import output/seed1 -c eurosat.yaml
+            -c vit_b16_c4_ep10_batch1_ctxv1.yaml --root DATA -o runs/eurosat
+        Give a run to somebody who uses the reference: checkpoint export runs/eurosat -o output/seed1
+    """,
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout, and nothing else.")]
 
 
 @app.command("import")
+@options.command(fields="data.name data.root seed output_dir")
 def import_(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A model.pth.tar-N, or the folder that holds it.")
-    ],
-    pairs: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY VALUE]...", help="As for `train`.", show_default=False)
-    ] = None,
-    config: Annotated[
-        list[Path] | None,
-        typer.Option("--config", "-c", help="What it was trained with; may be repeated.", show_default=False),
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", "-d", help="One of `cocoop-fast datasets`.", show_default=False)
-    ] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the images.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the run.", show_default=False)] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="Run directory to make.", show_default=False)
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard a run that is there.")] = False,
-    json: Json = False,
+    file: Path,
+    pairs: list[str] | None = None,
+    *,
+    config: list[Path] | None = None,
+    given: Given,
+    overwrite: bool = False,
+    json: bool = False,
 ) -> None:
     """Make a run directory that `train` goes on with, from a checkpoint of the reference.
 
-    What was learned, the momentum and the place in the schedule are taken over. No code in the file is run.
+    The options and files say how it was trained. What was learned, the momentum and the place in the schedule are
+    taken over. No code in the file is run.
+
+    Args:
+        file: A model.pth.tar-N, or the folder that holds it.
+        overwrite: Discard a run that is there.
     """
-    built = configuration.build(
-        files=config or (),
-        options={
-            "data.name": ("--dataset", dataset),
-            "data.root": ("--root", root),
-            "seed": ("--seed", seed),
-            "output_dir": ("--output-dir", output_dir),
-        },
-        pairs=pairs or (),
-    )
+    built = configuration.build(config, given, pairs)
     output.warn(built.warnings)
 
     from cocoop_fast.experiments.reference_import import import_checkpoint
@@ -78,21 +53,17 @@ def import_(
 
 
 @app.command()
-def export(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What `cocoop-fast train` wrote.")],
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder for prompt_learner/. Default: RUN_DIR.", show_default=False
-        ),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Write a run's newest checkpoint so that the reference reads it."""
+@options.command()
+def export(run_dir: Path, *, output_: Path | None = None, json: bool = False) -> None:
+    """Write a run's newest checkpoint so that the reference reads it.
+
+    Args:
+        output_: Folder for prompt_learner/. Default: RUN_DIR.
+    """
     from cocoop_fast.experiments.reference_import import export_checkpoint
 
     with output.only_json(json):
-        path = export_checkpoint(run_dir, folder)
+        path = export_checkpoint(run_dir, output_)
     if json:
         output.print_json({"command": "checkpoint export", "path": str(path)})
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,54 +47,45 @@ class Configuration:
 
 
 def build(
-    files: Sequence[Path] = (),
+    files: Sequence[Path] | None = None,
     options: Mapping[str, tuple[str, Any]] | None = None,
-    pairs: Sequence[str] = (),
+    pairs: Sequence[str] | None = None,
 ) -> Configuration:
     """Merge the layers.
 
     Args:
         files: YAML files, ours or the reference's.
-        options: value and the option it came from, e.g. ``{"optim.lr": ("--lr", 0.01)}``; ``None`` values were
-            not given and are left out.
+        options: by field the option that was given and its value, e.g. ``{"optim.lr": ("--lr", 0.01)}``.
         pairs: keys and values in turn.
 
     Raises:
         UserError: an unreadable file, an unknown key, a value of the wrong type or out of range.
     """
-    given = {
-        field: (option, value) for field, (option, value) in (options or {}).items() if value is not None
-    }
-    pair_values = _pairs(pairs)
+    given = options or {}
+    pair_values = _pairs(pairs or ())
     # Choices made outside a file of the reference, which outrank what it says in its own way.
     chosen = {
         field: pair_values.get(field, given.get(field, (None, None))[1])
         for field in ("prompt.method", "data.name")
     }
 
-    layers: list[tuple[str, dict[str, Any]]] = []  # where it came from, fields by dotted name
-    warnings: list[str] = []
-
-    def add(where: str, values: Mapping[str, Any]) -> None:
-        theirs = {key: value for key, value in values.items() if reference_config.is_reference_key(str(key))}
-        ours = dict(flatten({key: value for key, value in values.items() if key not in theirs}))
-        if theirs:
-            translation = reference_config.translate(theirs, where, chosen)
-            warnings.extend(translation.warnings)
-            ours = {**translation.fields, **ours}
-        layers.append((where, ours))
-
-    for file in files:
-        add(str(file), load_yaml(file))
-    for field, (option, value) in given.items():
-        add(option, {field: value})
     for key in pair_values:
         if not reference_config.is_reference_key(key):
             _check_known(key)
-    add("the command line", pair_values)
-
-    merged: dict[str, Any] = {}
-    for where, fields in layers:
+    layers: list[tuple[str, Mapping[str, Any]]] = [  # where it comes from, and what it says
+        *((str(file), load_yaml(file)) for file in files or ()),
+        *((option, {field: value}) for field, (option, value) in given.items()),
+        ("the command line", pair_values),
+    ]
+    merged: dict[str, Any] = {}  # by dotted name
+    warnings: list[str] = []
+    for where, values in layers:
+        theirs = {key: value for key, value in values.items() if reference_config.is_reference_key(str(key))}
+        fields = dict(flatten({key: value for key, value in values.items() if key not in theirs}))
+        if theirs:
+            translation = reference_config.translate(theirs, where, chosen)
+            warnings += translation.warnings
+            fields = {**translation.fields, **fields}
         _openai_spelling(fields)
         from_mapping(_nest(fields, where), where)  # a mistake is reported with the place where it was made
         if fields.get("model.name", merged.get("model.name")) != merged.get("model.name"):
@@ -114,16 +105,7 @@ def build(
 
 def field_names() -> tuple[str, ...]:
     """Dotted names of all fields of :class:`RunConfig`."""
-    return tuple(_walk(RunConfig()))
-
-
-def _walk(config: Any, prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _walk(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
+    return tuple(name for name, _ in flatten(dataclasses.asdict(RunConfig())))
 
 
 def _pairs(pairs: Sequence[str]) -> dict[str, Any]:
@@ -186,10 +168,7 @@ def _context_length(merged: dict[str, Any]) -> list[str]:
     """A length without words asks for random vectors; a length that the words contradict is not used."""
     if "prompt.n_ctx" not in merged:
         return []
-    if "prompt.ctx_init" not in merged:
-        merged["prompt.ctx_init"] = ""
-        return []
-    words = str(merged["prompt.ctx_init"]).split()
+    words = str(merged.setdefault("prompt.ctx_init", "")).split()
     if words and str(merged["prompt.n_ctx"]) != str(len(words)):
         return [
             f"n_ctx {merged['prompt.n_ctx']} is not used, because ctx_init '{' '.join(words)}' decides the length; "

@@ -3,82 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from cocoop_fast.cli import failures, output
+from cocoop_fast.cli import failures, options, output
+from cocoop_fast.cli.options import NotNegative, Positive
 from cocoop_fast.config import DataConfig
 from cocoop_fast.errors import UserError
 
-EPILOG = """
-[bold]Examples[/bold]
+_SHOWN = 5  # images that are not there, by name
 
-What is known, and what of it is there: [cyan]cocoop-fast datasets --root data[/cyan]
+app = options.group(
+    """List the data sets that are known, where they are looked for, and what is missing there.
 
-What one of them needs, and where to get it: [cyan]cocoop-fast datasets check oxford_pets --root data[/cyan]
-
-Bring it: [cyan]cocoop-fast datasets download oxford_pets --root data[/cyan]
-
-Write down who is in a few-shot sample: [cyan]cocoop-fast datasets sample oxford_pets --root data --shots 16 --seed 1[/cyan]
-"""
-
-_SHOWN = 5
-
-app = typer.Typer(
-    epilog=EPILOG,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    Examples:
+        What is known, and what of it is there: datasets --root data
+        What one of them needs, and where to get it: datasets check oxford_pets --root data
+        Bring it: datasets download oxford_pets --root data
+        Write down who is in a few-shot sample: datasets sample oxford_pets --root data --shots 16 --seed 1
+    """
 )
-
-Name = Annotated[str, typer.Argument(help="A name that `cocoop-fast datasets` lists, or the reference's.")]
-Root = Annotated[
-    Path | None,
-    typer.Option(
-        help="Directory of all published data sets; of your own, their folder or list.", show_default=False
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout, and nothing else.")]
 
 
 @app.callback(invoke_without_command=True)
-def listing(context: typer.Context, root: Root = None, json: Json = False) -> None:
-    """List the data sets that are known, where they are looked for, and what is missing there."""
+@options.command()
+def listing(context: typer.Context, *, root: Path | None = None, json: bool = False) -> None:
     if context.invoked_subcommand is not None:
         return
     from cocoop_fast.data.registry import REGISTRY
 
-    found = [
-        {
-            "name": entry.name,
-            "title": entry.title,
-            "layout": entry.layout,
-            "missing": list(entry.missing(DataConfig(name=entry.name, root=root))),
-        }
-        for entry in REGISTRY.values()
-    ]
+    missing = {
+        name: list(entry.missing(DataConfig(name=name, root=root))) for name, entry in REGISTRY.items()
+    }
     if json:
-        output.print_json(
-            {"command": "datasets", "root": None if root is None else str(root), "datasets": found}
-        )
+        known = [
+            {"name": name, "title": entry.title, "layout": entry.layout, "missing": missing[name]}
+            for name, entry in REGISTRY.items()
+        ]
+        where = None if root is None else str(root)
+        output.print_json({"command": "datasets", "root": where, "datasets": known})
         return
     output.print_table(
         ["Name", "What", "Looked for in", "Missing"],
         [
-            [
-                str(row["name"]),
-                str(row["title"]),
-                str(row["layout"]) or "the package itself",
-                ", ".join(row["missing"]) or "nothing",
-            ]
-            for row in found
+            [name, entry.title, entry.layout or "the package itself", ", ".join(missing[name]) or "nothing"]
+            for name, entry in REGISTRY.items()
         ],
         left=4,
     )
 
 
 @app.command()
-def check(name: Name, root: Root = None, json: Json = False) -> None:
+@options.command()
+def check(name: str, *, root: Path | None = None, json: bool = False) -> None:
     """Say what of one data set is there, where to get the rest, and whether its images are complete.
 
     The exit status is 1 if something is missing.
@@ -122,7 +99,8 @@ def check(name: Name, root: Root = None, json: Json = False) -> None:
 
 
 @app.command()
-def download(name: Name, root: Root = None, json: Json = False) -> None:
+@options.command()
+def download(name: str, *, root: Path | None = None, json: bool = False) -> None:
     """Download one data set into the layout that is looked for, with progress and checksums."""
     from cocoop_fast.data import download as downloads
     from cocoop_fast.data.registry import canonical_name
@@ -148,45 +126,38 @@ def download(name: Name, root: Root = None, json: Json = False) -> None:
 
 
 @app.command()
+@options.command()
 def sample(
-    name: Name,
-    root: Root = None,
-    shots: Annotated[int, typer.Option(help="Training images a class.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 1,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from", help="Convert this cache of the reference instead of drawing.", show_default=False
-        ),
-    ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Where to write; default: split_fewshot/ beside the images.",
-            show_default=False,
-        ),
-    ] = None,
-    json: Json = False,
+    name: str,
+    *,
+    root: Path | None = None,
+    shots: Positive = 16,
+    seed: NotNegative = 1,
+    from_: Path | None = None,
+    output_: Path | None = None,
+    json: bool = False,
 ) -> None:
-    """Write a few-shot sample down, as a file that gives the same images on another machine."""
+    """Write a few-shot sample down, as a file that gives the same images on another machine.
+
+    Args:
+        shots: Training images a class.
+        seed: Of the draw.
+        from_: Convert this cache of the reference instead of drawing.
+        output_: Where to write. Default: split_fewshot/ beside the images.
+    """
     from cocoop_fast.data import few_shot_files, load_dataset
     from cocoop_fast.data.few_shot import sample_shots
 
-    if shots < 1 or seed < 0:
-        raise UserError(f"--shots is {shots} and --seed {seed}; give 1 or more, and 0 or more.")
     dataset = load_dataset(DataConfig(name=name, root=root))
     if dataset.test_only:
         raise UserError(f"{dataset.name} has test images only, so there is nothing to draw from.")
-    folder = folder or dataset.few_shot_dir
+    folder = output_ or dataset.few_shot_dir
     if folder is None:
         raise UserError("Say where to write the sample with --output DIR.")
-    drawn = (
-        sample_shots(dataset, shots, seed)
-        if source is None
-        else few_shot_files.read_few_shot(source, dataset, shots)
-    )
+    if from_ is None:
+        drawn = sample_shots(dataset, shots, seed)
+    else:
+        drawn = few_shot_files.read_few_shot(from_, dataset, shots)
     path = few_shot_files.write_few_shot(folder, drawn, shots, seed)
     if json:
         output.print_json({"command": "datasets sample", "path": str(path), "images": len(drawn.train)})

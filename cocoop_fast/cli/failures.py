@@ -16,12 +16,7 @@ PARSER_ERROR: type[Exception] = typer.BadParameter.__mro__[1].__mro__[1]  # Clic
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """The sentence (without "error:", on one line) and the exit status for an exception."""
-    sentence, status = _explain(error)
-    return " ".join(sentence.split()), status
-
-
-def _explain(error: BaseException) -> tuple[str, int]:
+    """The sentence (without "error:") and the exit status for an exception."""
     if isinstance(error, UserError):
         return str(error), error.exit_status
     if isinstance(error, PARSER_ERROR):

@@ -6,19 +6,17 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-NOTHING = "-"
-
 
 @contextlib.contextmanager
 def only_json(active: bool) -> Iterator[None]:
-    """While active, what anybody prints goes to stderr, so that stdout holds the JSON line alone."""
+    """While active, everything that is printed goes to stderr, so that stdout holds the JSON line alone."""
     with contextlib.redirect_stdout(sys.stderr) if active else contextlib.nullcontext():
         yield
 
@@ -28,16 +26,18 @@ def print_json(values: dict[str, Any]) -> None:
     print(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False), flush=True)
 
 
-def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", left: int = 1
-) -> None:
-    """A table on stdout; the first ``left`` columns are text, the others numbers."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | None]], *, left: int = 1) -> None:
+    """A table on stdout; the first ``left`` columns are text, the others numbers.
+
+    What is ``None`` is shown as a dash; a column of nothing else is left out.
+    """
+    kept = [i for i, _ in enumerate(columns) if not rows or any(row[i] is not None for row in rows)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for position, column in enumerate(columns):
+    for i in kept:
         # Folded rather than cut: nothing that is printed is lost in a narrow terminal.
-        table.add_column(column, justify="left" if position < left else "right", overflow="fold")
+        table.add_column(columns[i], justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*("-" if row[i] is None else row[i] for i in kept))
     console = Console(file=sys.stdout, highlight=False, markup=False)
     with console.capture() as rendered:
         console.print(table)
@@ -51,9 +51,24 @@ def warn(lines: Sequence[str]) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def percent(value: float | None) -> str:
-    """An accuracy with two decimals, or a dash."""
-    return NOTHING if value is None else f"{value:.2f}"
+def teller(command: str, *, silent: bool) -> Callable[[str], None]:
+    """What a command tells its progress to: a line on stderr, unless it is to be silent."""
+
+    def tell(line: str) -> None:
+        if not silent:
+            print(f"{command}: {line}", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def shown(value: Any, form: Callable[[Any], str] = "{:.2f}".format) -> str | None:
+    """A value, if there is one; without a form a number with two decimals."""
+    return None if value is None else form(value)
+
+
+def images(count: int) -> str:
+    """A batch in words."""
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def _finite(value: Any) -> Any:

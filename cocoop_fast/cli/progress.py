@@ -9,6 +9,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import TextIO
 
 from rich.console import Console
@@ -26,18 +27,29 @@ def observe(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Ob
     if quiet:
         yield Observer()
     elif stream.isatty():
-        with Bars(Console(file=stream, highlight=False)) as bars:
-            yield bars
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=Console(file=stream, highlight=False),
+            refresh_per_second=8,
+        )
+        with progress:
+            yield Bars(progress)
     else:
         yield Lines(stream)
 
 
-class Lines(Observer):
-    """At most :data:`PLAIN_LINES` lines a method: for log files and pipes."""
+def observe_cell(cell: str, *, quiet: bool) -> Observer:
+    """The observer of one cell in a process of its own: lines that name the cell, or silence."""
+    return Observer() if quiet else Lines(sys.stderr, f"[{cell}] ")
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._method = ""
+
+class _Shown(Observer):
+    """What lines and bars have in common: messages, and the first line of a method."""
+
+    _method = ""
 
     def on_message(self, text: str) -> None:
         self._print(text)
@@ -45,7 +57,21 @@ class Lines(Observer):
     def on_run_start(self, info: RunInfo) -> None:
         self._method = info.config.prompt.method
         if info.epochs:
-            self._print(f"{self._method}: {_describe(info)}")
+            self._print(
+                f"{self._method}: {info.parameters:,} parameters, {info.train_images:,} images of "
+                f"{len(info.classnames)} classes, {info.precision} on {info.device}, to {info.output_dir}"
+            )
+
+    def _print(self, text: str) -> None:
+        raise NotImplementedError
+
+
+class Lines(_Shown):
+    """At most :data:`PLAIN_LINES` lines a method, each after ``prefix``: for log files and pipes."""
+
+    def __init__(self, stream: TextIO, prefix: str = "") -> None:
+        self._stream = stream
+        self._prefix = prefix
 
     def on_epoch_end(self, info: EpochInfo) -> None:
         every = math.ceil(info.epochs / PLAIN_LINES)
@@ -53,7 +79,7 @@ class Lines(Observer):
             self._print(
                 f"{self._method}: epoch {info.epoch}/{info.epochs}, loss {info.loss:.4f}, "
                 f"accuracy {info.accuracy:.1f} %, {_rate(info.images_per_second)}"
-                + (f", {_skipped(info.skipped_steps)}" if info.skipped_steps else "")
+                + (f", {info.skipped_steps} skipped" if info.skipped_steps else "")
                 + ("" if info.classes_kept is None else f", {_pruned(info)}")
             )
 
@@ -64,40 +90,23 @@ class Lines(Observer):
         )
 
     def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        # One write, so that lines of several processes do not mix.
+        self._stream.write(f"{self._prefix}{text}\n")
+        self._stream.flush()
 
 
-class Bars(Observer):
-    """A bar for each method's training and for each evaluation; finished bars stay. A context manager."""
+class Bars(_Shown):
+    """A bar for each method's training and for each evaluation; finished bars stay."""
 
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            refresh_per_second=8,
-        )
-        self._method = ""
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
         self._task: TaskID | None = None
         self._epoch_loss = self._epoch_accuracy = 0.0
         self._epoch_steps = 0
 
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def on_message(self, text: str) -> None:
-        self._progress.console.print(text, markup=False)
-
     def on_run_start(self, info: RunInfo) -> None:
-        self._method = info.config.prompt.method
+        super().on_run_start(info)
         if info.epochs:
-            self._progress.console.print(f"{self._method}: {_describe(info)}", markup=False)
             total = info.steps_per_epoch * info.epochs
             self._task = self._progress.add_task(
                 f"{self._method} epoch -/{info.epochs}", total=total, completed=info.first_step, status=""
@@ -116,19 +125,18 @@ class Bars(Observer):
         self._epoch_loss += info.loss
         self._epoch_accuracy += info.accuracy
         self._epoch_steps += 1
+        left = timedelta(seconds=round(max(info.eta_seconds, 0.0)))
         self._show(
             info.step,
             f"loss {self._epoch_loss / self._epoch_steps:.3f}  acc {self._epoch_accuracy / self._epoch_steps:.0f} %  "
-            f"{_rate(info.images_per_second)}  ETA {_duration(info.eta_seconds)}"
-            + (f"  {_skipped(info.skipped_steps)}" if info.skipped_steps else ""),
+            f"{_rate(info.images_per_second)}  ETA {left}"
+            + (f"  {info.skipped_steps} skipped" if info.skipped_steps else ""),
         )
 
     def on_epoch_end(self, info: EpochInfo) -> None:
         if info.epoch == info.epochs:  # no time is left
-            self._show(
-                None,
-                f"loss {info.loss:.3f}  acc {info.accuracy:.0f} %  {_rate(info.images_per_second)}",
-            )
+            rate = _rate(info.images_per_second)
+            self._show(None, f"loss {info.loss:.3f}  acc {info.accuracy:.0f} %  {rate}")
 
     def on_evaluation_start(self, method: str, subset: str, images: int) -> None:
         self._task = self._progress.add_task(f"{method}, {subset} classes", total=images, status="")
@@ -140,16 +148,12 @@ class Bars(Observer):
         self._show(info.metrics.total, f"accuracy {info.metrics.accuracy:.2f} %")
         self._task = None
 
+    def _print(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)
+
     def _show(self, completed: int | None, status: str) -> None:
         if self._task is not None:
             self._progress.update(self._task, completed=completed, status=status)
-
-
-def _describe(info: RunInfo) -> str:
-    return (
-        f"{info.parameters:,} parameters, {info.train_images:,} images of {len(info.classnames)} classes, "
-        f"{info.precision} on {info.device}, to {info.output_dir}"
-    )
 
 
 def _rate(images_per_second: float) -> str:
@@ -158,14 +162,3 @@ def _rate(images_per_second: float) -> str:
 
 def _pruned(info: EpochInfo) -> str:
     return f"backward through {info.classes_kept:.0f} classes, {info.share_left_out:.2%} left out"
-
-
-def _skipped(steps: int) -> str:
-    """Steps without effect, because float16 gradients overflowed: a few at a run's start are usual."""
-    return f"{steps} skipped"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,11 +1,11 @@
 """Configurations of the reference implementation (KaiyangZhou/CoOp on Dassl), read as ours.
 
 Its keys are upper-case and dotted (``OPTIM.LR``), in YAML files and as trailing ``KEY VALUE`` pairs. Each key
-has one row in ``RULES``:
+has one row in ``RULES``, a function from its value to our fields:
 
-* ``field``: it becomes a field of :class:`cocoop_fast.config.RunConfig`;
-* ``fixed``: it names a choice that is built in, so another value would change the result and is an error;
-* ``ignored``: it does not change what is learned, so it is left out and the caller is told.
+* most keys become a field of :class:`cocoop_fast.config.RunConfig`;
+* some name a choice that is built in, so another value would change the result and is an error;
+* those that do not change what is learned are ``ignored``: left out, and the caller is told.
 
 A key without a row is an error. The reference itself reads a key that no code looks at without a word.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,27 +38,14 @@ IMAGE_SIZES = {"RN50x4": 288, "RN50x16": 384, "RN50x64": 448, "ViT-L/14@336px": 
 TRAINERS = {"CoCoOp": "cocoop", "CoOp": "coop", "ZeroshotCLIP": "zeroshot", "ZeroshotCLIP2": "zeroshot"}
 # fp16 there means "as CLIP's weights are on a GPU"; `auto` is that on a GPU, and float32 where halves are slow.
 PRECISIONS = {"fp16": "auto", "fp32": "fp32", "amp": "amp", "bf16": "bf16"}
-METHOD_SECTIONS = {"COCOOP": "cocoop", "COOP": "coop"}
+METHOD_SECTIONS = {"TRAINER.COCOOP": "cocoop", "TRAINER.COOP": "coop"}
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CROP_SCALE = (0.08, 1.0)  # of the reference's random_resized_crop
 FLIP = 0.5  # of its random_flip
 
 Fields = dict[str, Any]  # dotted names of our fields and their values
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What becomes of one key of the reference.
-
-    Args:
-        kind: "field", "fixed" or "ignored".
-        translate: the fields that a value sets; raises ``ValueError`` with the reason if it cannot be had.
-    """
-
-    kind: str
-    translate: Callable[[Any], Fields] = lambda value: {}
+# What becomes of one key: the fields that a value sets; ``ValueError`` with the reason if it is not offered.
+Rule = Callable[[Any], Fields]
 
 
 @dataclass(frozen=True)
@@ -71,8 +58,7 @@ class Translation:
 
 def is_reference_key(key: str) -> bool:
     """Whether a top-level or dotted key is in the reference's upper-case spelling."""
-    head = key.split(".", 1)[0]
-    return head.isupper()
+    return key.partition(".")[0].isupper()
 
 
 def translate(
@@ -86,32 +72,25 @@ def translate(
         chosen: ``prompt.method`` and ``data.name`` as chosen elsewhere; they outrank what the keys say.
 
     Raises:
-        UserError: an unknown key, or a value that would change the result and cannot be had; it names the key.
+        UserError: an unknown key, or a value that would change the result and is not offered; it names the key.
     """
     flat = dict(flatten(values))
-    for key in flat:
-        if _rule(key) is None:
-            near = difflib.get_close_matches(key, [*RULES, *_method_keys()], n=1)
-            hint = f"did you mean {near[0]}?" if near else "check its spelling, or leave it out."
-            raise UserError(f"{where}: {key} is not a key of the reference's configuration; {hint}")
+    rules = {key: _rule(key, where) for key in flat}
     chosen = chosen or {}
     method = chosen.get("prompt.method") or _method_of(flat, where)
 
     fields: Fields = {} if method is None else {"prompt.method": method}
     warnings = []
     for key, value in flat.items():
-        rule = _rule(key)
-        assert rule is not None  # checked above
-        section = _method_section(key)
-        if section is not None and method != METHOD_SECTIONS[section]:
+        if _method_of_key(key) not in (None, method):
             warnings.append(f"{where}: {key} is ignored, because the method is {method}.")
         elif key == "DATASET.NAME" and chosen.get("data.name"):
             warnings.append(f"{where}: {key} is ignored, because the data set is {chosen['data.name']}.")
-        elif rule.kind == "ignored":
+        elif rules[key] is ignored:
             warnings.append(f"{where}: {key} is ignored; it does not change what is learned.")
         else:
             try:
-                fields.update(rule.translate(_literal(value)))
+                fields.update(rules[key](_literal(value)))
             except ValueError as error:
                 raise UserError(f"{where}: {key} is {_show(value)}, but {error}.") from error
     _check_image_size(flat, where)
@@ -129,41 +108,46 @@ def open_clip_name(name: str) -> tuple[str, str] | None:
 # -- the rows ---------------------------------------------------------------------------------------------------
 
 
+def ignored(value: Any) -> Fields:
+    """Of keys that do not change what is learned."""
+    return {}
+
+
 def _field(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
-    return Rule("field", lambda value: {name: convert(value)})
+    return lambda value: {name: convert(value)}
 
 
-def _fixed(*allowed: Any) -> Rule:
+def _only(*allowed: Any, otherwise: str = "") -> Rule:
+    """What is built in: any other value is an error, which says ``otherwise``."""
+
     def check(value: Any) -> Fields:
-        same = value.lower() if isinstance(value, str) else value
-        if same not in [a.lower() if isinstance(a, str) else a for a in allowed]:
-            raise ValueError(f"only {' or '.join(_show(a) for a in allowed)} is offered")
+        if not any(_same(value, one) for one in allowed):
+            raise ValueError(otherwise or f"only {' or '.join(_show(one) for one in allowed)} is offered")
         return {}
 
-    return Rule("fixed", check)
+    return check
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, but for the case of letters and the last digits of numbers."""
+    if isinstance(one, str) and isinstance(other, str):
+        return one.lower() == other.lower()
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) <= 1e-6
+    return bool(one == other)
 
 
 def _choice(name: str, table: Mapping[str, str]) -> Rule:
+    by_lower = {key.lower(): ours for key, ours in table.items()}
+
     def convert(value: Any) -> Fields:
-        by_lower = {key.lower(): ours for key, ours in table.items()}
         if str(value).lower() not in by_lower:
             raise ValueError(f"only {', '.join(table)} are offered")
         return {name: by_lower[str(value).lower()]}
 
-    return Rule("field", convert)
-
-
-def _close_to(expected: tuple[float, ...], what: str) -> Rule:
-    def check(value: Any) -> Fields:
-        numbers = value if isinstance(value, (list, tuple)) else ()
-        if len(numbers) != len(expected) or any(
-            not isinstance(a, (int, float)) or abs(a - b) > 1e-6
-            for a, b in zip(numbers, expected, strict=True)
-        ):
-            raise ValueError(f"only {what}, {list(expected)}, is offered")
-        return {}
-
-    return Rule("fixed", check)
+    return convert
 
 
 def _backbone(value: Any) -> Fields:
@@ -173,7 +157,7 @@ def _backbone(value: Any) -> Fields:
 
 
 def _trainer(value: Any) -> Fields:
-    method = _choice("prompt.method", TRAINERS).translate(value)
+    method = _choice("prompt.method", TRAINERS)(value)
     ensemble = "select" if str(value).lower() == "zeroshotclip2" else "none"
     return {**method, "prompt.ensemble": ensemble} if method["prompt.method"] == "zeroshot" else method
 
@@ -192,19 +176,16 @@ def _dataset(value: Any) -> Fields:
 
 def _transforms(value: Any) -> Fields:
     names = {value} if isinstance(value, str) else set(value)
-    if (
-        not {"random_resized_crop", "normalize"}
-        <= names
-        <= {"random_resized_crop", "random_flip", "normalize"}
-    ):
+    always = {"random_resized_crop", "normalize"}
+    if not always <= names <= always | {"random_flip"}:
         raise ValueError(
             "only random_resized_crop, random_flip (which may be left out) and normalize are offered"
         )
     return {"augment.crop_scale": CROP_SCALE, "augment.flip": FLIP if "random_flip" in names else 0.0}
 
 
-def _shots(value: Any) -> int:
-    return max(int(value), 0)  # the reference's -1, and our 0, are "all images"
+def _not_below_zero(value: Any) -> int:
+    return max(int(value), 0)
 
 
 def _seed(value: Any) -> int:
@@ -218,68 +199,63 @@ def _use_cuda(value: Any) -> Fields:
     return {} if value else {"model.device": "cpu"}
 
 
-def _empty(advice: str) -> Rule:
-    def check(value: Any) -> Fields:
-        if value not in ("", None, (), []):
-            raise ValueError(advice)
-        return {}
-
-    return Rule("fixed", check)
-
-
-_IGNORED = Rule("ignored")
+_NOTHING: tuple[Any, ...] = ("", None, (), [])
+_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+_STD = (0.26862954, 0.26130258, 0.27577711)
 
 RULES: dict[str, Rule] = {
-    "VERSION": _IGNORED,
-    "VERBOSE": _IGNORED,
+    "VERSION": ignored,
+    "VERBOSE": ignored,
     "OUTPUT_DIR": _field("output_dir"),
-    "RESUME": _empty("a run is resumed by giving its output directory"),
+    "RESUME": _only(*_NOTHING, otherwise="a run is resumed by giving its output directory"),
     "SEED": _field("seed", _seed),
-    "USE_CUDA": Rule("field", _use_cuda),
-    "INPUT.SIZE": Rule("fixed"),  # compared with the backbone in _check_image_size
-    "INPUT.INTERPOLATION": _fixed("bicubic"),
-    "INPUT.PIXEL_MEAN": _close_to(CLIP_MEAN, "CLIP's own mean"),
-    "INPUT.PIXEL_STD": _close_to(CLIP_STD, "CLIP's own deviation"),
-    "INPUT.TRANSFORMS": Rule("field", _transforms),
-    "INPUT.NO_TRANSFORM": _fixed(False),
+    "USE_CUDA": _use_cuda,
+    "INPUT.SIZE": lambda value: {},  # compared with the backbone in _check_image_size
+    "INPUT.INTERPOLATION": _only("bicubic"),
+    "INPUT.PIXEL_MEAN": _only(_MEAN, otherwise=f"only CLIP's own mean, {list(_MEAN)}, is offered"),
+    "INPUT.PIXEL_STD": _only(_STD, otherwise=f"only CLIP's own deviation, {list(_STD)}, is offered"),
+    "INPUT.TRANSFORMS": _transforms,
+    "INPUT.NO_TRANSFORM": _only(False),
     "INPUT.RRCROP_SCALE": _field("augment.crop_scale"),
-    "DATASET.NAME": Rule("field", _dataset),
+    "DATASET.NAME": _dataset,
     "DATASET.ROOT": _field("data.root"),
-    "DATASET.NUM_SHOTS": _field("data.shots", _shots),
+    "DATASET.NUM_SHOTS": _field("data.shots", _not_below_zero),  # -1 is, as our 0, all images
     "DATASET.SUBSAMPLE_CLASSES": _choice("data.subset", {"all": "all", "base": "base", "new": "new"}),
     "DATALOADER.NUM_WORKERS": _field("data.workers"),
-    "DATALOADER.K_TRANSFORMS": _fixed(1),
-    "DATALOADER.RETURN_IMG0": _IGNORED,
-    "DATALOADER.TRAIN_X.SAMPLER": _fixed("RandomSampler"),
+    "DATALOADER.K_TRANSFORMS": _only(1),
+    "DATALOADER.RETURN_IMG0": ignored,
+    "DATALOADER.TRAIN_X.SAMPLER": _only("RandomSampler"),
     "DATALOADER.TRAIN_X.BATCH_SIZE": _field("optim.batch_size"),
-    "DATALOADER.TEST.SAMPLER": _fixed("SequentialSampler"),
+    "DATALOADER.TEST.SAMPLER": _only("SequentialSampler"),
     "DATALOADER.TEST.BATCH_SIZE": _field("eval_batch_size"),
-    "TRAINER.NAME": Rule("field", _trainer),
-    "MODEL.INIT_WEIGHTS": _empty("a run always begins from ctx_init or from random vectors"),
-    "MODEL.BACKBONE.NAME": Rule("field", _backbone),
-    "MODEL.BACKBONE.PRETRAINED": _fixed(True),
-    "OPTIM.NAME": _fixed("sgd"),
+    "TRAINER.NAME": _trainer,
+    "MODEL.INIT_WEIGHTS": _only(
+        *_NOTHING, otherwise="a run always begins from ctx_init or from random vectors"
+    ),
+    "MODEL.BACKBONE.NAME": _backbone,
+    "MODEL.BACKBONE.PRETRAINED": _only(True),
+    "OPTIM.NAME": _only("sgd"),
     "OPTIM.LR": _field("optim.lr"),
     "OPTIM.WEIGHT_DECAY": _field("optim.weight_decay"),
     "OPTIM.MOMENTUM": _field("optim.momentum"),
-    "OPTIM.SGD_DAMPNING": _fixed(0),
-    "OPTIM.SGD_NESTEROV": _fixed(False),
-    "OPTIM.STAGED_LR": _fixed(False),
-    "OPTIM.LR_SCHEDULER": _fixed("cosine"),
+    "OPTIM.SGD_DAMPNING": _only(0),
+    "OPTIM.SGD_NESTEROV": _only(False),
+    "OPTIM.STAGED_LR": _only(False),
+    "OPTIM.LR_SCHEDULER": _only("cosine"),
     "OPTIM.MAX_EPOCH": _field("optim.epochs"),
-    "OPTIM.WARMUP_EPOCH": _field("optim.warmup_epochs", lambda value: max(int(value), 0)),  # -1: none
-    "OPTIM.WARMUP_TYPE": _fixed("constant"),
+    "OPTIM.WARMUP_EPOCH": _field("optim.warmup_epochs", _not_below_zero),  # -1: none
+    "OPTIM.WARMUP_TYPE": _only("constant"),
     "OPTIM.WARMUP_CONS_LR": _field("optim.warmup_lr"),
-    "OPTIM.WARMUP_RECOUNT": _fixed(True),
+    "OPTIM.WARMUP_RECOUNT": _only(True),
     "TRAIN.PRINT_FREQ": _field("print_freq"),
-    "TRAIN.CHECKPOINT_FREQ": _IGNORED,  # every epoch's end is saved
-    "TRAIN.COUNT_ITER": _fixed("train_x"),
-    "TEST.EVALUATOR": _fixed("Classification"),
-    "TEST.PER_CLASS_RESULT": _IGNORED,
-    "TEST.COMPUTE_CMAT": _IGNORED,
-    "TEST.NO_TEST": _IGNORED,
-    "TEST.SPLIT": _fixed("test"),
-    "TEST.FINAL_MODEL": _fixed("last_step"),
+    "TRAIN.CHECKPOINT_FREQ": ignored,  # every epoch's end is saved
+    "TRAIN.COUNT_ITER": _only("train_x"),
+    "TEST.EVALUATOR": _only("Classification"),
+    "TEST.PER_CLASS_RESULT": ignored,
+    "TEST.COMPUTE_CMAT": ignored,
+    "TEST.NO_TEST": ignored,
+    "TEST.SPLIT": _only("test"),
+    "TEST.FINAL_MODEL": _only("last_step"),
 }
 
 # TRAINER.COCOOP.* and TRAINER.COOP.*
@@ -290,49 +266,46 @@ METHOD_RULES: dict[str, Rule] = {
     "CSC": _field("prompt.csc"),
     "CLASS_TOKEN_POSITION": _field("prompt.class_position"),
 }
+ALL_RULES = RULES | {
+    f"{section}.{key}": rule for section in METHOD_SECTIONS for key, rule in METHOD_RULES.items()
+}
 
 # Sections and settings that only other algorithms or other transforms of that library read.
 UNUSED_PREFIXES = (
-    *("INPUT.CROP_PADDING", "INPUT.CUTOUT_", "INPUT.GN_", "INPUT.RANDAUGMENT_", "INPUT.COLORJITTER_"),
-    *("INPUT.RGS_", "INPUT.GB_", "DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.NUM_LABELED"),
-    *("DATASET.VAL_PERCENT", "DATASET.STL10_FOLD", "DATASET.CIFAR_C", "DATASET.ALL_AS_UNLABELED"),
-    *("DATALOADER.TRAIN_U.", "DATALOADER.TRAIN_X.N_DOMAIN", "DATALOADER.TRAIN_X.N_INS", "MODEL.HEAD."),
-    *("OPTIM.RMSPROP_", "OPTIM.ADAM_", "OPTIM.NEW_LAYERS", "OPTIM.BASE_LR_MULT", "OPTIM.STEPSIZE"),
-    *("OPTIM.GAMMA", "OPTIM.WARMUP_MIN_LR", "TEST.EVAL_FREQ"),
-    *("TRAINER.MCD.", "TRAINER.MME.", "TRAINER.CDAC.", "TRAINER.SE.", "TRAINER.M3SDA.", "TRAINER.DAEL."),
-    *("TRAINER.DAELDG.", "TRAINER.CROSSGRAD.", "TRAINER.CG.", "TRAINER.DDAIG.", "TRAINER.ENTMIN."),
-    *("TRAINER.MEANTEA.", "TRAINER.MIXMATCH.", "TRAINER.FIXMATCH.", "TRAINER.DOMAINMIX."),
-)
+    "INPUT.CROP_PADDING", "INPUT.CUTOUT_", "INPUT.GN_", "INPUT.RANDAUGMENT_", "INPUT.COLORJITTER_", "INPUT.RGS_",
+    "INPUT.GB_", "DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.NUM_LABELED", "DATASET.VAL_PERCENT",
+    "DATASET.STL10_FOLD", "DATASET.CIFAR_C", "DATASET.ALL_AS_UNLABELED", "DATALOADER.TRAIN_U.",
+    "DATALOADER.TRAIN_X.N_DOMAIN", "DATALOADER.TRAIN_X.N_INS", "MODEL.HEAD.", "OPTIM.RMSPROP_", "OPTIM.ADAM_",
+    "OPTIM.NEW_LAYERS", "OPTIM.BASE_LR_MULT", "OPTIM.STEPSIZE", "OPTIM.GAMMA", "OPTIM.WARMUP_MIN_LR",
+    "TEST.EVAL_FREQ", "TRAINER.MCD.", "TRAINER.MME.", "TRAINER.CDAC.", "TRAINER.SE.", "TRAINER.M3SDA.",
+    "TRAINER.DAEL.", "TRAINER.DAELDG.", "TRAINER.CROSSGRAD.", "TRAINER.CG.", "TRAINER.DDAIG.", "TRAINER.ENTMIN.",
+    "TRAINER.MEANTEA.", "TRAINER.MIXMATCH.", "TRAINER.FIXMATCH.", "TRAINER.DOMAINMIX.",
+)  # fmt: skip
 
 
 # -- how they are applied ---------------------------------------------------------------------------------------
 
 
-def _rule(key: str) -> Rule | None:
-    section = _method_section(key)
-    if section is not None:
-        return METHOD_RULES.get(key.rsplit(".", 1)[1])
-    if key in RULES:
-        return RULES[key]
-    return _IGNORED if key.startswith(UNUSED_PREFIXES) else None
+def _rule(key: str, where: str) -> Rule:
+    rule = ALL_RULES.get(key, ignored if key.startswith(UNUSED_PREFIXES) else None)
+    if rule is None:
+        near = difflib.get_close_matches(key, ALL_RULES, n=1)
+        hint = f"did you mean {near[0]}?" if near else "check its spelling, or leave it out."
+        raise UserError(f"{where}: {key} is not a key of the reference's configuration; {hint}")
+    return rule
 
 
-def _method_section(key: str) -> str | None:
-    parts = key.split(".")
-    return parts[1] if len(parts) == 3 and parts[0] == "TRAINER" and parts[1] in METHOD_SECTIONS else None
-
-
-def _method_keys() -> Iterator[str]:
-    return (f"TRAINER.{section}.{name}" for section in METHOD_SECTIONS for name in METHOD_RULES)
+def _method_of_key(key: str) -> str | None:
+    return METHOD_SECTIONS.get(key.rpartition(".")[0])
 
 
 def _method_of(flat: Mapping[str, Any], where: str) -> str | None:
     if "TRAINER.NAME" in flat:
         return {name.lower(): ours for name, ours in TRAINERS.items()}.get(str(flat["TRAINER.NAME"]).lower())
-    sections = {section for key in flat if (section := _method_section(key))}
-    if len(sections) > 1:
+    methods = {method for key in flat if (method := _method_of_key(key))}
+    if len(methods) > 1:
         raise UserError(f"{where}: it has both TRAINER.COCOOP and TRAINER.COOP; say which with --method.")
-    return METHOD_SECTIONS[sections.pop()] if sections else None
+    return methods.pop() if methods else None
 
 
 def _check_image_size(flat: Mapping[str, Any], where: str) -> None:
@@ -342,10 +315,7 @@ def _check_image_size(flat: Mapping[str, Any], where: str) -> None:
     size = _literal(flat["INPUT.SIZE"])
     backbone = str(flat.get("MODEL.BACKBONE.NAME", "ViT-B/16"))
     expected = IMAGE_SIZES.get(backbone, 224)
-    if size != expected and tuple(size if isinstance(size, (list, tuple)) else (size,)) != (
-        expected,
-        expected,
-    ):
+    if size not in (expected, (expected, expected), [expected, expected], (expected,), [expected]):
         raise UserError(
             f"{where}: INPUT.SIZE is {_show(flat['INPUT.SIZE'])}, but {backbone} takes images of "
             f"{expected} x {expected} pixels."

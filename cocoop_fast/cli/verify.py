@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from cocoop_fast.cli import failures, output
-from cocoop_fast.cli.bench import check_positive, class_names
+from cocoop_fast.cli import failures, options, output
+from cocoop_fast.cli.options import Positive, Words
 from cocoop_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from cocoop_fast.measure.problem import ProblemSpec
     from cocoop_fast.measure.verify import PruningError, Verdict
-
-EPILOG = """
-[bold]Examples[/bold]
-
-A text tower of ViT-B/16's size, 20 ImageNet names: [cyan]cocoop-fast verify[/cyan]
-
-Your model and classes, on your GPU: [cyan]cocoop-fast verify --model ViT-B/16 --classes names.txt --device cuda[/cyan]
-
-What pruning would cost: [cyan]cocoop-fast verify --model demo --k 10 --prune-mass 0.01[/cyan]
-
-One backend, for a program to read: [cyan]cocoop-fast verify --model demo --k 10 --backend torch --json[/cyan]
-"""
 
 PRECISIONS = {"cpu": ("fp64", "fp32"), "cuda": ("fp64", "fp32", "fp16", "bf16")}
 COLUMNS = {
@@ -39,64 +25,48 @@ COLUMNS = {
 }
 
 
+@options.command()
 def command(
-    classes: Annotated[
-        Path | None,
-        typer.Option(help="Class names, one a line. Default: 20 of ImageNet's.", show_default=False),
-    ] = None,
-    k: Annotated[int | None, typer.Option("--k", help="Only the first so many classes.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="open_clip architecture, OpenAI's name, or demo. Default: ViT-B/16's text tower with random weights.",
-            show_default=False,
-        ),
-    ] = None,
-    pretrained: Annotated[
-        str | None,
-        typer.Option(help="open_clip tag of the weights, a local file, or random.", show_default=False),
-    ] = None,
-    ctx_init: Annotated[str, typer.Option(help="Words that the context begins as.")] = "a photo of a",
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images a step.")] = 1,
-    steps: Annotated[int, typer.Option(help="Training steps to compare.")] = 3,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="fp64|fp32|fp16|bf16",
-            help="May be repeated. Default: all that the device is used in.",
-            show_default=False,
-        ),
-    ] = None,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="torch|cpu|triton|cuda",
-            help="May be repeated. Default: all that can be used.",
-            show_default=False,
-        ),
-    ] = None,
-    prune_mass: Annotated[
-        float,
-        typer.Option(
-            "--prune-mass", help="Also measure the error of the gradient that tail pruning makes. 0: do not."
-        ),
-    ] = 0.0,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one line of JSON on stdout, and nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the result.")] = False,
+    *,
+    classes: Path | None = None,
+    k: Positive | None = None,
+    model: str | None = None,
+    pretrained: str | None = None,
+    ctx_init: Words = "a photo of a",
+    batch_size: Positive = 1,
+    steps: Positive = 3,
+    device: str = "auto",
+    precision: list[Literal["fp64", "fp32", "fp16", "bf16"]] | None = None,
+    backend: list[Literal["torch", "cpu", "triton", "cuda"]] | None = None,
+    prune_mass: float = 0.0,
+    json: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Certify that the fast engine computes what the dense reference does, on this model, classes and device.
 
     Logits, loss, gradients and training steps are compared with the dense oracle in float64, beside the errors
     that the dense oracle itself makes in lower precision. The exit status is 1 if one is too large.
+
+    Args:
+        k: Only the first so many classes. Default: 20 of ImageNet's.
+        model: open_clip architecture, OpenAI's name, or demo. Default: ViT-B/16's text tower with random weights.
+        steps: Training steps to compare.
+        precision: May be repeated. Default: all that the device is used in.
+        backend: May be repeated. Default: all that can be used.
+        prune_mass: Also measure the error of the gradient that tail pruning makes; 0: do not.
+
+    Examples:
+        A text tower of ViT-B/16's size, 20 ImageNet names: verify
+        Your model and classes, on your GPU: verify --model ViT-B/16 --classes names.txt --device cuda
+        What pruning would cost: verify --model demo --k 10 --prune-mass 0.01
+        One backend, for a program to read: verify --model demo --k 10 --backend torch --json
     """
-    check_positive(k=k, batch_size=batch_size, steps=steps)
     if not 0 <= prune_mass < 1:
         raise UserError(f"--prune-mass is {prune_mass:g}, but it must be at least 0 and below 1.")
-    names = class_names(classes, 20 if classes is None and k is None else k)
-    spec = _spec(names, batch_size, model, pretrained, ctx_init)
+    names = options.class_names(classes, k, 20)
+    spec = options.problem_spec(names, batch_size, model, pretrained, ctx_init)
+
+    import torch
 
     from cocoop_fast.clip.load import resolve_device
     from cocoop_fast.measure.problem import build_problem
@@ -108,7 +78,6 @@ def command(
             raise UserError(
                 f"--precision is '{name}', but on {where.type} it must be one of {', '.join(PRECISIONS[where.type])}."
             )
-    _check_backends(backend or [])
     with output.only_json(json):
         problem = build_problem(spec)
         if len(problem.learned["ctx"]) != len(ctx_init.split()):
@@ -116,13 +85,8 @@ def command(
                 f"The oracle reads --ctx-init '{ctx_init}' word by word, but some word has several tokens; choose others."
             )
         asked = list(contestants(where, precision or PRECISIONS[where.type], backend or ()))
-        verdicts = verify(
-            problem,
-            asked,
-            device=where,
-            steps=steps,
-            tell=(lambda line: None) if quiet or json else _tell,
-        )
+        tell = output.teller("verify", silent=quiet or json)
+        verdicts = verify(problem, asked, device=where, steps=steps, tell=tell)
         pruned = (
             measure_pruning(problem, asked, prune_mass, device=where, batches=steps) if prune_mass else []
         )
@@ -132,62 +96,15 @@ def command(
             f"No backend asked for computes in these precisions on {where.type}; leave --backend out."
         )
     within = all(verdict.within for verdict in compared)
-    if json:
-        found = _to_mapping(spec, str(where), steps, verdicts, within)
-        if prune_mass:
-            found["pruning"] = {"prune_mass": prune_mass, "rows": [_pruning_row(one) for one in pruned]}
-        output.print_json(found)
-    else:
-        _print(spec, str(where), steps, verdicts, within)
-        if prune_mass:
-            _print_pruning(prune_mass, len(names), pruned)
-    if not within:
-        raise typer.Exit(failures.FAILED)
-
-
-def _spec(
-    names: tuple[str, ...], batch_size: int, model: str | None, pretrained: str | None, ctx_init: str
-) -> ProblemSpec:
-    from cocoop_fast.cli.reference_config import open_clip_name
-    from cocoop_fast.measure.problem import ProblemSpec
-
-    if pretrained is not None and model is None:
-        raise UserError("--pretrained needs the --model that it belongs to.")
-    if not ctx_init.split():
-        raise UserError("--ctx-init is empty; give the words that the context begins as, say 'X X X X'.")
-    spelled = open_clip_name(model or "")
-    if spelled is not None:
-        model, pretrained = spelled[0], pretrained or spelled[1]
-    return ProblemSpec(classes=names, batch=batch_size, model=model, pretrained=pretrained, ctx_init=ctx_init)
-
-
-def _check_backends(chosen: list[str]) -> None:
-    from cocoop_fast.ops.table import BACKENDS
-
-    known = [backend.name for backend in BACKENDS]
-    for name in chosen:
-        if name not in known:
-            raise UserError(f"--backend is '{name}', but it must be one of {', '.join(known)}.")
-
-
-def _tell(line: str) -> None:
-    print(f"verify: {line}", file=sys.stderr, flush=True)
-
-
-def _to_mapping(
-    spec: ProblemSpec, device: str, steps: int, verdicts: list[Verdict], within: bool
-) -> dict[str, Any]:
-    import torch
-
-    return {
+    found: dict[str, Any] = {
         "command": "verify",
         "within": within,
         "model": spec.model_name,
         "pretrained": spec.pretrained,
-        "classes": len(spec.classes),
-        "batch": spec.batch,
+        "classes": len(names),
+        "batch": batch_size,
         "steps": steps,
-        "device": device,
+        "device": str(where),
         "torch": torch.__version__,
         "rows": [
             {
@@ -201,11 +118,21 @@ def _to_mapping(
             for verdict in verdicts
         ],
     }
+    if prune_mass:
+        found["pruning"] = {"prune_mass": prune_mass, "rows": [_pruning_row(one) for one in pruned]}
+    if json:
+        output.print_json(found)
+    else:
+        _print(found, verdicts)
+        if prune_mass:
+            _print_pruning(found["pruning"], len(names))
+    if not within:
+        raise typer.Exit(failures.FAILED)
 
 
-def _print(spec: ProblemSpec, device: str, steps: int, verdicts: list[Verdict], within: bool) -> None:
-    images = "1 image" if spec.batch == 1 else f"{spec.batch} images"
-    print(f"{spec.model_name}: {len(spec.classes)} classes, {images} a step, {device}.")
+def _print(found: dict[str, Any], verdicts: list[Verdict]) -> None:
+    images = output.images(found["batch"])
+    print(f"{found['model']}: {found['classes']} classes, {images} a step, {found['device']}.")
     output.print_table(
         ["Path", "In", *COLUMNS.values(), "Verdict"],
         [
@@ -221,45 +148,43 @@ def _print(spec: ProblemSpec, device: str, steps: int, verdicts: list[Verdict], 
     )
     print(
         "Largest errors against the dense oracle in fp64, relative to the largest element. Losses: those of "
-        f"{steps} training steps.\nMoved: how far these moved what is learned. A dense row is the dense path's own error."
+        f"{found['steps']} training steps.\nMoved: how far these moved what is learned. A dense row is the dense path's own error."
     )
     for verdict in verdicts:
         for name, error, most in verdict.outside():
             path = f"{verdict.contestant.name} in {verdict.contestant.precision}"
             print(f"{path}: {COLUMNS[name].lower()} is off by {error:.1e}, but {most:.1e} is allowed.")
-    print("Equivalent: every error is within its bound." if within else "NOT equivalent.")
+    print("Equivalent: every error is within its bound." if found["within"] else "NOT equivalent.")
 
 
 def _pruning_row(one: PruningError) -> dict[str, Any]:
-    return {
-        "name": one.contestant.name,
-        "precision": one.contestant.precision,
-        "gradients": one.gradients,
-        "share_left_out": one.share_left_out,
-        "classes_kept": one.classes_kept,
-    }
+    figures = dict(vars(one))
+    contestant = figures.pop("contestant")
+    return {"name": contestant.name, "precision": contestant.precision, **figures}
 
 
-def _print_pruning(prune_mass: float, classes: int, found: list[PruningError]) -> None:
-    print(f"\nPruning with prune_mass {prune_mass:g}, which is not exact, against the same path without it:")
+def _print_pruning(found: dict[str, Any], classes: int) -> None:
+    print(
+        f"\nPruning with prune_mass {found['prune_mass']:g}, which is not exact, against the same path without it:"
+    )
     output.print_table(
         ["Path", "In", "Gradient", "Weights left out", "Classes in backward"],
         [
             [
-                one.contestant.name,
-                one.contestant.precision,
-                f"{one.gradients:.1e}",
-                f"{one.share_left_out:.2%}",
-                f"{one.classes_kept} of {classes}",
+                row["name"],
+                row["precision"],
+                f"{row['gradients']:.1e}",
+                f"{row['share_left_out']:.2%}",
+                f"{row['classes_kept']} of {classes}",
             ]
-            for one in found
+            for row in found["rows"]
         ],
         left=2,
     )
     print("The worst of the batches. Gradient: its error in the Euclidean norm, relative.")
 
 
-def _word(verdict: Verdict) -> str:
+def _word(verdict: Verdict) -> str | None:
     if verdict.allowed is None:
-        return output.NOTHING
+        return None
     return "within" if verdict.within else "OUTSIDE"

@@ -32,21 +32,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; tests damage copies of it."""
     folder = tmp_path_factory.mktemp("trained")
     write_photos(folder / "photos")
-    status = cli.run(
-        [
-            "train",
-            "--root",
-            str(folder / "photos"),
-            "--epochs",
-            "1",
-            "--shots",
-            "1",
-            "-q",
-            "-o",
-            str(folder / "run"),
-        ]
-    )
-    assert status == 0
+    call = f"train -q --root {folder / 'photos'} --epochs 1 --shots 1 -o {folder / 'run'}"
+    assert cli.run(call.split()) == 0
     return folder / "run"
 
 

@@ -167,20 +167,8 @@ def test_json_and_plot(capsys, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("cat\n\ndog \nsea lion\n")
     picture = tmp_path / "plot.png"
-    options = [
-        "--model",
-        "demo",
-        "--classes",
-        str(names),
-        "--rounds",
-        "2",
-        "-b",
-        "3",
-        "--json",
-        "--plot",
-        str(picture),
-    ]
-    assert cli.run(["bench", *options, "--only", "dense", "--only", "tree+torch", "--only", "floor"]) == 0
+    call = f"bench --model demo --classes {names} --rounds 2 -b 3 --json --plot {picture}".split()
+    assert cli.run([*call, "--only", "dense", "--only", "tree+torch", "--only", "floor"]) == 0
     out, err = capsys.readouterr()
     (line,) = out.splitlines()
     found = json.loads(line)

@@ -3,7 +3,7 @@
 import pytest
 
 from cocoop_fast.cli import configuration
-from cocoop_fast.cli.train import complete_compare, methods_to_compare
+from cocoop_fast.cli.train import methods_to_compare
 from cocoop_fast.config import RunConfig, to_mapping
 from cocoop_fast.errors import UserError
 
@@ -85,21 +85,6 @@ def test_another_architecture_drops_the_weights_of_the_first(tmp_path):
     path.write_text("model: {name: ViT-B-32, pretrained: laion2b_s34b_b79k}")
     assert configuration.build(files=[path], pairs=["model.name", "demo"]).config.model.pretrained is None
     assert configuration.build(files=[path]).config.model.pretrained == "laion2b_s34b_b79k"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["train", "--compare"], ["train", "--compare", "all"]),
-        (["train", "--compare", "--seed", "2"], ["train", "--compare", "all", "--seed", "2"]),
-        (["train", "--compare", "optim.lr", "1"], ["train", "--compare", "all", "optim.lr", "1"]),
-        (["train", "--compare", "seed", "1"], ["train", "--compare", "all", "seed", "1"]),
-        (["train", "--compare", "coop"], ["train", "--compare", "coop"]),
-        (["train", "--compare=coop"], ["train", "--compare=coop"]),
-    ],
-)
-def test_compare_may_stand_alone(arguments, expected):
-    assert complete_compare(arguments) == expected
 
 
 def test_comparison_is_on_only_if_nothing_was_said():

@@ -116,20 +116,10 @@ def test_training_on_a_published_set(name, tmp_path, monkeypatch, capsys):
     use_tiny_clip(monkeypatch)
     WRITERS[name](tmp_path)
     output = tmp_path / "run"
-    call = [
-        "train",
-        "--dataset",
-        SETS[name].reference_name,
-        "--root",
-        str(tmp_path),
-        "--shots",
-        "2",
-        "--epochs",
-        "1",
-    ]
+    call = f"train --dataset {SETS[name].reference_name} --root {tmp_path} --shots 2 --epochs 1 --seed 3"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, at a schedule of one epoch
-        assert cli.run([*call, "--seed", "3", "-q", "-o", str(output), "--json"]) == 0
+        assert cli.run([*call.split(), "-q", "-o", str(output), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert 0 <= row["base"] <= 100 and 0 <= row["new"] <= 100
     assert f"name: {name}\n" in (output / "config.yaml").read_text()
@@ -143,18 +133,8 @@ def test_training_on_a_published_set(name, tmp_path, monkeypatch, capsys):
 def test_zero_shot_clip_on_a_test_set(tmp_path, monkeypatch, capsys):
     use_tiny_clip(monkeypatch)
     WRITERS["imagenet_r"](tmp_path)
-    call = [
-        "train",
-        "--dataset",
-        "imagenet_r",
-        "--root",
-        str(tmp_path),
-        "--subset",
-        "all",
-        "-o",
-        str(tmp_path / "run"),
-    ]
-    assert cli.run([*call, "--method", "zeroshot", "-q", "--json"]) == 0
+    call = f"train --dataset imagenet_r --root {tmp_path} --subset all -m zeroshot -q --json -o {tmp_path / 'run'}"
+    assert cli.run(call.split()) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert 0 <= row["all"] <= 100
     assert not (tmp_path / "run/few_shot").exists()
@@ -163,35 +143,9 @@ def test_zero_shot_clip_on_a_test_set(tmp_path, monkeypatch, capsys):
 def test_a_few_shot_sample_by_name(tmp_path, monkeypatch, capsys):
     use_tiny_clip(monkeypatch)
     WRITERS["dtd"](tmp_path)
-    sample = answer(
-        [
-            "datasets",
-            "sample",
-            "dtd",
-            "--root",
-            tmp_path,
-            "--shots",
-            1,
-            "--seed",
-            9,
-            "-o",
-            tmp_path / "samples",
-        ],
-        capsys,
-    )["path"]
-    call = [
-        "train",
-        "-d",
-        "dtd",
-        "--root",
-        str(tmp_path),
-        "--shots",
-        "1",
-        "--epochs",
-        "1",
-        "-q",
-        "--no-compare",
-    ]
-    assert cli.run([*call, "-o", str(tmp_path / "run"), "data.few_shot", sample]) == 0
+    draw = f"datasets sample dtd --root {tmp_path} --shots 1 --seed 9 -o {tmp_path / 'samples'}"
+    sample = answer(draw.split(), capsys)["path"]
+    call = f"train -d dtd --root {tmp_path} --shots 1 --epochs 1 -q --no-compare -o {tmp_path / 'run'}"
+    assert cli.run([*call.split(), "data.few_shot", sample]) == 0
     (manifest,) = (tmp_path / "run/few_shot").iterdir()
     assert json.loads(manifest.read_text())["train"] == json.loads(Path(sample).read_text())["train"]

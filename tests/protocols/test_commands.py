@@ -9,7 +9,6 @@ from tiny_protocols import folders
 from tiny_runs import use_tiny_clip
 
 from cocoop_fast import cli
-from cocoop_fast.cli.run_protocol import join_lists
 from cocoop_fast.experiments import experiment
 from cocoop_fast.protocols import run_cell
 
@@ -23,25 +22,6 @@ def tiny(monkeypatch):
 
 def result(capsys):
     return json.loads(capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    ("given", "parsed"),
-    [
-        ("run base2new --seeds 1 2 3", "run base2new --seeds 1,2,3"),
-        ("run base2new --seeds 1,2 3 -q", "run base2new --seeds 1,2,3 -q"),
-        ("run base2new --datasets a b --methods coop", "run base2new --datasets a,b --methods coop"),
-        ("run base2new --seeds 1 2 optim.epochs 5", "run base2new --seeds 1,2 optim.epochs 5"),
-        ("run base2new --seeds 1 2 OPTIM.MAX_EPOCH 5", "run base2new --seeds 1,2 OPTIM.MAX_EPOCH 5"),
-        ("run base2new --datasets digits print_freq 5", "run base2new --datasets digits print_freq 5"),
-        ("sweep base2new --devices cuda:0 cuda:1 -q", "sweep base2new --devices cuda:0,cuda:1 -q"),
-        ("run base2new --datasets mine=a.b/c other=d", "run base2new --datasets mine=a.b/c,other=d"),
-        ("run base2new --seeds", "run base2new --seeds"),
-        ("train --seed 1", "train --seed 1"),
-    ],
-)
-def test_lists(given, parsed):
-    assert join_lists(given.split()) == parsed.split()
 
 
 def test_run_prints_the_table_and_writes_the_files(tmp_path, capsys, tiny):
