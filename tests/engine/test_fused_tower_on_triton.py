@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cocoop_fast import CustomCLIP, TreeTextEncoder, UserError
 from cocoop_fast.engine.constants import compute_constants
 from cocoop_fast.engine.contexts import ContextRows
+from cocoop_fast.engine.memory import PeakBytes
 from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.ops.table import BACKENDS, select_backend
 
@@ -89,6 +90,18 @@ def test_without_gradients():
             assert_close(engine(context(2).to(DEVICE)).cpu(), expected, 1e-5)
     training = engine.tower.pass_size([engine.tree], 2, keeps=True).total
     assert 0 < engine.tower.pooled_bytes < training, "memory for backward was borrowed in vain"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_pass_allocates_what_the_tower_says(batch):
+    said = encoders(layers=2)[0].tower.pass_size([encoders(layers=2)[0].tree], batch, keeps=True).total
+    engine, _ = encoders(layers=2)
+    ctx = context(batch).to(DEVICE).requires_grad_()
+    with PeakBytes() as peak:
+        features = engine(ctx)
+        features.backward(torch.ones_like(features))
+    fixed = 3 * features.nbytes  # the features of the classes, their gradient and that of the leaves
+    assert said + fixed == pytest.approx(peak.bytes, rel=0.02)
 
 
 def test_batch_size_may_change():

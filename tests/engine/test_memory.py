@@ -10,8 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from cocoop_fast import TreeTextEncoder
 from cocoop_fast.engine.contexts import ContextRows
+from cocoop_fast.engine.fused_tower import FusedTower
 from cocoop_fast.engine.memory import PeakBytes, parse_bytes
 from cocoop_fast.ops.extensions import CPP
+from cocoop_fast.ops.shapes import ShapeOps
+from cocoop_fast.ops.table import BACKENDS
 from cocoop_fast.prompts.tokens import tokenize_prompts
 from cocoop_fast.prompts.tree import ClassTree
 
@@ -74,6 +77,28 @@ def test_a_step_in_pieces_needs_what_it_says(backend, batch, budget):
         torch.autograd.grad(features, context, torch.ones_like(features))
     assert peak.bytes <= parse_bytes(budget)
     assert said == pytest.approx(peak.bytes, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:Classes with the same prompt")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("keeps", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("classes, batch", [(20, 1), (20, 8), (1000, 1), (1000, 8)])
+def test_towers_of_gpus_need_what_they_say(classes, batch, keeps, backend):
+    """Counted on meta tensors, with the buffers that the backend's kernels ask for."""
+    constants = imagenet_encoder(classes, "torch").tower.constants
+    load = next(one.load for one in BACKENDS if one.name == backend)
+    said = FusedTower(constants, load()).pass_size([constants.tree], batch, keeps=keeps).total
+    assert said == pytest.approx(counted(constants, load(), batch, keeps=keeps), rel=0.02)
+
+
+def counted(constants, ops, batch, *, keeps):
+    tower = FusedTower(constants.on_meta(constants.tree), ShapeOps(ops))
+    context = torch.zeros(batch, M, constants.weights.width, device="meta", requires_grad=keeps)
+    with PeakBytes() as peak:
+        features = tower.encode(ContextRows(None, context))
+        if keeps:
+            features.backward(torch.empty_like(features))
+    return peak.bytes - (features.nbytes if keeps else 0)  # the caller's own
 
 
 @needs_extension
