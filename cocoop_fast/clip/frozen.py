@@ -6,7 +6,8 @@ Nothing here changes a weight, a mode or a gradient flag of the model it looks a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -74,6 +75,37 @@ class TextWeights:
     def width(self) -> int:
         return self.positional_embedding.shape[1]
 
+    def versions(self) -> list[int]:
+        """Of each tensor how often it was changed in place, as autograd counts (not through `.data`)."""
+        return [version_of(one) for one in self._tensors]
+
+    def check_unchanged(self, versions: list[int]) -> None:
+        """Between a forward pass and its backward, as autograd does for what it saves.
+
+        Args:
+            versions: when the forward pass went through them.
+
+        Raises:
+            RuntimeError: a weight was changed in place since.
+        """
+        if self.versions() != versions:
+            raise RuntimeError(
+                "A weight of the text tower that the gradient needs was changed in place after the forward pass; "
+                "call backward first."
+            )
+
+    @cached_property
+    def _tensors(self) -> list[Tensor]:
+        found, rest = [], [getattr(self, one.name) for one in fields(self)]
+        for part in rest:
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif isinstance(part, tuple):
+                rest.extend(part)
+            elif is_dataclass(part):
+                rest.extend(getattr(part, one.name) for one in fields(part))
+        return found
+
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TextWeights:
         """Copies on a device, or of a dtype."""
         return replace(
@@ -84,6 +116,11 @@ class TextWeights:
             ln_final=self.ln_final.to(device, dtype),
             projection=self.projection.to(device, dtype),
         )
+
+
+def version_of(tensor: Tensor) -> int:
+    """What autograd counts; an inference tensor cannot be changed outside of inference mode and has none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class FrozenCLIP:
@@ -122,7 +159,7 @@ class FrozenCLIP:
 
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
         """Changes whenever a text weight was moved, cast, loaded or modified in place (but not through `.data`)."""
-        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._parameters())
+        return tuple((p.data_ptr(), version_of(p)) for p in self._parameters())
 
     def text_weights(self) -> TextWeights:
         """The current weights, by role. The same object is returned until a weight changes."""

@@ -221,7 +221,7 @@ def _block_linears(block: TextBlock, layer: int, last: int, ops: Ops) -> BlockLi
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(node: Any, vectors: Tensor | None, shift: Tensor, tower: FusedTower, lease: Lease) -> Tensor:
-        node.tower, node.lease = tower, lease
+        node.tower, node.lease, node.versions = tower, lease, tower.constants.weights.versions()
         node.vectors = None if vectors is None else (vectors.shape, vectors.dtype)
         node.shift = shift.shape, shift.dtype
         node.save_for_backward(lease.owner())
@@ -236,6 +236,7 @@ class _Encode(torch.autograd.Function):
             )
         _ = node.saved_tensors  # torch refuses a second backward over a graph that was not retained
         tower: FusedTower = node.tower
+        tower.constants.weights.check_unchanged(node.versions)
         d_vectors, d_shift = (
             None if like is None else torch.empty(like[0], dtype=like[1], device=grad_features.device)
             for like in (node.vectors, node.shift)

@@ -283,7 +283,7 @@ class _InPieces(torch.autograd.Function):
         node: Any, tower: Tower, forward: Pieces, backward: Pieces, *tensors: Tensor | None
     ) -> Tensor:
         contexts = ContextRows.of(tensors)
-        node.tower, node.pieces = tower, backward
+        node.tower, node.pieces, node.versions = tower, backward, tower.constants.weights.versions()
         device = contexts.shift.device.type
         node.autocast = torch.autocast(
             device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
@@ -294,6 +294,7 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(node: Any, grad_features: Tensor) -> tuple[Tensor | None, ...]:
+        node.tower.constants.weights.check_unchanged(node.versions)
         contexts = ContextRows.of(node.saved_tensors)
         totals = ContextRows.of(
             [None if one is None else torch.zeros_like(one) for one in contexts.tensors()]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from tiny_encoders import M
+from tiny_encoders import NAMES, M, tree_of
 from tiny_models import tiny_clip
 from torch.utils.checkpoint import checkpoint
 
@@ -160,4 +162,31 @@ def checkpointed_by_the_old_way(encoder, ctx, other):
 def test_two_graphs_never_share_memory(compute):
     engine, twin = encoders()
     for actual, expected in zip(gradients(engine, compute), gradients(twin, compute), strict=True):
+        assert float((actual - expected).abs().max() / expected.abs().max()) < 2e-5
+
+
+@needs_extension
+@pytest.mark.parametrize("budget", [None, "600kB"], ids=["whole", "in pieces"])
+def test_weights_changed_before_backward_are_noticed(budget):
+    for backend in ("cpu", "torch"):
+        model = tiny_clip(vocab_size=1000)
+        features = TreeTextEncoder(model, tree_of(NAMES), backend=backend, memory_budget=budget)(context())
+        with torch.no_grad():
+            model.transformer.resblocks[1].mlp.c_fc.weight.mul_(1.01)
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed in place"):
+            features.sum().backward()
+
+
+@needs_extension
+def test_two_threads_train_at_once():
+    engine, twin = encoders()
+    contexts = [context(seed) for seed in range(8)]
+
+    def gradient(ctx):
+        return torch.autograd.grad(engine(ctx).square().sum(), ctx)[0]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(gradient, contexts * 5))
+    for ctx, actual in zip(contexts * 5, found, strict=True):
+        (expected,) = torch.autograd.grad(twin(ctx).square().sum(), ctx)
         assert float((actual - expected).abs().max() / expected.abs().max()) < 2e-5
