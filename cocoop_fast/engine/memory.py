@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -215,14 +216,69 @@ def undisturbed(work: Callable[[], T]) -> T:
 
 
 def free_memory(device: torch.device | None = None) -> int | None:
-    """Bytes that can still be had on a device, where it tells; default: the CPU."""
+    """Bytes that can still be had on a device, where it tells; default: the CPU.
+
+    A CPU's are what the host has free or what the limits of the process's control groups leave, whichever is less, shared
+    out among the processes of a run on this host (`LOCAL_WORLD_SIZE`, which launchers set).
+    """
     if device is not None and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    known = [one for one in (_free_on_host(), *control_group_rooms()) if one is not None]
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return min(known) // (int(ranks) if ranks.isdecimal() and int(ranks) else 1) if known else None
+
+
+def _free_on_host() -> int | None:
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
     return None
+
+
+def control_group_rooms(
+    groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
+    """Bytes that each limit on the process leaves: those of its control group and of all above it, version 1 or 2.
+
+    Args:
+        groups: where the kernel lists the process's groups, a line `number:controllers:path` each.
+        mount: where they are mounted.
+    """
+    rooms = []
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = [*line.split(":", 2), "", ""][:3]
+            version_1 = "memory" in controllers.split(",")
+            if controllers and not version_1:
+                continue
+            names = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                if version_1
+                else ("memory.max", "memory.current", "inactive_file")
+            )
+            # In a container the path may be the host's, whose groups are not mounted: then its root is the group's own.
+            own = Path(path.lstrip("/"))
+            roots = [mount / "memory", mount] if version_1 else [mount, mount / "unified"]
+            rooms += [
+                room
+                for root in roots
+                for group in (own, *own.parents)
+                if (room := _room(root / group, *names)) is not None
+            ]
+    return rooms
+
+
+def _room(group: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+    """What a control group's limit leaves; cached files that the kernel drops on demand are not in the way."""
+    try:
+        most, used = ((group / name).read_text().strip() for name in (limit, usage))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if not most.isdecimal():  # "max": no limit
+        return None
+    return max(0, int(most) - int(used) + int(statistics.get(reclaimable, 0)))
 
 
 def parse_bytes(budget: int | str) -> int:
