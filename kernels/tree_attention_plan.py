@@ -3,7 +3,7 @@
 All M + N rows of an image form one tree below SOS: context row m hangs on context row m - 1, the first class tokens on
 the last context row. In its depth-first order a row sees SOS, its ancestors and itself, whatever kind it is.
 
-A tile is a run of at most QUERIES rows that ask. Its keys, the union of what they see, fill "slots": SOS first, then the
+A tile is a run of at most QUERIES query rows. Its keys, the union of what they see, fill "slots": SOS first, then the
 ancestors of its first row, then what is new in the others. Slots come in chunks of SLOTS, one of which nearly always
 suffices, with one word a query and chunk that has a bit for each key the query sees.
 
@@ -83,7 +83,7 @@ def plan_attention(tree: Tree, queries: Tensor | None, device: torch.device | st
 
     Args:
         tree: the class tree.
-        queries: None if all R rows ask; else the strictly ascending nodes that alone ask, (Q,).
+        queries: the query rows, strictly ascending nodes, (Q,); None if all R rows are.
         device: where the plan's tensors go.
 
     Raises:

@@ -532,11 +532,11 @@ void bind_ops(py::module_& m) {
     py::class_<AttentionPlan>(m, "AttentionPlan",
                               "Which keys each row of a class tree reads, and which rows read each key.")
         .def(py::init(&make_plan), arg("n_ctx"), arg("parent"), arg("queries") = py::none(),
-             "n_ctx: M. parent: (N,) integers, nodes in depth-first order, -1 at a root. queries: strictly ascending "
-             "nodes that alone ask; None if the context rows and all nodes do.")
+             "n_ctx: M. parent: (N,) integers, nodes in depth-first order, -1 at a root. queries: the query "
+             "rows, strictly ascending nodes; None if the context rows and all nodes are.")
         .def_property_readonly("n_ctx", &AttentionPlan::n_ctx, "M.")
         .def_property_readonly("n_nodes", &AttentionPlan::n_nodes, "N.")
-        .def_property_readonly("n_queries", &AttentionPlan::n_queries, "Rows of an image that ask: M + N, or Q.")
+        .def_property_readonly("n_queries", &AttentionPlan::n_queries, "Query rows of an image: M + N, or Q.")
         .def("workspace_floats", &workspace_floats, arg("batch"), arg("heads"), arg("head_size"),
              "Size of tree_attention_bwd's workspace.");
     m.def("tree_attention_fwd", &tree_attention_fwd, arg("plan"), arg("q_ctx").none(true), arg("k_ctx"), arg("v_ctx"),

@@ -68,7 +68,7 @@ struct AttentionFwd {
     Dtype dtype;
     int32_t batch, heads, head_size;
     InRows q_ctx, k_ctx, v_ctx;     // M rows an image; q_ctx is not read when n_ctx_queries is 0
-    InRows q_node, k_node, v_node;  // N rows an image; q_node: the rows that ask
+    InRows q_node, k_node, v_node;  // N rows an image; q_node: the query rows
     const void* sos_k;              // (H * D,)
     const void* sos_v;
     OutRows o;  // the query rows

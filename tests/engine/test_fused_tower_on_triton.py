@@ -221,7 +221,7 @@ def test_launches(monkeypatch, layers):
     once = {"_assemble_prompts_fwd_kernel": 1, "_move_rows_kernel": 1}
     of_layers = {
         "_layer_norm_fwd_kernel": 2 * layers + 1,
-        "_tree_attention_fwd_kernel": layers,
+        "tree_attention_fwd_kernel": layers,
         "_activation_fwd_kernel": layers,
         "mm": 2 * layers,
         "addmm": 2 * layers + 2,  # with the bias; also the EOT rows' queries, and the projection
@@ -237,8 +237,8 @@ def test_launches(monkeypatch, layers):
     summed = layers - (len(tower.leaf_attention.plan.summed_row) == 0)
     of_layers = {
         "_layer_norm_bwd_kernel": 2 * layers + 2,
-        "_tree_attention_bwd_kernel": layers,
-        "_sum_partials_kernel": summed,
+        "tree_attention_bwd_kernel": layers,
+        "sum_partials_kernel": summed,
         "_activation_bwd_kernel": layers,
         "mm": 4 * layers + 2,
     }

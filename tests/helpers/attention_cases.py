@@ -88,7 +88,7 @@ class AttentionCase:
 
     Args:
         kernels: a table with the class TreeAttention.
-        queries: the leaves alone ask, as in the last layer.
+        queries: the leaves are the query rows, as in the last layer.
         layer_zero: the nodes' rows are the same for all images, and only the context's gradients are wanted.
         apart: dq, dk and dv are written to buffers of their own, with other strides, instead of beside each other.
     """

@@ -146,7 +146,7 @@ def test_no_images():
 def test_launches(monkeypatch):
     """One forward; backward one for the tiles, and one for the rows that several tiles read."""
     launched = []
-    for name in ("_tree_attention_fwd_kernel", "_tree_attention_bwd_kernel", "_sum_partials_kernel"):
+    for name in ("tree_attention_fwd_kernel", "tree_attention_bwd_kernel", "sum_partials_kernel"):
         monkeypatch.setattr(tree_attention, name, Recorder(getattr(tree_attention, name), launched))
     many, one_tile = make(), make([[1]])
     for call, names in (
@@ -162,7 +162,7 @@ def test_launches(monkeypatch):
 @pytest.mark.parametrize("head_size", [32, 64, 80, 128])
 def test_every_launch_is_a_variant_that_is_compiled_for_every_target(monkeypatch, head_size):
     launched = []
-    for name in ("_tree_attention_fwd_kernel", "_tree_attention_bwd_kernel", "_sum_partials_kernel"):
+    for name in ("tree_attention_fwd_kernel", "tree_attention_bwd_kernel", "sum_partials_kernel"):
         monkeypatch.setattr(
             tree_attention, name, Recorder(getattr(tree_attention, name), launched, run=False)
         )
