@@ -218,11 +218,12 @@ def undisturbed(work: Callable[[], T]) -> T:
 def free_memory(device: torch.device | None = None) -> int | None:
     """Bytes that can still be had on a device, where it tells; default: the CPU.
 
-    A CPU's are what the host has free or what the limits of the process's control groups leave, whichever is less, shared
+    A GPU's are the driver's, and what torch's allocator holds without using it. A CPU's are what the host has free or what the limits of the process's control groups leave, whichever is less, shared
     out among the processes of a run on this host (`LOCAL_WORLD_SIZE`, which launchers set).
     """
     if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     known = [one for one in (_free_on_host(), *control_group_rooms()) if one is not None]
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return min(known) // (int(ranks) if ranks.isdecimal() and int(ranks) else 1) if known else None

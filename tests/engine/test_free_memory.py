@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from cocoop_fast.engine.memory import control_group_rooms, free_memory
 
@@ -66,3 +67,9 @@ def test_ranks_share_a_host(monkeypatch):
     assert alone is not None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_memory() < alone / 3
+
+
+def test_a_gpu_s_is_the_driver_s_and_what_torch_holds_unused(monkeypatch):
+    for name, found in (("mem_get_info", (700, 1000)), ("memory_reserved", 250), ("memory_allocated", 50)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert free_memory(torch.device("cuda")) == 900
