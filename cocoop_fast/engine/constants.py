@@ -51,6 +51,12 @@ def own_types(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+def current_autocast(device: torch.device) -> torch.autocast:
+    """Autocast as it is now, for a backward to run under, which does not do so by itself."""
+    kind = device.type
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+
+
 @dataclass(frozen=True, eq=False)
 class TowerConstants:
     """What a model and a class tree fix once and for all.

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from cocoop_fast.engine.constants import TowerConstants
+from cocoop_fast.engine.constants import TowerConstants, current_autocast
 from cocoop_fast.engine.contexts import ContextRows
 from cocoop_fast.engine.memory import PassSize, free_memory, parse_bytes
 from cocoop_fast.errors import UserError
@@ -284,10 +284,7 @@ class _InPieces(torch.autograd.Function):
     ) -> Tensor:
         contexts = ContextRows.of(tensors)
         node.tower, node.pieces, node.versions = tower, backward, tower.constants.weights.versions()
-        device = contexts.shift.device.type
-        node.autocast = torch.autocast(
-            device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
-        )
+        node.autocast = current_autocast(contexts.shift.device)
         node.save_for_backward(*tensors)
         return _forward(tower, forward, contexts)
 
@@ -302,7 +299,7 @@ class _InPieces(torch.autograd.Function):
         for images in node.pieces.of(contexts.batch):
             there = [one for one in totals.images(images).tensors() if one is not None]
             for shard in node.pieces.in_order():
-                with node.autocast:  # which backward does not run under
+                with node.autocast:
                     found = _gradients(node.tower, shard, contexts.images(images), grad_features[images])
                 for total, part in zip(there, found, strict=True):  # views of the totals
                     total += part

@@ -13,7 +13,7 @@ their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cocoop_fast.engine.constants import current_autocast
 from cocoop_fast.engine.contexts import Contexts, ShiftedContext
 from cocoop_fast.engine.encoder import TreeTextEncoder
 from cocoop_fast.errors import UserError
@@ -110,7 +111,10 @@ def backward_through(
     classes: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """A loss that is known, with its gradient by the contexts through the logits of some classes.
+    """A loss that is known, whose gradient by the contexts goes through the logits of some classes.
+
+    Backward does all the work, under the scale that the loss has there: in fp16 the weights of unlikely classes would be
+    nothing without it.
 
     Args:
         encoder, contexts, image_features, logit_scale: as for :func:`pruned_cross_entropy`.
@@ -119,14 +123,21 @@ def backward_through(
         weights: (B, n) the gradient of the loss by their logits.
     """
     parts = [contexts.vectors, contexts.shift] if isinstance(contexts, ShiftedContext) else [contexts]
-    leaves = [part.detach().requires_grad_() for part in parts]
-    gradients: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in leaves]
-    if len(classes):
-        with torch.enable_grad():
-            own = ShiftedContext(*leaves) if isinstance(contexts, ShiftedContext) else leaves[0]
-            text = _batched(encoder.encode_classes(own, classes))
-            logits = cosine_logits_ref(image_features.detach(), text, logit_scale.detach())
-            gradients = torch.autograd.grad((logits * weights.to(logits.dtype)).sum(), leaves)
+    text_weights = encoder.frozen.text_weights()
+    versions = text_weights.versions()
+    image_features, logit_scale = image_features.detach(), logit_scale.detach()
+
+    def gradients(grad_loss: Tensor) -> Sequence[Tensor]:
+        text_weights.check_unchanged(versions)
+        leaves = [part.detach().requires_grad_() for part in parts]
+        if not len(classes):
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        own = ShiftedContext(*leaves) if isinstance(contexts, ShiftedContext) else leaves[0]
+        text = _batched(encoder.encode_classes(own, classes))
+        logits = cosine_logits_ref(image_features, text, logit_scale)
+        scaled = weights * grad_loss
+        return torch.autograd.grad(logits, leaves, scaled.to(logits.dtype))
+
     with_gradient: Tensor = _WithGradient.apply(loss, gradients, *parts)
     return with_gradient
 
@@ -171,14 +182,21 @@ def _batched(features: Tensor) -> Tensor:
 
 
 class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient is known."""
+    """A loss whose gradient something else computes."""
 
     @staticmethod
-    def forward(node: Any, loss: Tensor, gradients: Sequence[Tensor], *parts: Tensor) -> Tensor:
-        node.save_for_backward(*gradients)
+    def forward(
+        node: Any, loss: Tensor, gradients: Callable[[Tensor], Sequence[Tensor]], *parts: Tensor
+    ) -> Tensor:
+        node.gradients, node.autocast = gradients, current_autocast(loss.device)
+        node.save_for_backward(*parts)
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(node: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(gradient * grad_loss.to(gradient.dtype) for gradient in node.saved_tensors)
+        _ = (
+            node.saved_tensors
+        )  # torch refuses contexts changed in place, and a second backward over a graph not retained
+        with torch.enable_grad(), node.autocast:
+            return None, None, *node.gradients(grad_loss)

@@ -12,7 +12,12 @@ from tiny_encoders import M, encoder
 from tiny_models import IMAGE_SIZE, tiny_clip
 
 from cocoop_fast import CustomCLIP, UserError
-from cocoop_fast.engine.pruning import check_prune_mass, classes_to_keep, pruned_cross_entropy
+from cocoop_fast.engine.pruning import (
+    backward_through,
+    check_prune_mass,
+    classes_to_keep,
+    pruned_cross_entropy,
+)
 from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.ops.head import cosine_logits_ref
 
@@ -96,6 +101,25 @@ def test_the_gradient_of_what_is_kept(tau, dtype):
     again = ctx.clone().requires_grad_()
     (expected,) = torch.autograd.grad((cosine_logits_ref(image, one(again), scale) * weights).sum(), again)
     assert_close(torch.autograd.grad(actual, leaf)[0], expected, tolerance)
+
+
+def test_float16_goes_backward_under_the_scale_of_the_loss():
+    """Rare classes have weights below what float16 can hold."""
+    classes = torch.arange(0, 62, 7)
+    weights = 1e-7 * torch.randn(2, len(classes), generator=torch.Generator().manual_seed(4))
+
+    def gradient(dtype, scale):
+        _, ctx, image, logit_scale, _ = problem(2, 30.0)
+        one, ctx = encoder(dtype, "torch"), ctx.clone().requires_grad_()
+        loss = backward_through(
+            one, ctx.to(dtype), image.to(dtype), logit_scale.to(dtype), torch.tensor(1.0), classes, weights
+        )
+        return torch.autograd.grad(scale * loss, ctx)[0] / scale
+
+    expected = gradient(torch.float64, 1.0)
+    for scale, most in ((1.0, None), (2.0**16, 0.01)):
+        error = float((gradient(torch.float16, scale) - expected).abs().max() / expected.abs().max())
+        assert error > 0.05 if most is None else error < most
 
 
 def test_an_images_gradient_does_not_depend_on_its_batch():
