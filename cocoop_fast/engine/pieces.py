@@ -209,9 +209,8 @@ class MemoryBudget:
             largest = _size(tower, pieces, keeps=keeps).total
             if largest <= left:
                 return pieces
-        deepest = tree.leaves[tree.depth[tree.leaves].argmax()].reshape(1)
-        path = tree.subtree(tree.ancestors(deepest))
-        least = fixed + tower.pass_size([path], 1, keeps=keeps).total / share
+        smallest = _size(tower, Pieces(1, shard(tree, 1)), keeps=keeps)
+        least = fixed + smallest.total / share
         raise UserError(
             f"A memory budget of {total / 1e6:.3g} MB is too small: a batch of {batch} and {tree.n_classes} classes "
             f"needs {ceil(least / 1e4) / 100:.2f} MB at least; give more."
