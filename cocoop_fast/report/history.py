@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -65,20 +67,16 @@ def read_history(path: Path) -> History:
     return History(start, _in_order(steps), _in_order(epochs), seconds, peak_memory)
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        return []
-    found = []
+        return
     for line in lines:
-        try:
+        with suppress(ValueError):
             record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+            if isinstance(record, dict):
+                yield record
 
 
 def _in_order(records: dict[int, dict[str, Any]]) -> tuple[dict[str, Any], ...]:
