@@ -45,14 +45,14 @@ def columns_and_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str
     return ["Data set", "Method", *(METRICS[metric] for metric in metrics)], rows
 
 
-def notes_on(entries: Sequence[Entry]) -> list[str]:
-    """What a reader must know to compare the numbers, a line each; nothing about no numbers."""
-    if not entries:
-        return []
+def notes(entries: Sequence[Entry], outcomes: Sequence[Outcome] = ()) -> list[str]:
+    """What a reader must know to compare the numbers, and which of the cells are missing; a line each."""
+    lines = []
     seeds = sorted({seed for entry in entries for seed in entry.seeds})
-    spread = "mean ± standard deviation over " if any(entry.std is not None for entry in entries) else ""
-    named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    lines = [f"Test accuracy in percent: {spread}{named}."]
+    if seeds:
+        over = ": mean ± standard deviation over" if any(entry.std is not None for entry in entries) else ","
+        named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+        lines.append(f"Test accuracy in percent{over} {named}.")
     if any(entry.metric == "h" for entry in entries):
         lines.append("H: harmonic mean of the mean base and new accuracies.")
     published = [entry.published for entry in entries if entry.published]
@@ -62,13 +62,10 @@ def notes_on(entries: Sequence[Entry]) -> list[str]:
         lines.append(
             f"{UNCHECKED} not checked against a second source or a sum: look it up before quoting it."
         )
-    return lines
-
-
-def notes(outcomes: Sequence[Outcome], entries: Sequence[Entry]) -> list[str]:
-    """The same, and how many cells are missing."""
     missing = sum(outcome.status != "finished" for outcome in outcomes)
-    return notes_on(entries) + ([f"{missing} of {len(outcomes)} cells are missing."] if missing else [])
+    if missing:
+        lines.append(f"{missing} of {len(outcomes)} cells are missing.")
+    return lines
 
 
 def markdown(experiment: Experiment, outcomes: Sequence[Outcome]) -> str:
@@ -83,7 +80,7 @@ def markdown(experiment: Experiment, outcomes: Sequence[Outcome]) -> str:
     config = experiment.config
     model = " ".join(filter(None, (config.model.name, config.model.pretrained)))
     lines.append(f"- Model {model}, {config.data.shots or 'all'} shots.")
-    lines += [f"- {note}" for note in notes(outcomes, entries)]
+    lines += [f"- {note}" for note in notes(entries, outcomes)]
     return "\n".join(lines) + "\n"
 
 

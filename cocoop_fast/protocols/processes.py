@@ -22,7 +22,7 @@ import torch
 from cocoop_fast.evaluation.feature_cache import FeatureCache
 from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.protocols.cells import Cell, on_device
-from cocoop_fast.protocols.run_cell import Outcome, try_cell
+from cocoop_fast.protocols.run_cell import Outcome, run_cell
 from cocoop_fast.training.observer import Observer
 
 _PATIENCE = 10.0  # seconds for a process to end once it is told to
@@ -145,5 +145,5 @@ def _work(
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has gone
         while True:
             cell, overwrite = connection.recv()
-            outcome = try_cell(on_device(cell, device), shared, observer_of(str(cell)), overwrite=overwrite)
+            outcome = run_cell(on_device(cell, device), shared, observer_of(str(cell)), overwrite=overwrite)
             connection.send(outcome)

@@ -51,31 +51,22 @@ def run_cells(
     """
     for number, cell in enumerate(cells, 1):
         observer.on_message(f"[{number}/{len(cells)}] {cell}")
-        yield try_cell(cell, shared, observer, overwrite=cell in overwrite)
+        yield run_cell(cell, shared, observer, overwrite=cell in overwrite)
 
 
-def try_cell(cell: Cell, shared: Shared, observer: Observer, *, overwrite: bool = False) -> Outcome:
-    """Run one cell; a failure becomes part of its outcome."""
+def run_cell(cell: Cell, shared: Shared, observer: Observer, *, overwrite: bool = False) -> Outcome:
+    """Train one cell and run its tests; a failure becomes part of its outcome."""
     try:
-        return run_cell(cell, shared, observer, overwrite=overwrite)
+        results = experiment.run(cell.config, observer=observer, overwrite=overwrite, shared=shared)
+        row = results.rows[0]
+        on_base = cell.config.data.subset == "base"
+        accuracy = {"base": row.base, "new": row.new} if on_base else {cell.dataset: row.all}
+        measured = {name: value for name, value in accuracy.items() if value is not None}
+        measured |= {name: _run_test(cell, name, data, shared, observer) for name, data in cell.tests}
     except UserError as error:
         return Outcome(cell, "failed", error=str(error))
     except Exception as error:  # whatever it was, the other cells may do better
         return Outcome(cell, "failed", error=f"{type(error).__name__}: {error}", usage=False)
-
-
-def run_cell(cell: Cell, shared: Shared, observer: Observer, *, overwrite: bool = False) -> Outcome:
-    """Train one cell and run its tests.
-
-    Raises:
-        UserError: anything wrong with the configuration, the data, or the run directory.
-    """
-    results = experiment.run(cell.config, observer=observer, overwrite=overwrite, shared=shared)
-    row = results.rows[0]
-    on_base = cell.config.data.subset == "base"
-    accuracy = {"base": row.base, "new": row.new} if on_base else {cell.dataset: row.all}
-    measured = {name: value for name, value in accuracy.items() if value is not None}
-    measured |= {name: _run_test(cell, name, data, shared, observer) for name, data in cell.tests}
     return Outcome(cell, "finished", measured, row.train_seconds)
 
 

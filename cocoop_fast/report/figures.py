@@ -129,8 +129,7 @@ def class_bars(tested: Tested, method: str, name: str) -> Picture:
         method: for the colour.
         name: of the picture.
     """
-    known = [(value, k) for k, value in enumerate(tested.class_accuracy) if value is not None]
-    known.sort()
+    known = sorted((value, k) for k, value in enumerate(tested.class_accuracy) if value is not None)
     cut = len(known) > MOST_BARS
     shown = [*known[: MOST_BARS // 2], *known[-MOST_BARS // 2 :]] if cut else known
     values = [value for value, _ in shown]

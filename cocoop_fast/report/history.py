@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -54,30 +52,28 @@ def read_history(path: Path) -> History:
     steps: dict[int, dict[str, Any]] = {}
     epochs: dict[int, dict[str, Any]] = {}
     seconds = peak_memory = None
-    for record in _records(path):
-        match record.get("event"):
-            case "run":
-                start = record
-            case "step":
-                steps[record["step"]] = record
-            case "epoch":
-                epochs[record["epoch"]] = record
-            case "trained":
-                seconds, peak_memory = record["seconds"], record.get("peak_memory")
-    return History(start, _in_order(steps), _in_order(epochs), seconds, peak_memory)
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        return
+        lines = []
     for line in lines:
-        with suppress(ValueError):
+        try:
             record = json.loads(line)
-            if isinstance(record, dict):
-                yield record
-
-
-def _in_order(records: dict[int, dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    return tuple(records[number] for number in sorted(records))
+        except ValueError:
+            continue
+        match record:
+            case {"event": "run"}:
+                start = record
+            case {"event": "step"}:
+                steps[record["step"]] = record
+            case {"event": "epoch"}:
+                epochs[record["epoch"]] = record
+            case {"event": "trained"}:
+                seconds, peak_memory = record["seconds"], record.get("peak_memory")
+    return History(
+        start=start,
+        steps=tuple(steps[number] for number in sorted(steps)),
+        epochs=tuple(epochs[number] for number in sorted(epochs)),
+        seconds=seconds,
+        peak_memory=peak_memory,
+    )

@@ -82,10 +82,8 @@ class Tested:
         matrix = np.array(self.metrics.confusion)
         np.fill_diagonal(matrix, 0)
         order = np.argsort(-matrix, axis=None, kind="stable")[:most]
-        found = [(*np.unravel_index(place, matrix.shape), int(matrix.flat[place])) for place in order]
-        return [
-            (self.classnames[row], self.classnames[column], times) for row, column, times in found if times
-        ]
+        places = zip(*np.unravel_index(order[matrix.flat[order] > 0], matrix.shape), strict=True)
+        return [(self.classnames[row], self.classnames[k], int(matrix[row, k])) for row, k in places]
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class Inspector:
         shared = self._shared.setdefault(run.features, Shared(cache))
         clip = shared.clip(replace(config.model, device=self._device or config.model.device))
         dataset = shared.test_set(config.data)
-        kept = shared.features.find(clip, dataset)
+        kept = cache.find(clip, dataset)
 
         def model_over(classnames: Sequence[str]) -> PromptedCLIP:
             model = build_model(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jinja2
 
 from cocoop_fast.config import flatten, to_mapping
-from cocoop_fast.protocols.outputs import notes_on
+from cocoop_fast.protocols.outputs import notes
 from cocoop_fast.protocols.table import AVERAGE, METRICS, Entry, by_row, metrics_of
 from cocoop_fast.readable import readable_bytes, readable_flops, readable_time
 from cocoop_fast.report.chapters import Chapter
@@ -52,7 +52,7 @@ def render(chapters: Sequence[Chapter], most_images: int) -> str:
         "bytes": readable_bytes,
         "fields": lambda config: flatten(to_mapping(config)),
     }
-    functions = (answer, best_of, cost_rows, metrics_of, result_notes, results)
+    functions = (answer, best_of, cost_rows, metrics_of, notes, results)
     environment.globals |= {function.__name__: function for function in functions}
     return environment.get_template("page.html").render(
         title=_title(chapters),
@@ -94,11 +94,6 @@ def best_of(methods: Mapping[str, Mapping[str, Entry]]) -> dict[str, float]:
         for metric, entry in row.items():
             best[metric] = max(entry.mean, best.get(metric, entry.mean))
     return best
-
-
-def result_notes(source: Source) -> list[str]:
-    """What a reader must know to compare the numbers."""
-    return [f"Model {source.setting}.", *notes_on(source.entries), "The best of each data set is in bold."]
 
 
 def cost_rows(cost: Cost) -> list[tuple[str, str, str, str]]:
