@@ -141,7 +141,7 @@ def changed_cells(cells: Sequence[Cell], load: Callable[[DataConfig], Dataset]) 
     """Cells whose run directory holds a run of another configuration, with what differs.
 
     Args:
-        cells: only those with a run directory cost anything.
+        cells: those without a run directory cost nothing.
         load: lists the images of a data set, whose defaults are part of a run's configuration.
     """
     changed = {}

@@ -73,7 +73,7 @@ def run_cell(cell: Cell, shared: Shared, observer: Observer, *, overwrite: bool 
 def _run_test(cell: Cell, name: str, data: DataConfig, shared: Shared, observer: Observer) -> float:
     """The accuracy of a finished run on other images, from ``test_<name>/results.json`` if it was tested there."""
     folder = RunDirectory(cell.run_dir / f"test_{name}")
-    asked = {  # all that decides the result, except the run itself; a place of files does not
+    asked = {  # all that decides the result beside the run itself; where the images lie does not
         "dataset": data.name,
         "subset": data.subset,
         "skip_bad_images": data.skip_bad_images,

@@ -70,7 +70,7 @@ def make_chapters(
         sources: what was read.
         inspector: looks at runs.
         close_ups: how many runs it looks at, in all chapters together.
-        tell: is told which.
+        tell: is told which run is being looked at.
     """
     chapters: list[Chapter] = []
     for number, source in enumerate(sources, 1):
