@@ -207,7 +207,7 @@ def finish(
         entries = make_table(experiment, outcomes)
         print(experiment.protocol.title)
         output.print_table(*columns_and_rows(entries), left=2)
-        for note in notes(experiment, outcomes, entries):
+        for note in notes(entries, outcomes):
             print(note)
         print(f"Written: results.json, table.md and table.csv in {experiment.root}")
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]

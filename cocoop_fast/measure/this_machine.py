@@ -269,14 +269,14 @@ def _attention(
         asking = counts.leaves if leaves_alone else counts.rows
         o = torch.randn(batch, asking, d, generator=generator)
         workspace = torch.empty(plan.workspace_floats(batch, heads, d // heads))
-        inputs = (q[:, :asking], k, v, sos_k, sos_v)
+        inputs = (q[:, :asking], k, v, sos_k, sos_v, heads)
         kernel = attention_kernel(counts, batch, d, leaves_alone=leaves_alone)
-        timed.append((kernel, lambda a=plan, i=inputs, o=o: a.forward(*i, heads, o)))  # type: ignore[misc]
+        timed.append((kernel, lambda a=plan, i=inputs, o=o: a.forward(i, o)))  # type: ignore[misc]
         timed.append(
             (
                 gradient_of(kernel),
                 lambda a=plan, i=inputs, o=o, s=workspace: a.backward(  # type: ignore[misc]
-                    o, *i, heads, grad_q[:, : o.shape[1]], grad_k, grad_v, s
+                    o, i, grad_q[:, : o.shape[1]], grad_k, grad_v, s
                 ),
             )
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from cocoop_fast.config import DataConfig, Method, RunConfig, load_yaml, to_mapping
 from cocoop_fast.data import REGISTRY, Dataset
@@ -49,24 +50,22 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class Test:
-    """A test beyond those of the training run: on ``data``, whose ``subset`` says on which classes."""
-
-    __test__ = False  # not a test case, whatever pytest thinks of the name
-
-    name: str  # its results are in test_<name>/ of the run directory
-    data: DataConfig
-
-
-@dataclass(frozen=True)
 class Cell:
-    """One training run and its tests."""
+    """One training run and its tests.
 
-    dataset: str  # trained on
+    Args:
+        dataset: trained on.
+        method, seed: of the run.
+        config: of the run.
+        tests: beyond those of the run itself, by name: images, and in ``subset`` of which classes. Their results are in
+            test_<name>/ of the run directory.
+    """
+
+    dataset: str
     method: Method
     seed: int
     config: RunConfig
-    tests: tuple[Test, ...]
+    tests: tuple[tuple[str, DataConfig], ...]
 
     @property
     def run_dir(self) -> Path:
@@ -76,44 +75,41 @@ class Cell:
         return f"{self.dataset}, {self.method}, seed {self.seed}"
 
 
+_Computed = TypeVar("_Computed", Experiment, Cell)
+
+
 def make_cells(experiment: Experiment) -> tuple[Cell, ...]:
     """All cells, those of one data set together, so that its images are listed and encoded once.
 
     Run directories are ``<root>/<data set>/<method>/seed<N>``: seeds side by side, as the reference's result
     parser expects them.
     """
-    config = experiment.config
-    tests: tuple[Test, ...] = ()
-    if experiment.source is not None:
-        tests = tuple(
-            Test(name, replace(experiment.data[name], subset="all"))
-            for name in experiment.datasets
-            if name != experiment.source
-        )
+    source, config = experiment.source, experiment.config
     cells = []
     for dataset in experiment.trained_on:
-        data = replace(experiment.data[dataset], subset="base" if experiment.source is None else "all")
-        if experiment.all_classes:
-            tests = (Test("all", replace(data, subset="all")),)
-        for method in experiment.methods:
-            for seed in experiment.seeds:
-                own = replace(
-                    config,
-                    prompt=replace(config.prompt, method=method),
-                    data=data,
-                    seed=seed,
-                    output_dir=experiment.root / dataset / method / f"seed{seed}",
-                )
-                # A method that learns one context or weight a class has nothing to say about other classes.
-                beyond = tests if knows_other_classes(own.prompt) else ()
-                cells.append(Cell(dataset, method, seed, own, beyond))
+        data = replace(experiment.data[dataset], subset="base" if source is None else "all")
+        if source is None:
+            elsewhere = {"all": data} if experiment.all_classes else {}
+        else:
+            elsewhere = {name: experiment.data[name] for name in experiment.datasets if name != source}
+        tests = tuple((name, replace(there, subset="all")) for name, there in elsewhere.items())
+        for method, seed in product(experiment.methods, experiment.seeds):
+            own = replace(
+                config,
+                prompt=replace(config.prompt, method=method),
+                data=data,
+                seed=seed,
+                output_dir=experiment.root / dataset / method / f"seed{seed}",
+            )
+            # A method that learns one context or weight a class has nothing to say about other classes.
+            beyond = tests if knows_other_classes(own.prompt) else ()
+            cells.append(Cell(dataset, method, seed, own, beyond))
     return tuple(cells)
 
 
-def on_device(experiment: Experiment, device: str) -> Experiment:
-    """The same, computed elsewhere."""
-    config = experiment.config
-    return replace(experiment, config=replace(config, model=replace(config.model, device=device)))
+def on_device(what: _Computed, device: str) -> _Computed:
+    """The same experiment or cell, computed elsewhere."""
+    return replace(what, config=replace(what.config, model=replace(what.config.model, device=device)))
 
 
 def check_present(experiment: Experiment) -> None:
@@ -128,15 +124,14 @@ def check_present(experiment: Experiment) -> None:
             f"There is no data set called {' or '.join(unknown)}; choose from {', '.join(REGISTRY)}, or name a "
             "folder of your own as NAME=PATH."
         )
-    lacking = {
-        name: missing
+    lacking = [
+        f"{name} lacks {', '.join(missing[:2])}"
         for name, data in experiment.data.items()
         if (missing := REGISTRY[data.name].missing(data))
-    }
+    ]
     if lacking:
-        shown = "; ".join(f"{name} lacks {', '.join(missing[:2])}" for name, missing in lacking.items())
         raise UserError(
-            f"Not all data sets are there: {shown}. `cocoop-fast datasets` says what belongs where; "
+            f"Not all data sets are there: {'; '.join(lacking)}. `cocoop-fast datasets` says what belongs where; "
             "--datasets names those to use, and --root where they are.",
             exit_status=1,
         )
@@ -146,7 +141,7 @@ def changed_cells(cells: Sequence[Cell], load: Callable[[DataConfig], Dataset]) 
     """Cells whose run directory holds a run of another configuration, with what differs.
 
     Args:
-        cells: only those with a run directory cost anything.
+        cells: those without a run directory cost nothing.
         load: lists the images of a data set, whose defaults are part of a run's configuration.
     """
     changed = {}
@@ -172,7 +167,7 @@ def refuse_changed(changed: dict[Cell, str]) -> None:
         return
     names = [str(cell) for cell in changed]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    what = f"{len(changed)} cell was" if len(changed) == 1 else f"{len(changed)} cells were"
+    what = "1 cell was" if len(changed) == 1 else f"{len(changed)} cells were"
     first = next(iter(changed.values())).split("; ")[0]
     raise UserError(
         f"{what} trained with another configuration: {'; '.join(names[:_SHOWN])}{more} ({first}). Use another "

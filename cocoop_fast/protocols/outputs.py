@@ -5,20 +5,20 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict
+from operator import methodcaller
 from typing import Any
 
 from cocoop_fast.config import flatten, to_mapping
 from cocoop_fast.files.atomic import write_atomically, write_json
 from cocoop_fast.protocols.cells import Experiment
-from cocoop_fast.protocols.published import published_setting
+from cocoop_fast.protocols.published import UNCHECKED, published_setting
 from cocoop_fast.protocols.run_cell import Outcome
-from cocoop_fast.protocols.table import Entry, make_table, shown
+from cocoop_fast.protocols.table import METRICS, Entry, by_row, make_table, metrics_of
 
 FORMAT, VERSION = "cocoop_fast protocol results", 1
-UNCHECKED = "†"
 NOTHING = "-"
-_TITLES = {"base": "Base", "new": "New", "h": "H", "all": "All", "accuracy": "Accuracy"}
+_BY_CELL = {"seed", "output_dir", "prompt.method", "data.name", "data.root", "data.subset"}  # fields
 
 
 def write_outputs(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -27,45 +27,44 @@ def write_outputs(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[s
     results = _mapping(experiment, outcomes, entries)
     experiment.root.mkdir(parents=True, exist_ok=True)
     write_json(experiment.root / "results.json", results)
-    _write_text(experiment.root / "table.csv", _csv(entries))
-    _write_text(experiment.root / "table.md", markdown(experiment, outcomes))
+    for name, text in (("table.csv", _csv(entries)), ("table.md", markdown(experiment, outcomes))):
+        write_atomically(experiment.root / name, methodcaller("write", text.encode()))
     return results
 
 
 def columns_and_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     """The table as text: a row for each data set and method, and the paper's numbers in a row below it."""
-    metrics = [name for name in _TITLES if any(entry.metric == name for entry in entries)]
-    by_row: dict[tuple[str, str], dict[str, Entry]] = {}
-    for entry in entries:
-        by_row.setdefault((entry.dataset, entry.method), {})[entry.metric] = entry
+    metrics = metrics_of(entries)
     rows = []
-    for (dataset, method), cells in by_row.items():
-        ours = [shown(cells[name].mean, cells[name].std) if name in cells else NOTHING for name in metrics]
-        rows.append([dataset, method, *ours])
-        paper = [_published(cells.get(name)) for name in metrics]
-        if set(paper) != {NOTHING}:
-            rows.append(["", f"{method}, paper", *paper])
-    return ["Data set", "Method", *(_TITLES[name] for name in metrics)], rows
+    for dataset, methods in by_row(entries).items():
+        for method, row in methods.items():
+            rows.append([dataset, method, *(str(row.get(metric, NOTHING)) for metric in metrics)])
+            paper = [row[metric].published if metric in row else None for metric in metrics]
+            if any(paper):
+                rows.append(["", f"{method}, paper", *(str(number or NOTHING) for number in paper)])
+    return ["Data set", "Method", *(METRICS[metric] for metric in metrics)], rows
 
 
-def notes(experiment: Experiment, outcomes: Sequence[Outcome], entries: Sequence[Entry]) -> list[str]:
-    """What a reader must know to compare the numbers, a line each."""
-    seeds = ", ".join(str(seed) for seed in experiment.seeds)
-    lines = [f"Accuracy in percent: mean ± standard deviation over seeds {seeds}."]
-    if len(experiment.seeds) == 1:
-        lines = [f"Accuracy in percent, seed {seeds}."]
+def notes(entries: Sequence[Entry], outcomes: Sequence[Outcome] = ()) -> list[str]:
+    """What a reader must know to compare the numbers, and which of the cells are missing; a line each."""
+    lines = []
+    seeds = sorted({seed for entry in entries for seed in entry.seeds})
+    if seeds:
+        over = ": mean ± standard deviation over" if any(entry.std is not None for entry in entries) else ","
+        named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+        lines.append(f"Test accuracy in percent{over} {named}.")
     if any(entry.metric == "h" for entry in entries):
         lines.append("H: harmonic mean of the mean base and new accuracies.")
-    numbers = [entry.published for entry in entries if entry.published]
-    if numbers:
-        lines.append(f"Paper: {published_setting()}.")
-    if any(not number.checked for number in numbers):
+    published = [entry.published for entry in entries if entry.published]
+    if published:
+        lines.append(f"Published: {published_setting()}.")
+    if any(not number.checked for number in published):
         lines.append(
             f"{UNCHECKED} not checked against a second source or a sum: look it up before quoting it."
         )
-    missing = [outcome for outcome in outcomes if outcome.status != "finished"]
+    missing = sum(outcome.status != "finished" for outcome in outcomes)
     if missing:
-        lines.append(f"{len(missing)} of {len(outcomes)} cells are missing.")
+        lines.append(f"{missing} of {len(outcomes)} cells are missing.")
     return lines
 
 
@@ -75,22 +74,14 @@ def markdown(experiment: Experiment, outcomes: Sequence[Outcome]) -> str:
     columns, rows = columns_and_rows(entries)
     lines = [f"# {experiment.protocol.title}", ""]
     if rows:
-        lines += [
-            "| " + " | ".join(row) + " |" for row in [columns, ["---", "---"] + ["---:"] * (len(columns) - 2)]
-        ]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        rule = ["---", "---"] + ["---:"] * (len(columns) - 2)
+        lines += [f"| {' | '.join(row)} |" for row in (columns, rule, *rows)]
         lines.append("")
     config = experiment.config
     model = " ".join(filter(None, (config.model.name, config.model.pretrained)))
     lines.append(f"- Model {model}, {config.data.shots or 'all'} shots.")
-    lines += [f"- {note}" for note in notes(experiment, outcomes, entries)]
+    lines += [f"- {note}" for note in notes(entries, outcomes)]
     return "\n".join(lines) + "\n"
-
-
-def _published(entry: Entry | None) -> str:
-    if entry is None or entry.published is None:
-        return NOTHING
-    return f"{entry.published.value:.2f}" + ("" if entry.published.checked else UNCHECKED)
 
 
 def _csv(entries: Sequence[Entry]) -> str:
@@ -98,16 +89,14 @@ def _csv(entries: Sequence[Entry]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["dataset", "method", "metric", "mean", "std", "n", "published", "published_checked"])
     for entry in entries:
-        number = entry.published
-        paper = (number.value, number.checked) if number else ("", "")
-        std = "" if entry.std is None else entry.std
-        writer.writerow(
-            [entry.dataset, entry.method, entry.metric, entry.mean, std, len(entry.seeds), *paper]
-        )
+        row = [entry.dataset, entry.method, entry.metric, entry.mean, entry.std, len(entry.seeds)]
+        paper = entry.published
+        writer.writerow([*row, paper and paper.value, paper and paper.checked])
     return text.getvalue()
 
 
 def _mapping(experiment: Experiment, outcomes: Sequence[Outcome], entries: Sequence[Entry]) -> dict[str, Any]:
+    common = flatten(to_mapping(experiment.config))
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -117,41 +106,19 @@ def _mapping(experiment: Experiment, outcomes: Sequence[Outcome], entries: Seque
         "methods": list(experiment.methods),
         "seeds": list(experiment.seeds),
         "all_classes": experiment.all_classes,
-        "config": _common(experiment),
+        "config": {name: value for name, value in common if name not in _BY_CELL},
         "cells": [
             {
                 "dataset": outcome.cell.dataset,
                 "method": outcome.cell.method,
                 "seed": outcome.cell.seed,
                 "status": outcome.status,
-                "accuracy": outcome.accuracy or {},
+                "accuracy": outcome.accuracy,
                 "train_seconds": outcome.train_seconds,
                 "run_dir": outcome.cell.run_dir.relative_to(experiment.root).as_posix(),
                 "error": outcome.error or None,
             }
             for outcome in outcomes
         ],
-        "table": [
-            {
-                "dataset": entry.dataset,
-                "method": entry.method,
-                "metric": entry.metric,
-                "mean": entry.mean,
-                "std": entry.std,
-                "seeds": {str(seed): value for seed, value in entry.seeds.items()},
-                "published": None if entry.published is None else entry.published.__dict__,
-            }
-            for entry in entries
-        ],
+        "table": [asdict(entry) for entry in entries],
     }
-
-
-def _common(experiment: Experiment) -> dict[str, Any]:
-    """The configuration without what is decided cell by cell."""
-    by_cell = {"seed", "output_dir", "prompt.method", "data.name", "data.root", "data.subset"}
-    fields = flatten(to_mapping(experiment.config))
-    return {name: value for name, value in fields if name not in by_cell}
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))

@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
+import torch
+
 from cocoop_fast.evaluation.feature_cache import FeatureCache
 from cocoop_fast.experiments.shared import Shared
-from cocoop_fast.protocols.cells import Cell
-from cocoop_fast.protocols.run_cell import Outcome, try_cell
+from cocoop_fast.protocols.cells import Cell, on_device
+from cocoop_fast.protocols.run_cell import Outcome, run_cell
 from cocoop_fast.training.observer import Observer
 
 _PATIENCE = 10.0  # seconds for a process to end once it is told to
@@ -57,15 +60,22 @@ def run_in_processes(
     Yields:
         Outcomes in the order in which cells end. Closing the generator ends the processes.
     """
-    waiting = list(reversed(cells))
+    waiting, idle = list(reversed(cells)), list(reversed(devices))
     workers: list[_Worker] = []
-    idle = list(reversed(devices))
+
+    def hand_out(worker: _Worker) -> None:
+        worker.cell = waiting.pop()
+        # A process that has just died does not take it; that is noticed when it is waited for.
+        with contextlib.suppress(OSError):
+            worker.connection.send((worker.cell, worker.cell in overwrite))
+
     try:
         while waiting or workers:
             while idle and waiting:
                 workers.append(_start(idle.pop(), features, observer_of, threads))
-                _hand_out(workers[-1], waiting, overwrite)
-            for worker in _ready(workers):
+                hand_out(workers[-1])
+            ready = wait([worker.connection for worker in workers])  # for results, or ends of processes
+            for worker in [worker for worker in workers if worker.connection in ready]:
                 outcome = _outcome(worker)
                 yield outcome
                 # After an accident (no memory left, a broken GPU context) the process may be no good any more.
@@ -74,7 +84,7 @@ def run_in_processes(
                     idle.append(worker.device)
                     _stop([worker])
                 else:
-                    _hand_out(worker, waiting, overwrite)
+                    hand_out(worker)
     finally:
         _stop(workers)
 
@@ -83,41 +93,20 @@ def _start(device: str, features: Path, observer_of: ObserverOf, threads: int | 
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, device, features, observer_of, threads))
-    # Control-C reaches every process of a terminal: the children ignore it, and we end them.
-    with _ignored_interrupts():
+    # Control-C reaches every process of a terminal: the children ignore it, as they inherit, and we end them.
+    in_main = threading.current_thread() is threading.main_thread()  # which alone may change it
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    try:
         process.start()
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, previous)
     theirs.close()
     return _Worker(process, ours, device)
 
 
-@contextlib.contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    try:
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread, which alone may change it
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _hand_out(worker: _Worker, waiting: list[Cell], overwrite: frozenset[Cell]) -> None:
-    cell = waiting.pop()
-    worker.cell = cell
-    # A process that has just died does not take it; that is noticed when it is waited for.
-    with contextlib.suppress(OSError):
-        worker.connection.send((cell, cell in overwrite))
-
-
-def _ready(workers: list[_Worker]) -> list[_Worker]:
-    """Wait for results, or ends of processes."""
-    ready = wait([worker.connection for worker in workers])
-    return [worker for worker in workers if worker.connection in ready]
-
-
 def _outcome(worker: _Worker) -> Outcome:
+    """What became of the cell of a worker that is ready."""
     assert worker.cell is not None  # only workers with a cell are waited for
     try:
         outcome: Outcome = worker.connection.recv()
@@ -150,14 +139,11 @@ def _work(
     connection: Connection, device: str, features: Path, observer_of: ObserverOf, threads: int | None
 ) -> None:
     """What a process does: cells as they come, until the pipe is closed."""
-    import torch
-
     if threads is not None:
         torch.set_num_threads(threads)
     shared = Shared(FeatureCache(features))
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has gone
         while True:
             cell, overwrite = connection.recv()
-            here = replace(cell, config=replace(cell.config, model=replace(cell.config.model, device=device)))
-            outcome = try_cell(here, shared, observer_of(str(cell)), overwrite=overwrite)
+            outcome = run_cell(on_device(cell, device), shared, observer_of(str(cell)), overwrite=overwrite)
             connection.send(outcome)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from cocoop_fast.config import DataConfig
 from cocoop_fast.errors import UserError
 from cocoop_fast.experiments import experiment
 from cocoop_fast.experiments.shared import Shared
-from cocoop_fast.files.atomic import write_json
-from cocoop_fast.protocols.cells import Cell, Test
+from cocoop_fast.protocols.cells import Cell
+from cocoop_fast.runs.directory import RunDirectory
 from cocoop_fast.runs.log import RunLog
 from cocoop_fast.training.observer import EvaluationInfo, Observer, Observers
 
@@ -33,7 +32,7 @@ class Outcome:
 
     cell: Cell
     status: Literal["finished", "failed", "pending"] = "pending"
-    accuracy: dict[str, float] | None = None
+    accuracy: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
     error: str = ""
     usage: bool = True
@@ -52,76 +51,49 @@ def run_cells(
     """
     for number, cell in enumerate(cells, 1):
         observer.on_message(f"[{number}/{len(cells)}] {cell}")
-        yield try_cell(cell, shared, observer, overwrite=cell in overwrite)
+        yield run_cell(cell, shared, observer, overwrite=cell in overwrite)
 
 
-def try_cell(cell: Cell, shared: Shared, observer: Observer, *, overwrite: bool = False) -> Outcome:
-    """Run one cell; a failure becomes part of its outcome."""
+def run_cell(cell: Cell, shared: Shared, observer: Observer, *, overwrite: bool = False) -> Outcome:
+    """Train one cell and run its tests; a failure becomes part of its outcome."""
     try:
-        return run_cell(cell, shared, observer, overwrite=overwrite)
+        results = experiment.run(cell.config, observer=observer, overwrite=overwrite, shared=shared)
+        row = results.rows[0]
+        on_base = cell.config.data.subset == "base"
+        accuracy = {"base": row.base, "new": row.new} if on_base else {cell.dataset: row.all}
+        measured = {name: value for name, value in accuracy.items() if value is not None}
+        measured |= {name: _run_test(cell, name, data, shared, observer) for name, data in cell.tests}
     except UserError as error:
         return Outcome(cell, "failed", error=str(error))
     except Exception as error:  # whatever it was, the other cells may do better
         return Outcome(cell, "failed", error=f"{type(error).__name__}: {error}", usage=False)
-
-
-def run_cell(cell: Cell, shared: Shared, observer: Observer, *, overwrite: bool = False) -> Outcome:
-    """Train one cell and run its tests.
-
-    Raises:
-        UserError: anything wrong with the configuration, the data, or the run directory.
-    """
-    results = experiment.run(cell.config, observer=observer, overwrite=overwrite, shared=shared)
-    row = results.rows[0]
-    if cell.config.data.subset == "base":
-        accuracy = {"base": row.base, "new": row.new}
-    else:
-        accuracy = {cell.dataset: row.all}
-    for test in cell.tests:
-        accuracy[test.name] = _run_test(cell, test, shared, observer)
-    measured = {name: value for name, value in accuracy.items() if value is not None}
     return Outcome(cell, "finished", measured, row.train_seconds)
 
 
-def _run_test(cell: Cell, test: Test, shared: Shared, observer: Observer) -> float:
-    """The accuracy of a finished run on ``test``, from ``test_<name>/results.json`` if it was tested there."""
-    folder = cell.run_dir / f"test_{test.name}"
-    asked = _describe(cell, test)
-    known = _read(folder / "results.json")
-    if known is not None and known.get("test") == asked:
-        return float(known["accuracy"])
-    log = RunLog(cell.run_dir, cell.config.print_freq, cell.config.data.subset)
-    metrics = experiment.evaluate_run(
-        cell.run_dir,
-        subset=test.data.subset,
-        data=test.data,
-        template=cell.config.prompt.template,
-        observer=_Named(test.name, Observers(log, observer)),
-        shared=shared,
-    )[test.data.subset]
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "results.json", {"test": asked, **metrics.summary()})
-    return metrics.accuracy
-
-
-def _describe(cell: Cell, test: Test) -> dict[str, Any]:
-    """All that decides the result of a test, except the run itself; a place of files does not."""
-    data = test.data
-    return {
+def _run_test(cell: Cell, name: str, data: DataConfig, shared: Shared, observer: Observer) -> float:
+    """The accuracy of a finished run on other images, from ``test_<name>/results.json`` if it was tested there."""
+    folder = RunDirectory(cell.run_dir / f"test_{name}")
+    asked = {  # all that decides the result beside the run itself; where the images lie does not
         "dataset": data.name,
         "subset": data.subset,
         "skip_bad_images": data.skip_bad_images,
         "template": cell.config.prompt.template,
     }
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """``None`` if the file is not there, or damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("accuracy"), (int, float)) else None
+    match folder.results():
+        case {"test": tested, "accuracy": float(accuracy)} if tested == asked:
+            return accuracy
+    log = RunLog(cell.run_dir, cell.config.print_freq, cell.config.data.subset)
+    metrics = experiment.evaluate_run(
+        cell.run_dir,
+        subset=data.subset,
+        data=data,
+        template=cell.config.prompt.template,
+        observer=_Named(name, Observers(log, observer)),
+        shared=shared,
+    )[data.subset]
+    folder.path.mkdir(exist_ok=True)
+    folder.write_results({"test": asked, **metrics.summary()})
+    return metrics.accuracy
 
 
 class _Named(Observer):
@@ -144,4 +116,4 @@ class _Named(Observer):
         self._observer.on_evaluation_progress(images_done, images)
 
     def on_evaluation_end(self, info: EvaluationInfo) -> None:
-        self._observer.on_evaluation_end(EvaluationInfo(info.method, self._name, info.metrics, info.seconds))
+        self._observer.on_evaluation_end(replace(info, subset=self._name))

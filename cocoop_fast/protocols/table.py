@@ -7,9 +7,10 @@ takes them.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -19,17 +20,19 @@ from cocoop_fast.protocols.published import Published, published_results
 from cocoop_fast.protocols.run_cell import Outcome
 
 AVERAGE = "average"
+# In a table's order, with their titles. "accuracy" is of all classes, where a protocol tests on several data sets.
+METRICS = {"base": "Base", "new": "New", "h": "H", "all": "All", "accuracy": "Accuracy"}
 BySeed = dict[int, float]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One number of a table.
+    """One number of a table; as text ``97.50`` or ``97.50±0.31``.
 
     Args:
         dataset: tested on, or "average".
         method: by its short name.
-        metric: "base", "new", "h", "all", or "accuracy".
+        metric: one of METRICS.
         mean: percent.
         std: over seeds; ``None`` for a single one.
         seeds: the value of each.
@@ -44,67 +47,77 @@ class Entry:
     seeds: BySeed
     published: Published | None
 
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any]) -> Entry:
+        """The inverse of ``dataclasses.asdict``, by way of JSON, whose keys are strings."""
+        own = {field.name: values[field.name] for field in fields(cls)}
+        own["seeds"] = {int(seed): value for seed, value in own["seeds"].items()}
+        own["published"] = own["published"] and Published(**own["published"])
+        return cls(**own)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" if self.std is None else f"{self.mean:.2f}±{self.std:.2f}"
+
 
 def make_table(experiment: Experiment, outcomes: Sequence[Outcome]) -> tuple[Entry, ...]:
     """Entries by data set (in the order asked for, then "average"), method and metric.
 
-    A data set counts in an average only if all of the method's data sets have every seed: averages over
-    different data sets cannot be compared.
+    The source, if there is one, is the first data set, as in the paper. A data set counts in an average only if all
+    of the method's data sets have every seed: averages over different data sets cannot be compared.
     """
-    accuracy = _collect(experiment, outcomes)
-    rows = _row_names(experiment)
-    entries: list[Entry] = []
-    for dataset in rows:
-        for method in experiment.methods:
-            entries += _entries(experiment, dataset, method, accuracy.get((dataset, method), {}))
+    accuracy: dict[tuple[str, str], dict[str, BySeed]] = defaultdict(lambda: defaultdict(dict))
+    for outcome in outcomes:
+        cell = outcome.cell
+        for tested_on, value in outcome.accuracy.items():
+            if experiment.source is None:  # on some classes of the data set trained on
+                accuracy[cell.dataset, cell.method][tested_on][cell.seed] = value
+            else:  # on a data set
+                accuracy[tested_on, cell.method]["accuracy"][cell.seed] = value
     for method in experiment.methods:
-        measured = [accuracy.get((dataset, method), {}) for dataset in experiment.datasets]
-        entries += _entries(experiment, AVERAGE, method, _average(measured, experiment.seeds))
+        measured = [accuracy[dataset, method] for dataset in experiment.datasets]
+        accuracy[AVERAGE, method] = _average(measured, experiment.seeds)
+    protocol = experiment.protocol
+    entries: list[Entry] = []
+    for dataset in dict.fromkeys((*experiment.trained_on, *experiment.datasets, AVERAGE)):
+        # The paper's numbers are of its own source, and its averages of its own data sets.
+        as_published = experiment.source == protocol.source and (
+            dataset != AVERAGE or set(experiment.datasets) == set(protocol.datasets)
+        )
+        for method in experiment.methods:
+            entries += entries_of(
+                dataset, method, accuracy[dataset, method], protocol.name if as_published else None
+            )
     return tuple(entries)
 
 
-def _row_names(experiment: Experiment) -> tuple[str, ...]:
-    """The source, if there is one, is the first row, as in the paper."""
-    if experiment.source is None:
-        return experiment.datasets
-    return tuple(dict.fromkeys((experiment.source, *experiment.datasets)))
-
-
-def _collect(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[tuple[str, str], dict[str, BySeed]]:
-    """Accuracy by (data set, method), then metric, then seed."""
-    found: dict[tuple[str, str], dict[str, BySeed]] = {}
-    for outcome in outcomes:
-        cell = outcome.cell
-        for tested_on, value in (outcome.accuracy or {}).items():
-            if experiment.source is None:
-                key, metric = (cell.dataset, cell.method), tested_on
-            else:
-                key, metric = (tested_on, cell.method), "accuracy"
-            found.setdefault(key, {}).setdefault(metric, {})[cell.seed] = value
-    return found
-
-
-def _average(measured: Sequence[dict[str, BySeed]], seeds: Sequence[int]) -> dict[str, BySeed]:
+def _average(measured: Sequence[Mapping[str, BySeed]], seeds: Sequence[int]) -> dict[str, BySeed]:
     """Means over data sets, by metric and seed; nothing for a single data set, or where something is missing."""
     if len(measured) < 2:
         return {}
-    metrics = [name for name in measured[0] if all(name in one for one in measured)]
     return {
         metric: {seed: float(np.mean([one[metric][seed] for one in measured])) for seed in seeds}
-        for metric in metrics
-        if all(set(one[metric]) == set(seeds) for one in measured)
+        for metric in METRICS
+        if all(set(one.get(metric, ())) == set(seeds) for one in measured)
     }
 
 
-def _entries(experiment: Experiment, dataset: str, method: str, accuracy: dict[str, BySeed]) -> list[Entry]:
-    means = {metric: float(np.mean(list(values.values()))) for metric, values in accuracy.items()}
+def entries_of(
+    dataset: str, method: str, accuracy: Mapping[str, BySeed], protocol: str | None
+) -> list[Entry]:
+    """The numbers of one method on one data set.
+
+    Args:
+        dataset, method: by name.
+        accuracy: percent, by metric and seed; where "base" and "new" are both there, H is added.
+        protocol: whose published numbers stand beside them; ``None``: none do.
+    """
     by_seed = dict(accuracy)
+    means = {metric: float(np.mean(list(values.values()))) for metric, values in accuracy.items()}
     if "base" in accuracy and "new" in accuracy:
         means["h"] = harmonic_mean(means["base"], means["new"])
         by_seed["h"] = {
             seed: harmonic_mean(base, accuracy["new"][seed]) for seed, base in accuracy["base"].items()
         }
-    order = ("base", "new", "h", "all", "accuracy")
     return [
         Entry(
             dataset=dataset,
@@ -113,25 +126,21 @@ def _entries(experiment: Experiment, dataset: str, method: str, accuracy: dict[s
             mean=means[metric],
             std=float(np.std(list(by_seed[metric].values()))) if len(by_seed[metric]) > 1 else None,
             seeds=by_seed[metric],
-            published=_published(experiment, dataset, method, metric),
+            published=published_results().get((protocol, dataset, method, metric)) if protocol else None,
         )
-        for metric in order
+        for metric in METRICS
         if metric in by_seed
     ]
 
 
-def _published(experiment: Experiment, dataset: str, method: str, metric: str) -> Published | None:
-    """The paper's number, if it was measured on the same: its source, and for an average its data sets."""
-    protocol = experiment.protocol
-    if experiment.source != protocol.source:
-        return None
-    if dataset == AVERAGE and set(experiment.datasets) != set(protocol.datasets):
-        return None
-    return published_results().get((protocol.name, dataset, method, metric))
+def metrics_of(entries: Sequence[Entry]) -> list[str]:
+    """The metrics that occur, in a table's order."""
+    return [metric for metric in METRICS if any(entry.metric == metric for entry in entries)]
 
 
-def shown(mean: float, std: float | None) -> str:
-    """``97.50`` or ``97.50±0.31``."""
-    if not math.isfinite(mean):
-        return "-"
-    return f"{mean:.2f}" if std is None else f"{mean:.2f}±{std:.2f}"
+def by_row(entries: Iterable[Entry]) -> dict[str, dict[str, dict[str, Entry]]]:
+    """Entries by data set, method and metric, in their order."""
+    rows: dict[str, dict[str, dict[str, Entry]]] = {}
+    for entry in entries:
+        rows.setdefault(entry.dataset, {}).setdefault(entry.method, {})[entry.metric] = entry
+    return rows

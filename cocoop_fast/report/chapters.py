@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cocoop_fast.errors import UserError
 from cocoop_fast.protocols.table import AVERAGE
 from cocoop_fast.report import figures
 from cocoop_fast.report.cost import Cost, estimate
-from cocoop_fast.report.inspection import Inspection, Inspector, Tested
+from cocoop_fast.report.inspection import Inspection, Inspector
 from cocoop_fast.report.sources import Run, Source
 from cocoop_fast.report.style import Picture
 from cocoop_fast.report.words import slug
@@ -28,10 +28,10 @@ class CloseUp:
     """
 
     run: Run
-    inspection: Inspection | None
-    problem: str
-    pictures: dict[str, Picture]
-    cost: Cost | None
+    inspection: Inspection | None = None
+    problem: str = ""
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,14 @@ class Chapter:
     close_ups: tuple[CloseUp, ...]
     left_out: int
 
+    @property
+    def pictures(self) -> Iterator[Picture]:
+        """All plots, in the order of the page."""
+        yield from self.bars
+        yield from self.curves
+        for close_up in self.close_ups:
+            yield from close_up.pictures.values()
+
 
 def make_chapters(
     sources: Sequence[Source], inspector: Inspector, close_ups: int, tell: Callable[[str], None]
@@ -62,23 +70,31 @@ def make_chapters(
         sources: what was read.
         inspector: looks at runs.
         close_ups: how many runs it looks at, in all chapters together.
-        tell: is told which.
+        tell: is told which run is being looked at.
     """
     chapters: list[Chapter] = []
     for number, source in enumerate(sources, 1):
         prefix = (str(number),) if len(sources) > 1 else ()
-        groups = _by_method(source.runs)
-        begun = [group for group in groups if any(run.history.start for run in group)]
+        groups: dict[tuple[str, str], list[Run]] = {}  # of runs that differ in their seed alone
+        for run in source.runs:
+            groups.setdefault((run.dataset, run.label), []).append(run)
+        begun = [group for group in groups.values() if any(run.history.start for run in group)]
         chosen = begun[: close_ups - sum(len(chapter.close_ups) for chapter in chapters)]
-        curves = (
-            figures.learning_curves(group, slug("curves", *prefix, *_name(group[0]))) for group in groups
-        )
+        curves = [
+            figures.learning_curves(group, slug("curves", *prefix, *name)) for name, group in groups.items()
+        ]
+        looked_at = []
+        for group in chosen:
+            # One that is finished if there is one; a run in its middle says something, too.
+            run = next((run for run in group if run.results is not None), group[0])
+            tell(f"looking at {run.path}")
+            looked_at.append(_look_at(run, inspector, prefix))
         chapters.append(
             Chapter(
                 source=source,
                 bars=tuple(_bars(source, prefix)),
                 curves=tuple(one for one in curves if one is not None),
-                close_ups=tuple(_look_at(_best_known(group), inspector, prefix, tell) for group in chosen),
+                close_ups=tuple(looked_at),
                 left_out=len(begun) - len(chosen),
             )
         )
@@ -87,58 +103,28 @@ def make_chapters(
 
 def _bars(source: Source, prefix: tuple[str, ...]) -> Iterator[Picture]:
     entries = source.entries
-    if not entries:
+    if entries and all(entry.metric == "accuracy" for entry in entries):
+        yield figures.accuracy_bars(entries, "dataset", slug("accuracy", *prefix))
         return
-    if all(entry.metric == "accuracy" for entry in entries):
-        yield figures.transfer_bars(entries, slug("accuracy", *prefix))
-        return
-    datasets = list(dict.fromkeys(entry.dataset for entry in entries))
+    datasets = dict.fromkeys(entry.dataset for entry in entries)
     for dataset in sorted(datasets, key=lambda name: name != AVERAGE):  # the average answers first
         own = [entry for entry in entries if entry.dataset == dataset]
-        yield figures.accuracy_bars(dataset, own, slug("accuracy", *prefix, dataset))
+        yield figures.accuracy_bars(own, "metric", slug("accuracy", *prefix, dataset))
 
 
-def _by_method(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in their seed alone, together."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.dataset, run.label), []).append(run)
-    return list(groups.values())
-
-
-def _name(run: Run) -> tuple[str, str]:
-    return run.dataset, run.label
-
-
-def _best_known(group: list[Run]) -> Run:
-    """The first run that is finished, else the first: one in its middle says something, too."""
-    return next((run for run in group if run.results is not None), group[0])
-
-
-def _look_at(run: Run, inspector: Inspector, prefix: tuple[str, ...], tell: Callable[[str], None]) -> CloseUp:
-    tell(f"looking at {run.path}")
+def _look_at(run: Run, inspector: Inspector, prefix: tuple[str, ...]) -> CloseUp:
     try:
         inspection = inspector.inspect(run)
         cost = estimate(inspection)
     except UserError as error:
-        return CloseUp(run, None, str(error), {}, None)
-    pictures: dict[str, Picture] = {}
+        return CloseUp(run, problem=str(error))
+    pictures: dict[str, Picture | None] = {}
+    name = (*prefix, run.dataset, run.label)
     for tested in inspection.tested:
-        name = (*prefix, *_name(run), tested.subset)
-        accuracy = class_accuracy(run, tested)
-        pictures[f"classes {tested.subset}"] = figures.class_bars(
-            tested, accuracy, run.method, slug("classes", *name)
-        )
-        matrix = figures.confusion_matrix(tested, slug("confusion", *name))
-        if matrix is not None:
-            pictures[f"confusion {tested.subset}"] = matrix
+        subset = tested.subset
+        pictures[f"classes {subset}"] = figures.class_bars(tested, run.method, slug("classes", *name, subset))
+        pictures[f"confusion {subset}"] = figures.confusion_matrix(tested, slug("confusion", *name, subset))
     if inspection.shifts is not None:
-        pictures["shifts"] = figures.shift_plane(inspection.shifts, slug("shifts", *prefix, *_name(run)))
-    return CloseUp(run, inspection, "", pictures, cost)
-
-
-def class_accuracy(run: Run, tested: Tested) -> Sequence[float | None]:
-    """Percent, of each class: as the run recorded it, or if it did not, of the images that were looked at."""
-    recorded = (run.results or {}).get("evaluations", {}).get(tested.subset, {}).get("per_class_accuracy")
-    fits = isinstance(recorded, list) and len(recorded) == len(tested.classnames)
-    return recorded if fits else tested.metrics.per_class_accuracy
+        pictures["shifts"] = figures.shift_plane(inspection.shifts, slug("shifts", *name))
+    made = {kind: one for kind, one in pictures.items() if one is not None}
+    return CloseUp(run, inspection, pictures=made, cost=cost)

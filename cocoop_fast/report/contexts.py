@@ -71,25 +71,20 @@ def nearest_words(
     """
     table = FrozenCLIP(clip.model).text_weights().token_embedding.float()
     ids = torch.arange(len(table)) if clip.known_tokens is None else torch.tensor(sorted(clip.known_tokens))
-    ctx = vectors.detach().float()
-    prefix = ""
+    ctx, prefix = vectors.detach().float().cpu(), ""
     if ctx.ndim == 3:
         ctx, prefix = ctx[0], f"{first_class}, "
     words = table[ids.to(table.device)].cpu()
     # Differences, not products: the distance to a vector itself is then 0, and small ones are exact.
-    distance = torch.cdist(ctx.cpu(), words, compute_mode="donot_use_mm_for_euclid_dist")  # (M, V)
+    distance = torch.cdist(ctx, words, compute_mode="donot_use_mm_for_euclid_dist")  # (M, V)
     near = distance.topk(min(count, len(ids)), largest=False)
+    found = zip(
+        ctx.norm(dim=1).tolist(), ids[near.indices].tolist(), near.values.tolist(), distance.mean(dim=1).tolist(),
+        strict=True,
+    )  # fmt: skip
     return tuple(
-        ContextToken(
-            place=f"{prefix}{m + 1}",
-            length=float(ctx[m].norm()),
-            nearest=tuple(
-                (word_of(int(ids[column])), value)
-                for column, value in zip(near.indices[m].tolist(), near.values[m].tolist(), strict=True)
-            ),
-            typical=float(distance[m].mean()),
-        )
-        for m in range(len(ctx))
+        ContextToken(f"{prefix}{m}", length, tuple(zip(map(word_of, tokens), values, strict=True)), typical)
+        for m, (length, tokens, values, typical) in enumerate(found, 1)
     )
 
 
@@ -119,16 +114,10 @@ def shifts_of(
     shift = (moved - ctx).double().cpu()  # (n, M, d)
     if shift.ndim == 4:  # class-specific contexts are all moved alike
         shift = shift[:, 0]
-    flat = shift.flatten(1)  # (n, M d)
-    points, explained = principal_components(flat)
-    return Shifts(
-        points=points,
-        explained=explained,
-        mean=shift.mean(dim=0),
-        spread=float((shift - shift.mean(dim=0)).norm(dim=-1).square().mean().sqrt()),
-        label=label,
-        classnames=classnames,
-    )
+    points, explained = principal_components(shift.flatten(1))
+    mean = shift.mean(dim=0)
+    spread = float((shift - mean).norm(dim=-1).square().mean().sqrt())
+    return Shifts(points, explained, mean, spread, label, classnames)
 
 
 def principal_components(x: Tensor) -> tuple[Tensor, tuple[float, float]]:
@@ -139,6 +128,5 @@ def principal_components(x: Tensor) -> tuple[Tensor, tuple[float, float]]:
     centred = x - x.mean(dim=0)
     _, s, vh = torch.linalg.svd(centred, full_matrices=False)
     axes = vh[:2] * vh[:2].gather(1, vh[:2].abs().argmax(dim=1, keepdim=True)).sign()
-    total = float(s.square().sum())
-    first, second = (s[:2].square() / total).tolist() if total > 0 else (0.0, 0.0)
-    return centred @ axes.T, (first, second)
+    variance = s.square() / s.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+    return centred @ axes.T, (float(variance[0]), float(variance[1]))

@@ -68,9 +68,8 @@ def estimate(inspection: Inspection, measure: Measure = measure_here) -> Cost | 
         measure: this machine, or nothing.
     """
     run, clip, learner = inspection.run, inspection.clip, inspection.model.prompt_learner
-    if not isinstance(learner, ContextLearner) or learner.ctx.ndim != 2:
-        return None
-    if run.config.prompt.class_position != "end":
+    at_end = run.config.prompt.class_position == "end"
+    if not isinstance(learner, ContextLearner) or learner.ctx.ndim != 2 or not at_end:
         return None
     batch = run.config.optim.batch_size or 1
     with torch.no_grad():

@@ -52,34 +52,28 @@ def read_history(path: Path) -> History:
     steps: dict[int, dict[str, Any]] = {}
     epochs: dict[int, dict[str, Any]] = {}
     seconds = peak_memory = None
-    for record in _records(path):
-        match record.get("event"):
-            case "run":
-                start = record
-            case "step":
-                steps[record["step"]] = record
-            case "epoch":
-                epochs[record["epoch"]] = record
-            case "trained":
-                seconds, peak_memory = record["seconds"], record.get("peak_memory")
-    return History(start, _in_order(steps), _in_order(epochs), seconds, peak_memory)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        return []
-    found = []
+        lines = []
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
-
-
-def _in_order(records: dict[int, dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    return tuple(records[number] for number in sorted(records))
+        match record:
+            case {"event": "run"}:
+                start = record
+            case {"event": "step"}:
+                steps[record["step"]] = record
+            case {"event": "epoch"}:
+                epochs[record["epoch"]] = record
+            case {"event": "trained"}:
+                seconds, peak_memory = record["seconds"], record.get("peak_memory")
+    return History(
+        start=start,
+        steps=tuple(steps[number] for number in sorted(steps)),
+        epochs=tuple(epochs[number] for number in sorted(epochs)),
+        seconds=seconds,
+        peak_memory=peak_memory,
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from PIL.Image import Resampling
 from torch import Tensor
@@ -19,7 +20,7 @@ from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.data.images import ImageError
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import Features, autocast, encode_test_images
-from cocoop_fast.evaluation.feature_cache import FeatureCache
+from cocoop_fast.evaluation.feature_cache import FeatureCache, TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics, measure
 from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.methods import build_model, knows_other_classes
@@ -64,6 +65,8 @@ class Tested:
         classnames: (K,).
         metrics: over the images that were looked at.
         images: test images there are; more than ``metrics.total`` if not all were looked at.
+        class_accuracy: (K,) percent, as the run recorded it, or if it did not, of the images that were looked at;
+            ``None`` where a class has no image.
         examples: wrong ones first, the surest mistakes at the front.
     """
 
@@ -71,7 +74,16 @@ class Tested:
     classnames: tuple[str, ...]
     metrics: Metrics
     images: int
+    class_accuracy: Sequence[float | None]
     examples: tuple[Example, ...]
+
+    def confused(self, most: int) -> list[tuple[str, str, int]]:
+        """The most frequent mistakes: true class, predicted class, how many times."""
+        matrix = np.array(self.metrics.confusion)
+        np.fill_diagonal(matrix, 0)
+        order = np.argsort(-matrix, axis=None, kind="stable")[:most]
+        places = zip(*np.unravel_index(order[matrix.flat[order] > 0], matrix.shape), strict=True)
+        return [(self.classnames[row], self.classnames[k], int(matrix[row, k])) for row, k in places]
 
 
 @dataclass(frozen=True)
@@ -117,104 +129,102 @@ class Inspector:
             UserError: no checkpoint yet, or the model or the images are not there any more.
         """
         config, newest = read_run(run.path)
-        shared = self._shared.setdefault(
-            run.features, Shared(FeatureCache(run.features or run.path / "features"))
-        )
-        model_config = replace(config.model, device=self._device or config.model.device)
-        clip = shared.clip(model_config)
+        cache = FeatureCache(run.features or run.path / "features")  # a run of its own has none there
+        shared = self._shared.setdefault(run.features, Shared(cache))
+        clip = shared.clip(replace(config.model, device=self._device or config.model.device))
         dataset = shared.test_set(config.data)
-        model = trained = self._model(config, newest.classnames, clip)
-        load_parameters(model, newest.parameters, str(run.path))
-        learner = trained.prompt_learner
-        tested = []
-        features = []
-        for subset in self._subsets(config):
+        kept = cache.find(clip, dataset)
+
+        def model_over(classnames: Sequence[str]) -> PromptedCLIP:
+            model = build_model(
+                config.prompt,
+                list(classnames),
+                clip,
+                backend=config.model.backend,
+                memory_budget=config.model.memory_budget,
+            )
+            load_parameters(model, newest.parameters, str(run.path))
+            model.prompt_learner.eval()
+            return model
+
+        trained = model_over(newest.classnames)
+        own = config.data.subset
+        both = own == "base" and knows_other_classes(config.prompt)
+        subsets: tuple[Subset, ...] = ("base", "new") if both else (own,)
+        tested: list[Tested] = []
+        images: list[Tensor] = []
+        labels: list[Tensor] = []  # into `names`, those of all subsets
+        names: tuple[str, ...] = ()
+        for subset in subsets:
             classes = select_classes(dataset, subset)
             shown = classes.with_splits(test=_spread(classes.test, self._most_images))
-            if classes.classnames != tuple(newest.classnames):
-                model = self._model(config, classes.classnames, clip)
-                load_parameters(model, newest.parameters, str(run.path))
-            seen = self._features(
-                model, clip, dataset, shown, config, shared, cached=run.features is not None
+            same = classes.classnames == tuple(newest.classnames)
+            model = trained if same else model_over(classes.classnames)
+            seen = _features(kept, model, clip, shown, config)
+            images.append(seen.image)
+            labels.append(seen.label + len(names))
+            names += shown.classnames
+            probability = _probability(model, clip, seen.image, config.eval_batch_size)
+            metrics = measure(seen.label.numpy(), probability.argmax(dim=1).numpy(), len(shown.classnames))
+            recorded = run.class_accuracy(subset, len(shown.classnames))
+            tested.append(
+                Tested(
+                    subset=subset,
+                    classnames=shown.classnames,
+                    metrics=metrics,
+                    images=len(classes.test),
+                    class_accuracy=recorded or metrics.per_class_accuracy,
+                    examples=_examples(shown, probability, seen.label),
+                )
             )
-            features.append(seen)
-            tested.append(_test(model, clip, shown, seen, subset, len(classes.test), config.eval_batch_size))
         words: tuple[ContextToken, ...] = ()
         moved_words: tuple[ContextToken, ...] = ()
         shifts = None
+        learner = trained.prompt_learner
         if isinstance(learner, ContextLearner):
-            words = nearest_words(learner.ctx, clip, newest.classnames[0])
-            shifts = _shifts(learner, tested, features)
+            first_class = newest.classnames[0]
+            words = nearest_words(learner.ctx, clip, first_class)
+            features = torch.cat(images).to(learner.ctx.device)
+            shifts = shifts_of(learner, features, torch.cat(labels), names)
             if shifts is not None:
-                moved = learner.ctx.detach().cpu() + shifts.mean
-                moved_words = nearest_words(moved, clip, newest.classnames[0])
+                moved_words = nearest_words(learner.ctx.detach().cpu() + shifts.mean, clip, first_class)
         return Inspection(run, tuple(tested), words, moved_words, shifts, trained, clip)
 
-    @staticmethod
-    def _subsets(config: RunConfig) -> tuple[Subset, ...]:
-        """The sets of classes that the run is evaluated on."""
-        own = config.data.subset
-        return ("base", "new") if own == "base" and knows_other_classes(config.prompt) else (own,)
 
-    @staticmethod
-    def _model(config: RunConfig, classnames: Sequence[str], clip: LoadedClip) -> PromptedCLIP:
-        return build_model(
-            config.prompt,
-            list(classnames),
-            clip,
-            backend=config.model.backend,
-            memory_budget=config.model.memory_budget,
-        )
-
-    def _features(
-        self,
-        model: PromptedCLIP,
-        clip: LoadedClip,
-        dataset: Dataset,
-        shown: Dataset,
-        config: RunConfig,
-        shared: Shared,
-        *,
-        cached: bool,
-    ) -> Features:
-        """Image features of the images that are shown: those that a protocol kept, or new ones."""
-        found = shared.features.find(clip, dataset) if cached else None
-        if found is not None and {sample.source for sample in shown.test} <= {
-            s.source for s in found.samples
-        }:
-            return found.select(shown.test, clip.device)
-        return encode_test_images(
-            model, clip, shown, batch_size=config.eval_batch_size, workers=config.data.workers
-        )
+def _features(
+    kept: TestFeatures | None, model: PromptedCLIP, clip: LoadedClip, shown: Dataset, config: RunConfig
+) -> Features:
+    """Image features of the images that are shown: those that a protocol kept, or new ones."""
+    if kept is not None and {one.source for one in shown.test} <= {one.source for one in kept.samples}:
+        return kept.select(shown.test, clip.device)
+    return encode_test_images(
+        model, clip, shown, batch_size=config.eval_batch_size, workers=config.data.workers
+    )
 
 
 @torch.no_grad()
-def _test(
-    model: PromptedCLIP,
-    clip: LoadedClip,
-    shown: Dataset,
-    seen: Features,
-    subset: Subset,
-    images: int,
-    batch_size: int,
-) -> Tested:
-    model.prompt_learner.eval()
+def _probability(model: PromptedCLIP, clip: LoadedClip, image: Tensor, batch_size: int) -> Tensor:
+    """(n, K) on the CPU, of images with features (n, E)."""
     logits = []
-    for part in seen.image.split(batch_size):
+    for part in image.split(batch_size):
         with autocast(clip.precision, clip.device):
             logits.append(model.forward_features(part).float().cpu())
-    probability = torch.cat(logits).softmax(dim=1)
-    predicted = probability.argmax(dim=1)
-    metrics = measure(seen.label.numpy(), predicted.numpy(), len(shown.classnames))
-    examples = tuple(
-        Example(
-            thumbnail=_thumbnail(shown, shown.test[row]),
-            truth=shown.classnames[shown.test[row].label],
-            ranked=_ranked(probability[row], shown.classnames),
+    return torch.cat(logits).softmax(dim=1)
+
+
+def _examples(shown: Dataset, probability: Tensor, label: Tensor) -> tuple[Example, ...]:
+    examples = []
+    for row in choose_examples(probability, label):
+        values, columns = probability[row].topk(min(TOP, len(shown.classnames)))
+        best = zip(columns.tolist(), values.tolist(), strict=True)
+        examples.append(
+            Example(
+                thumbnail=_thumbnail(shown, shown.test[row]),
+                truth=shown.classnames[shown.test[row].label],
+                ranked=tuple((shown.classnames[k], value) for k, value in best),
+            )
         )
-        for row in choose_examples(probability, seen.label)
-    )
-    return Tested(subset, shown.classnames, metrics, images, examples)
+    return tuple(examples)
 
 
 def choose_examples(probability: Tensor, label: Tensor, each: int = EXAMPLES) -> list[int]:
@@ -228,15 +238,10 @@ def choose_examples(probability: Tensor, label: Tensor, each: int = EXAMPLES) ->
     best, predicted = probability.max(dim=1)
     surest_first = best.argsort(descending=True, stable=True).tolist()
     wrong = [row for row in surest_first if predicted[row] != label[row]]
-    right = [row for row in range(len(label)) if predicted[row] == label[row]]
-    first_of_class = list({int(label[row]): row for row in reversed(wrong)}.values())[::-1]
-    rest = [row for row in wrong if row not in set(first_of_class)]
-    return (first_of_class + rest)[:each] + list(_spread(tuple(right), each))
-
-
-def _ranked(probability: Tensor, classnames: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
-    values, columns = probability.topk(min(TOP, len(classnames)))
-    return tuple((classnames[k], p) for k, p in zip(columns.tolist(), values.tolist(), strict=True))
+    right = tuple(row for row in range(len(label)) if predicted[row] == label[row])
+    surest_of_class = set({int(label[row]): row for row in reversed(wrong)}.values())
+    wrong.sort(key=lambda row: row not in surest_of_class)  # otherwise they stay in their order
+    return [*wrong[:each], *_spread(right, each)]
 
 
 def _thumbnail(dataset: Dataset, sample: Sample) -> bytes:
@@ -248,17 +253,6 @@ def _thumbnail(dataset: Dataset, sample: Sample) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
-
-
-def _shifts(learner: ContextLearner, tested: Sequence[Tested], features: Sequence[Features]) -> Shifts | None:
-    """Over all images that were looked at, of base and new classes in one plane."""
-    labels = []
-    names: tuple[str, ...] = ()
-    for one, seen in zip(tested, features, strict=True):
-        labels.append(seen.label + len(names))
-        names += one.classnames
-    image = torch.cat([seen.image for seen in features]).to(learner.ctx.device)
-    return shifts_of(learner, image, torch.cat(labels), names)
 
 
 def _spread(items: tuple[_T, ...], count: int) -> tuple[_T, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import write_atomically
-from cocoop_fast.report.chapters import Chapter, make_chapters
+from cocoop_fast.report.chapters import make_chapters
 from cocoop_fast.report.inspection import Inspector
 from cocoop_fast.report.page import render
 from cocoop_fast.report.sources import read_sources
@@ -41,7 +42,7 @@ class Report:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
-                write_atomically(folder / name, lambda file, content=content: file.write(content))  # type: ignore[misc]
+                write_atomically(folder / name, methodcaller("write", content))
         except OSError as error:
             raise UserError(f"The report cannot be written to {folder}: {error.strerror}.") from error
         return folder / PAGE
@@ -68,12 +69,5 @@ def make_report(
         UserError: no run there, damaged files, or matplotlib is missing.
     """
     chapters = make_chapters(read_sources(paths), Inspector(most_images, device), close_ups, tell)
-    return Report(render(chapters, most_images), tuple(_pictures(chapters)))
-
-
-def _pictures(chapters: Sequence[Chapter]) -> Iterator[Picture]:
-    for chapter in chapters:
-        yield from chapter.bars
-        yield from chapter.curves
-        for close_up in chapter.close_ups:
-            yield from close_up.pictures.values()
+    pictures = tuple(picture for chapter in chapters for picture in chapter.pictures)
+    return Report(render(chapters, most_images), pictures)

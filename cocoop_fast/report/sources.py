@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml, to_mapping
 from cocoop_fast.errors import UserError
-from cocoop_fast.protocols.cells import Cell, Experiment
 from cocoop_fast.protocols.outputs import FORMAT, VERSION
-from cocoop_fast.protocols.protocol import PROTOCOLS, find_protocol
-from cocoop_fast.protocols.published import Published
-from cocoop_fast.protocols.run_cell import Outcome
-from cocoop_fast.protocols.table import Entry, make_table
+from cocoop_fast.protocols.protocol import find_protocol
+from cocoop_fast.protocols.table import BySeed, Entry, entries_of
 from cocoop_fast.report.history import History, read_history
+from cocoop_fast.report.words import SUBSETS
 
-_T = TypeVar("_T")
 _BESIDE = ("seed", "output_dir")  # what may differ between runs that are averaged
 _DEEPEST = 3  # levels below a directory at which runs are looked for: DATA/METHOD/seedN
-_METRICS = ("base", "new", "all")
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,13 @@ class Run:
         if self.results is None:
             return {}
         row = self.results["rows"][0]
-        return {name: row[name] for name in _METRICS if row[name] is not None}
+        return {name: row[name] for name in SUBSETS if row[name] is not None}
+
+    def class_accuracy(self, subset: str, count: int) -> list[float | None] | None:
+        """Percent, of each of ``count`` classes of a subset; ``None`` if it was not recorded."""
+        tested = (self.results or {}).get("evaluations", {}).get(subset, {})
+        recorded = tested.get("per_class_accuracy")
+        return recorded if isinstance(recorded, list) and len(recorded) == count else None
 
 
 @dataclass(frozen=True)
@@ -91,22 +94,18 @@ def read_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
     for path in dict.fromkeys(path.resolve() for path in paths):
         if not path.is_dir():
             raise UserError(f"There is no directory {path}; pass the output of a training run or of `run`.")
-        if (path / "config.yaml").is_file():
-            found = [path, *sorted(file.parent for file in path.glob("*/config.yaml"))]
-        elif (path / "results.json").is_file():
+        is_run = (path / "config.yaml").is_file()
+        if not is_run and (path / "results.json").is_file():
             sources.append(_read_protocol(path))
             continue
-        else:
-            below = [
-                file for depth in range(_DEEPEST) for file in path.glob("*/" * (depth + 1) + "config.yaml")
-            ]
-            found = sorted(file.parent for file in below)
-            if not found:
-                raise UserError(
-                    f"{path} holds no run (no config.yaml) and no results of a protocol (no results.json); pass the "
-                    "output of a training run or of `run`."
-                )
-        loose.update({run: _read_run(run, _own_name(run)) for run in found if run not in loose})
+        levels = range(2 if is_run else _DEEPEST + 1)  # directly in a run lie those that it was compared with
+        found = sorted(file.parent for level in levels for file in path.glob("*/" * level + "config.yaml"))
+        if not found:
+            raise UserError(
+                f"{path} holds no run (no config.yaml) and no results of a protocol (no results.json); pass the "
+                "output of a training run or of `run`."
+            )
+        loose |= {folder: _read_run(folder) for folder in found if folder not in loose}
     if loose:
         sources.append(_source_of_runs(list(loose.values())))
     return tuple(sources)
@@ -124,87 +123,61 @@ def _read_protocol(path: Path) -> Source:
             f"{file} has format {results.get('version')}, and this version of cocoop_fast reads format {VERSION}; "
             "use the version that wrote it."
         )
-    return _whole(file, lambda: _protocol_source(path, results))
-
-
-def _protocol_source(path: Path, results: dict[str, Any]) -> Source:
-    runs = []
-    missing = []
-    for cell in results["cells"]:
-        folder = path / cell["run_dir"]
-        if not folder.resolve().is_relative_to(path):
-            raise UserError(
-                f"{path / 'results.json'} names a run outside of its directory: {cell['run_dir']}."
-            )
-        run = None
-        if (folder / "config.yaml").is_file():
-            run = _read_run(folder, cell["dataset"], features=path / "features")
-            runs.append(run)
-        if cell["status"] != "finished":
-            name = f"{cell['dataset']}, {cell['method']}, seed {cell['seed']}"
-            why = cell["error"] or ("not begun" if run is None else run.history.progress())
-            missing.append(f"{name}: {why.rstrip('.')}.")
-    config = results["config"]
-    entries = tuple(
-        Entry(
-            dataset=entry["dataset"],
-            method=entry["method"],
-            metric=entry["metric"],
-            mean=entry["mean"],
-            std=entry["std"],
-            seeds={int(seed): value for seed, value in entry["seeds"].items()},
-            published=None if entry["published"] is None else Published(**entry["published"]),
+    runs, missing = [], []
+    with _refusing_damage(file):
+        for cell in results["cells"]:
+            folder = path / cell["run_dir"]
+            if not folder.resolve().is_relative_to(path):
+                raise UserError(f"{file} names a run outside of its directory: {cell['run_dir']}.")
+            run = None
+            if (folder / "config.yaml").is_file():
+                run = _read_run(folder, cell["dataset"], features=path / "features")
+                runs.append(run)
+            if cell["status"] != "finished":
+                why = cell["error"] or ("not begun" if run is None else run.history.progress())
+                name = f"{cell['dataset']}, {cell['method']}, seed {cell['seed']}"
+                missing.append(f"{name}: {why.rstrip('.')}.")
+        return Source(
+            title=find_protocol(results["protocol"]).title,
+            entries=tuple(Entry.from_mapping(entry) for entry in results["table"]),
+            runs=tuple(runs),
+            missing=tuple(missing),
+            setting=_setting(results["config"]),
         )
-        for entry in results["table"]
-    )
-    return Source(
-        title=find_protocol(results["protocol"]).title,
-        entries=entries,
-        runs=tuple(runs),
-        missing=tuple(missing),
-        setting=_setting(config["model.name"], config["model.pretrained"], config["data.shots"]),
-    )
 
 
 def _read_run(path: Path, dataset: str | None = None, features: Path | None = None) -> Run:
+    """A run directory; images in a folder of one's own go by the name of the folder if no other is given."""
     config = from_mapping(load_yaml(path / "config.yaml"), where=str(path / "config.yaml"))
-    results = None
-    file = path / "results.json"
-    if file.is_file():
-        results = _read_json(file)
+    own = config.data.root.name if config.data.name == "folder" and config.data.root else config.data.name
+    file, log = path / "results.json", path / "metrics.jsonl"
+    with _refusing_damage(log):
+        history = read_history(log)
     run = Run(
         path=path,
-        dataset=dataset or config.data.name,
+        dataset=dataset or own,
         label=config.prompt.method,
         config=config,
-        results=results,
-        history=_whole(path / "metrics.jsonl", lambda: read_history(path / "metrics.jsonl")),
+        results=_read_json(file) if file.is_file() else None,
+        history=history,
         features=features,
     )
-    _whole(file, run.accuracy)
+    with _refusing_damage(file):
+        run.accuracy()
     return run
 
 
-def _own_name(path: Path) -> str | None:
-    """Images in a folder of one's own go by the name of the folder."""
-    data = load_yaml(path / "config.yaml").get("data", {})
-    root = data.get("root") if isinstance(data, dict) else None
-    return Path(root).name if root and data.get("name") == "folder" else None
-
-
-def _source_of_runs(runs: list[Run]) -> Source:
+def _source_of_runs(runs: Sequence[Run]) -> Source:
     """Runs that differ in their seed alone are averaged; others get a row each."""
-    groups: dict[Any, dict[int, Run]] = {}
+    groups: dict[Any, list[Run]] = {}
     for run in runs:
         key: Any = (run.dataset, _decides(run.config))
-        if run.config.seed in groups.get(key, {}):
-            key = (*key, run.path)  # the same again: both are shown
-        groups.setdefault(key, {})[run.config.seed] = run
-    labelled = [_labelled(list(group.values()), runs) for group in groups.values()]
+        if any(run.config.seed == other.config.seed for other in groups.get(key, ())):
+            key = run.path  # the same again: both are shown
+        groups.setdefault(key, []).append(run)
+    labelled = [_labelled(group, runs) for group in groups.values()]
     runs = [run for group in labelled for run in group]
-    settings = dict.fromkeys(
-        _setting(run.config.model.name, run.config.model.pretrained, run.config.data.shots) for run in runs
-    )
+    settings = dict.fromkeys(_setting(dict(flatten(to_mapping(run.config)))) for run in runs)
     return Source(
         title="Accuracy by the classes tested on",
         entries=tuple(entry for group in labelled for entry in _entries(group)),
@@ -214,48 +187,31 @@ def _source_of_runs(runs: list[Run]) -> Source:
     )
 
 
-def _entries(group: list[Run]) -> list[Entry]:
+def _entries(group: Sequence[Run]) -> list[Entry]:
     """The numbers of runs that differ in their seed alone, as a protocol's table has them."""
     one = group[0]
-    outcomes = [
-        Outcome(
-            Cell(run.dataset, run.config.prompt.method, run.config.seed, run.config, ()),
-            "finished",
-            run.accuracy(),
-        )
-        for run in group
-        if run.results is not None
-    ]
-    experiment = Experiment(
-        protocol=PROTOCOLS["base2new"],
-        config=one.config,
-        data={},
-        datasets=(one.dataset,),
-        methods=(one.config.prompt.method,),
-        seeds=tuple(run.config.seed for run in group),
-        root=one.path,
-    )
+    accuracy: dict[str, BySeed] = {}
+    for run in group:
+        for metric, value in run.accuracy().items():
+            accuracy.setdefault(metric, {})[run.config.seed] = value
     # What was trained on other classes than the paper's is not the paper's experiment.
-    as_published = one.config.data.subset == "base"
+    protocol = "base2new" if one.config.data.subset == "base" else None
     return [
-        replace(entry, method=one.label, published=entry.published if as_published else None)
-        for entry in make_table(experiment, outcomes)
+        replace(entry, method=one.label) for entry in entries_of(one.dataset, one.method, accuracy, protocol)
     ]
 
 
-def _labelled(group: list[Run], runs: list[Run]) -> list[Run]:
+def _labelled(group: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
     """The same with what sets them apart from other runs of their method on the same data."""
     one = group[0]
-    others = [
-        run for run in runs if run not in group and (run.dataset, run.method) == (one.dataset, one.method)
-    ]
-    own = _decides(one.config)
+    alike = [run for run in runs if (run.dataset, run.method) == (one.dataset, one.method)]
+    theirs = [dict(_decides(run.config)) for run in alike]
     different = [
         f"{name.rsplit('.', 1)[-1]} {value}"
-        for name, value in own
-        if any(dict(_decides(other.config)).get(name) != value for other in others)
+        for name, value in _decides(one.config)
+        if any(fields.get(name) != value for fields in theirs)
     ]
-    if others and not different:
+    if not different and len(alike) > len(group):
         different = [str(one.path)]
     label = f"{one.method} ({', '.join(different)})" if different else one.method
     return [replace(run, label=label) for run in group]
@@ -265,8 +221,9 @@ def _decides(config: RunConfig) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(value)) for name, value in flatten(to_mapping(config)) if name not in _BESIDE)
 
 
-def _setting(model: str, pretrained: str | None, shots: int) -> str:
-    return f"{' '.join(filter(None, (model, pretrained)))}, {shots or 'all'} training images a class"
+def _setting(config: Mapping[str, Any]) -> str:
+    model = " ".join(filter(None, (config["model.name"], config["model.pretrained"])))
+    return f"{model}, {config['data.shots'] or 'all'} training images a class"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -283,10 +240,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _whole(path: Path, read: Callable[[], _T]) -> _T:
-    """What ``read`` makes of a file, if nothing is missing in it."""
+@contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
+    """Within it, what is missing in a file, or of another type than it should be, means that the file is damaged."""
     try:
-        return read()
+        yield
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -42,19 +42,14 @@ DPI = 200
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _SETTINGS: Any = {
     "font.size": 9,
-    "axes.titlesize": 9.5,
     "axes.labelsize": 9,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.fontsize": 8.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.edgecolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8.5),
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -97,8 +92,12 @@ class Picture:
 
 
 @contextmanager
-def plotting() -> Iterator[Any]:
-    """Within it figures have the report's style. Gives the class ``Figure``.
+def drawing(height: float, **panels: Any) -> Iterator[tuple[Any, Any]]:
+    """A figure in the report's style and its axes. Within it, :func:`picture` renders the figure.
+
+    Args:
+        height: inches.
+        panels: of ``Figure.subplots``, if there are several.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -111,11 +110,12 @@ def plotting() -> Iterator[Any]:
             "A report needs matplotlib, which is not installed; run `pip install matplotlib`.", exit_status=1
         ) from error
     with matplotlib.rc_context(_SETTINGS):
-        yield Figure
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        yield figure, figure.subplots(**panels)
 
 
 def picture(figure: Figure, name: str, *, alt: str, caption: str) -> Picture:
-    """Render a figure, on a transparent ground as SVG and on white as PNG. Call it within :func:`plotting`."""
+    """Render a figure, on a transparent ground as SVG and on white as PNG."""
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Title": name})
     figure.savefig(png, format="png", dpi=DPI, facecolor="white")
@@ -134,8 +134,3 @@ def themed(svg: str) -> str:
     dark = ";".join(f"{names[colour]}:{other}" for colour, other in DARK.items())
     style = f"<style>svg{{{light}}}@media screen and (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
     return re.sub(r"(<svg\b[^>]*>)", lambda found: found[1] + style, svg, count=1)
-
-
-def method_colour(method: str) -> str:
-    """A method's own colour, whatever else is in its label."""
-    return METHOD_COLOURS.get(method.split(" ")[0], INK)

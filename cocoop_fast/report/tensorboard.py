@@ -40,24 +40,20 @@ class TensorBoardLog(Observer):
 
     def on_step(self, info: StepInfo) -> None:
         self._step = info.step
-        self._add("step/loss", info.loss)
-        self._add("step/accuracy", info.accuracy)
-        self._add("step/lr", info.lr)
-        self._add("step/images_per_second", info.images_per_second)
+        self._add("step", info, "loss", "accuracy", "lr", "images_per_second")
 
     def on_epoch_end(self, info: EpochInfo) -> None:
-        self._add("epoch/loss", info.loss)
-        self._add("epoch/accuracy", info.accuracy)
+        self._add("epoch", info, "loss", "accuracy")
         self._writer.flush()
 
     def on_evaluation_end(self, info: EvaluationInfo) -> None:
         if self._writer is not None:  # a finished run is evaluated again without being started
-            self._add(f"test/{info.subset}/accuracy", info.metrics.accuracy)
-            self._add(f"test/{info.subset}/macro_f1", info.metrics.macro_f1)
+            self._add(f"test/{info.subset}", info.metrics, "accuracy", "macro_f1")
 
     def on_run_end(self, output_dir: object) -> None:
         self._writer.close()
         self._writer = None
 
-    def _add(self, name: str, value: float) -> None:
-        self._writer.add_scalar(name, value, self._step)
+    def _add(self, group: str, values: object, *names: str) -> None:
+        for name in names:
+            self._writer.add_scalar(f"{group}/{name}", getattr(values, name), self._step)

@@ -1,12 +1,12 @@
-"""Names and numbers as people read them."""
+"""Names as people read them, and a method's colour."""
 
 from __future__ import annotations
 
 import re
 
 from cocoop_fast.readable import METHOD_TITLES
+from cocoop_fast.report.style import INK, METHOD_COLOURS
 
-METRICS = {"base": "Base", "new": "New", "h": "H", "all": "All", "accuracy": "Accuracy"}
 SUBSETS = {"base": "base classes", "new": "new classes", "all": "all classes"}
 
 
@@ -15,6 +15,11 @@ def method_name(label: str) -> str:
     method, space, rest = label.partition(" ")
     title = METHOD_TITLES.get(method, method)
     return title[:1].upper() + title[1:] + space + rest
+
+
+def method_colour(label: str) -> str:
+    """A method's own colour, whatever else is in its label."""
+    return METHOD_COLOURS.get(label.split(" ")[0], INK)
 
 
 def data_name(dataset: str) -> str:
