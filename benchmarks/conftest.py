@@ -10,8 +10,13 @@ import pytest
 import torch
 
 from cocoop_fast.engine.memory import free_memory
-from cocoop_fast.measure.agreement import assert_same, check_against_oracle
-from cocoop_fast.measure.compare import MEMORY_SHARE, gemm_rate, predicted_seconds
+from cocoop_fast.measure.compare import (
+    MEMORY_SHARE,
+    assert_same,
+    check_against_oracle,
+    gemm_rate,
+    predicted_seconds,
+)
 from cocoop_fast.measure.contestants import BY_NAME, Contestant, ModelRunner, Runner
 from cocoop_fast.measure.machine import describe_machine
 from cocoop_fast.measure.problem import (
@@ -120,7 +125,7 @@ def _check(contestant: Contestant, runner: Runner, problem: Problem, agreed: set
     """Nobody is timed who computes something else."""
     if contestant.name in agreed or contestant.oracle is None:
         return
-    if contestant.setup_seconds:  # compiled for one shape: compare at that shape, with its uncompiled self
+    if contestant.compiled:  # compiled for one shape: compare at that shape, with its uncompiled self
         twin = BY_NAME[contestant.name.partition("+")[0]].build(problem)
         assert isinstance(runner, ModelRunner) and isinstance(twin, ModelRunner)
         assert_same(contestant.name, runner.results(), twin.results())

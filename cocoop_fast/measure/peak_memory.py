@@ -1,6 +1,6 @@
 """Peak memory of a contestant above the loaded model, each in a process of its own.
 
-``python -m cocoop_fast.measure.peak_memory`` is that process: a request as JSON on stdin, the answer on stdout.
+``python -m cocoop_fast.measure.peak_memory`` is that process: a request as JSON on stdin, bytes on stdout.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ import torch
 from cocoop_fast.measure.contestants import BY_NAME
 from cocoop_fast.measure.problem import ProblemSpec, build_problem
 
-ACTIONS = ("step", "forward")
-
 
 def peak_memory(spec: ProblemSpec, contestant: str, action: str = "step", threads: int | None = None) -> int:
     """Bytes that two runs of `action` take at their peak, beyond the model and the contestant's construction.
 
+    Args:
+        spec: what to compute.
+        contestant: who, by name.
+        action: "step" or "forward".
+        threads: of torch and the engine; default: as many as here.
+
     Raises:
         RuntimeError: the process failed, for example for want of memory.
     """
-    request = {
-        "spec": asdict(spec),
-        "contestant": contestant,
-        "action": action,
-        "threads": threads or torch.get_num_threads(),
-    }
+    threads = threads or torch.get_num_threads()
+    request = {"spec": asdict(spec), "contestant": contestant, "action": action, "threads": threads}
     done = subprocess.run(
         [sys.executable, "-m", __name__], input=json.dumps(request), capture_output=True, text=True
     )
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
         raise RuntimeError(f"memory of {contestant}: {reason}")
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+    return int(done.stdout.splitlines()[-1])
 
 
 def _main() -> None:
@@ -49,19 +49,18 @@ def _main() -> None:
     torch.set_num_threads(request["threads"])
     spec = ProblemSpec(**{**request["spec"], "classes": tuple(request["spec"]["classes"])})
     contestant = BY_NAME[request["contestant"]]
-    runner = contestant.build(build_problem(spec))
-    run = {"step": runner.step, "forward": runner.forward}[request["action"]]
-    if contestant.setup_seconds:
+    run = getattr(contestant.build(build_problem(spec)), request["action"])
+    if contestant.compiled:
         run()  # the compiler's own memory is not the step's
     before = settled_memory()
     for _ in range(2):
         run()
-    print(json.dumps({"peak_bytes": peak_since(before), "before_bytes": before}))
+    print(peak_since(before))
 
 
 def peak_since(before: int) -> int:
     """Bytes that this process took at its peak since :func:`settled_memory` said how many it had."""
-    return max(0, _peak() - before)
+    return max(0, _status("VmHWM") - before)
 
 
 def settled_memory() -> int:
@@ -75,10 +74,6 @@ def settled_memory() -> int:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
 
 
 def _status(field: str) -> int:

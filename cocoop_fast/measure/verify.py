@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import to_low_precision
 from cocoop_fast.config import OptimConfig
-from cocoop_fast.measure.agreement import TOLERANCE
+from cocoop_fast.measure.compare import TOLERANCE
 from cocoop_fast.measure.problem import Problem
 from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.ops.table import BACKENDS
@@ -213,7 +213,7 @@ def build_dense(problem: Problem) -> DensePromptedCLIP:
 
 def _fast(backend: str) -> Callable[[Problem], CustomCLIP]:
     return lambda problem: _start(
-        CustomCLIP(problem.cfg(), problem.spec.classes, problem.clip_model, backend=backend), problem
+        CustomCLIP(problem.cfg, problem.spec.classes, problem.clip_model, backend=backend), problem
     )
 
 

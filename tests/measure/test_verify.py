@@ -131,7 +131,7 @@ def test_what_pruning_leaves_out_is_measured(problem):
     assert [one.contestant.name for one in found] == [one.name for one in asked if not one.dense]
     gradients = []
     for tau in (0.0, 0.4):
-        model = CustomCLIP(peaked.cfg(), NAMES, peaked.clip_model, backend="torch", prune_mass=tau)
+        model = CustomCLIP(peaked.cfg, NAMES, peaked.clip_model, backend="torch", prune_mass=tau)
         model.prompt_learner.load_state_dict(peaked.learned, strict=False)
         loss, _ = model.loss_and_logits(peaked.features, peaked.labels)
         parts = torch.autograd.grad(loss, list(model.prompt_learner.parameters()))
