@@ -110,8 +110,6 @@ class PaddingFreeCLIP(PromptedCLIP):
         self.context_slots = (starts[:, None] + torch.arange(1, 1 + m)).flatten()  # (K M,)
         self.context_positions = w.positional_embedding[1 : 1 + m]
         self.real = real.flatten().nonzero()[:, 0]  # (n,) place of each token among the K L' padded ones
-        # Where each padded place reads; beyond a prompt's end any row will do, as causal attention never looks there.
-        self.source = (starts[:, None] + torch.arange(longest).minimum(lengths[:, None] - 1)).flatten()
         self.ends = torch.arange(len(lengths)) * longest + lengths - 1  # (K,) EOT among the padded places
         self.eot = starts + lengths - 1  # (K,) EOT among the n tokens
         self.longest = longest
@@ -119,15 +117,15 @@ class PaddingFreeCLIP(PromptedCLIP):
     def text_features(self, image_features: Tensor) -> Tensor:
         contexts = dense_contexts(self.prompt_learner.contexts(image_features))  # (B, M, d)
         batch, n, w = len(contexts), len(self.embedded), self.weights
-        places = len(self.source)
+        places = self.n_classes * self.longest
         spread = (contexts + self.context_positions).repeat(1, self.n_classes, 1)
         x = self.embedded.repeat(batch, 1, 1).index_copy(1, self.context_slots, spread)
         x = x.flatten(0, 1)  # (T, d)
-        source = _every_image(self.source, n, batch)
         real = _every_image(self.real, places, batch)
         for layer, block in enumerate(w.blocks):
             qkv = linear_ref(layer_norm_ref(x, block.ln_1), block.in_proj)
-            padded = _Pad.apply(qkv, source, real)
+            # Zeros beyond a prompt's end, where causal attention never looks.
+            padded = qkv.new_zeros(batch * places, qkv.shape[1]).index_copy_(0, real, qkv)
             q, k, v = padded.view(-1, self.longest, 3, w.heads, w.width // w.heads).permute(2, 0, 3, 1, 4)
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)  # (B K, L', H, D)
             o = o.reshape(batch * places, w.heads, -1)
@@ -138,20 +136,6 @@ class PaddingFreeCLIP(PromptedCLIP):
                 o = _Pick.apply(o, real)
             x = finish_block(x, o, block, w.activation)
         return project(x, w).unflatten(0, (batch, -1))
-
-
-class _Pad(torch.autograd.Function):
-    """Rows to padded places. The places beyond a prompt's end have no gradient, so both ways are gathers."""
-
-    @staticmethod
-    def forward(node: Any, x: Tensor, source: Tensor, real: Tensor) -> Tensor:
-        node.save_for_backward(real)
-        return x.index_select(0, source)
-
-    @staticmethod
-    def backward(node: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (real,) = node.saved_tensors
-        return grad.index_select(0, real), None, None
 
 
 class _Pick(torch.autograd.Function):

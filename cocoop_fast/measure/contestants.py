@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -87,10 +88,10 @@ class Contestant:
 
     name: str
     title: str
-    build: Callable[[Problem], Runner]
-    work: Callable[[Problem], Work]
     # Seconds of a step over those of its GEMMs, roughly: decides what is too slow to be tried.
     overhead: float
+    build: Callable[[Problem], Runner]
+    work: Callable[[Problem], Work]
     why_not: Callable[[], str | None] = lambda: None
     compiled: bool = False  # for one shape, which takes a minute beyond the first step
     batch: int | None = None  # images a step, where it does not take the problem's batch
@@ -126,9 +127,21 @@ def _autograd_work(problem: Problem, rows: int, *, kept: float = 1.0, **skipped:
     return Work(rows, linear_flops(problem.weights, rows, **skipped), kept * 4.0 * floats)
 
 
-def _dense_work(problem: Problem, tokens: int, batch: int) -> Work:
+def _padded_work(problem: Problem, tokens: int, batch: int) -> Work:
     prompts = batch * len(problem.tokens)
     return _autograd_work(problem, prompts * tokens, projected=prompts)
+
+
+def _dense_work(problem: Problem) -> Work:
+    return _padded_work(problem, problem.tokens.shape[1], problem.spec.batch)
+
+
+def _coop_work(problem: Problem) -> Work:
+    return _padded_work(problem, problem.tokens.shape[1], 1)
+
+
+def _truncated_work(problem: Problem) -> Work:
+    return _padded_work(problem, problem.longest, problem.spec.batch)
 
 
 def _padding_free_work(problem: Problem) -> Work:
@@ -136,16 +149,24 @@ def _padding_free_work(problem: Problem) -> Work:
     return _autograd_work(problem, rows, kept=1.3, last_rows=prompts, projected=prompts)
 
 
-def _tree_work(problem: Problem, *, engine: bool) -> Work:
+def _engine_work(problem: Problem) -> Work:
     step = TreeCost(problem.weights, problem.tree, layout_on("cpu")).step(problem.spec.batch)
-    # In torch's operations every row gathers the keys and values of its path.
-    gathered = _autograd_work(problem, step.rows, kept=1 + 2 * problem.tree.max_depth / SAVED_FLOATS)
-    return Work(step.rows, step.gemm_flops / 2, 1.15 * step.saved_bytes if engine else gathered.saved_bytes)
+    return Work(step.rows, step.gemm_flops / 2, 1.15 * step.saved_bytes)
+
+
+def _gathering_tree_work(problem: Problem) -> Work:
+    """In torch's operations every row gathers the keys and values of its path."""
+    work, kept = _engine_work(problem), 1 + 2 * problem.tree.max_depth / SAVED_FLOATS
+    return replace(work, saved_bytes=_autograd_work(problem, work.rows, kept=kept).saved_bytes)
 
 
 def _floor_work(problem: Problem) -> Work:
     rows = problem.spec.batch * problem.tree.rows
     return Work(rows, linear_flops(problem.weights, rows))
+
+
+def _floor(problem: Problem) -> Runner:
+    return GemmFloor(problem.weights, problem.spec.batch * problem.tree.rows)
 
 
 def _run(make: Callable[[Problem], nn.Module]) -> Callable[[Problem], Runner]:
@@ -177,66 +198,31 @@ def _why_no_compiler() -> str | None:
     return None if found else "torch.compile needs a C++ compiler"
 
 
-CONTESTANTS: tuple[Contestant, ...] = (  # from the slowest to the fastest
-    Contestant(
-        "dense",
-        "dense oracle, 77 tokens a prompt",
-        _run(dense_oracle),
-        lambda p: _dense_work(p, p.tokens.shape[1], p.spec.batch),
-        overhead=2.5,
-    ),
-    Contestant(
-        "truncated",
-        "prompts cut to the longest",
-        _run(TruncatedCLIP),
-        lambda p: _dense_work(p, p.longest, p.spec.batch),
-        overhead=2.0,
-    ),
+# From the slowest to the fastest.
+CONTESTANTS: tuple[Contestant, ...] = (
+    Contestant("dense", "dense oracle, 77 tokens a prompt", 2.5, _run(dense_oracle), _dense_work),
+    Contestant("truncated", "prompts cut to the longest", 2.0, _run(TruncatedCLIP), _truncated_work),
     Contestant(
         "truncated+compile",
         "the same under torch.compile",
-        _run(lambda p: TruncatedCLIP(p, compiled=True)),
-        lambda p: _dense_work(p, p.longest, p.spec.batch),
-        overhead=1.6,
+        1.6,
+        _run(partial(TruncatedCLIP, compiled=True)),
+        _truncated_work,
         why_not=_why_no_compiler,
         compiled=True,
     ),
+    Contestant("padding-free", "ragged batch of the prompts", 1.8, _run(PaddingFreeCLIP), _padding_free_work),
+    Contestant("tree+torch", "class tree, torch operations", 3.5, _tree("torch"), _gathering_tree_work),
     Contestant(
-        "padding-free",
-        "ragged batch of the prompts",
-        _run(PaddingFreeCLIP),
-        _padding_free_work,
-        overhead=1.8,
+        "engine", "class tree, C++ engine", 1.1, _tree("cpu"), _engine_work, why_not=_why_no_extension
     ),
-    Contestant(
-        "tree+torch",
-        "class tree, torch operations",
-        _tree("torch"),
-        lambda p: _tree_work(p, engine=False),
-        overhead=3.5,
-    ),
-    Contestant(
-        "engine",
-        "class tree, C++ engine",
-        _tree("cpu"),
-        lambda p: _tree_work(p, engine=True),
-        overhead=1.1,
-        why_not=_why_no_extension,
-    ),
-    Contestant(
-        "floor",
-        "the tree's GEMMs alone, nothing skipped",
-        lambda p: GemmFloor(p.weights, p.spec.batch * p.tree.rows),
-        _floor_work,
-        overhead=1.0,
-        oracle=None,
-    ),
+    Contestant("floor", "the tree's GEMMs alone, nothing skipped", 1.0, _floor, _floor_work, oracle=None),
     Contestant(
         "coop",
         f"the reference's CoOp, its batch of {COOP_BATCH} divided by {COOP_BATCH}",
+        2.5,
         _coop,
-        lambda p: _dense_work(p, p.tokens.shape[1], 1),
-        overhead=2.5,
+        _coop_work,
         batch=COOP_BATCH,
         oracle="coop",
     ),

@@ -355,10 +355,8 @@ class CountingAttention:
         counts, self.ops = RowCounts.of(tree), ops
         self.kind = "leaf_attention" if leaves_alone else "tree_attention"
         queries, pairs = (counts.leaves, counts.leaf_pairs) if leaves_alone else (counts.rows, counts.pairs)
-        self.rows, self.flops = (
-            2.0 * counts.rows + 2.0 * queries,
-            4.0 * pairs,
-        )  # keys, values; queries, results
+        # Keys and values are read, queries as well, results written; each pair is two products of a head's size.
+        self.rows, self.flops = 2.0 * counts.rows + 2.0 * queries, 4.0 * pairs
 
     def workspace_floats(self, batch: int, heads: int, head_size: int) -> int:
         return 0  # memory is counted apart
@@ -424,11 +422,9 @@ class EagerPass(PeakBytes):
         way, elements = "bwd" if self.backward else "fwd", float(sum(one.numel() for one in tensors))
         if "attention" not in str(operation):
             return RowKernel(f"eager_{way}", elements)
-        rows = tensors[0]  # (n, H, L, D) queries, or the gradients of the results
-        flops = (
-            4.0 * rows.numel() * rows.shape[2] * (2.5 if self.backward else 1)
-        )  # the scores again: 5 products for 2
-        return RowKernel(f"attention_{way}", elements, flops)
+        # (n, H, L, D) queries, or gradients of the results. Backward computes the scores again: 5 products for 2.
+        rows, products = tensors[0], 5 if self.backward else 2
+        return RowKernel(f"attention_{way}", elements, 2.0 * products * rows.numel() * rows.shape[2])
 
 
 def dense_pass(weights: TextWeights, counts: RowCounts, *, keeps: bool) -> EagerPass:
@@ -439,9 +435,8 @@ def dense_pass(weights: TextWeights, counts: RowCounts, *, keeps: bool) -> Eager
     context = positions.new_empty(1, counts.context, d).requires_grad_(keeps)
     prefix, suffix = context.new_empty(classes, d), context.new_empty(classes, length - 1 - counts.context, d)
     row, eot = torch.empty(2, classes, dtype=torch.int64, device="meta")
-    attention = (
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    )  # as good as any: it names its operation
+    # As good as any attention, and it says its name.
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with EagerPass() as counted, torch.set_grad_enabled(keeps):
         x = assemble_dense_ref(context, prefix, suffix)[0] + positions
         for block in w.blocks:

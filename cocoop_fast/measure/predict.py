@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,16 +121,8 @@ def seconds_of_pass(cost: PassCost, device: Device, *, eager: bool = False) -> f
 
 
 def largest_batch(fits: Callable[[int], bool]) -> int:
-    """The largest batch size for which ``fits(batch)`` holds, which no larger one does either; 0 if none."""
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while high < MOST_IMAGES and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    """The largest batch size for which ``fits(batch)`` holds, as it does for all smaller ones; 0 if none."""
+    return bisect_left(range(1, MOST_IMAGES), True, key=lambda batch: not fits(batch))
 
 
 def _predict(

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import to_low_precision
 from cocoop_fast.config import OptimConfig
-from cocoop_fast.measure.compare import TOLERANCE
+from cocoop_fast.measure import devices
+from cocoop_fast.measure.compare import TOLERANCE, relative_error
 from cocoop_fast.measure.problem import Problem
 from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.ops.table import BACKENDS
@@ -29,7 +30,7 @@ from cocoop_fast.training.optimizer import build_optimizer
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
 from cocoop_fast.training.step import LossAndGradients
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, **devices.DTYPES}
 
 FACTOR = 4.0
 # In float64 both paths are exact but for rounding; below, the benchmark's own bound.
@@ -309,10 +310,10 @@ def _step_of(
 
 def _errors(results: _Results, truth: _Results) -> Errors:
     return Errors(
-        logits=_error(results.logits, truth.logits),
-        loss=_error(results.loss, truth.loss),
+        logits=relative_error(results.logits, truth.logits),
+        loss=relative_error(results.loss, truth.loss),
         gradients=_largest_error(results.gradients, truth.gradients),
-        losses=_error(results.losses, truth.losses),
+        losses=relative_error(results.losses, truth.losses),
         parameters=_largest_error(results.moved, truth.moved),
     )
 
@@ -320,12 +321,8 @@ def _errors(results: _Results, truth: _Results) -> Errors:
 def _largest_error(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
     if results.keys() != truth.keys():
         raise ValueError(f"gradients of {sorted(results)}, expected of {sorted(truth)}")
-    errors = torch.tensor([_error(results[name], truth[name]) for name in truth])
+    errors = torch.tensor([relative_error(results[name], truth[name]) for name in truth])
     return float(errors.max())  # of a tensor, for which a NaN is the largest
-
-
-def _error(result: Tensor, truth: Tensor) -> float:
-    return float((result - truth).abs().max() / truth.abs().max().clamp_min(1e-30))
 
 
 def _allowed(precision: str, dense: Errors | None) -> Errors:

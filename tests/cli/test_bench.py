@@ -71,7 +71,7 @@ def test_a_wrong_contestant_is_caught(problem):
 
     right = field.BY_NAME["truncated"]
     wrong = field.Contestant(
-        "wrong", "", lambda p: Wrong(right.build(p).model, p.features, p.labels), right.work, overhead=1
+        "wrong", "", 1, lambda p: Wrong(right.build(p).model, p.features, p.labels), right.work
     )
     with pytest.raises(Disagreement, match="wrong: ctx is off by"):
         check_against_oracle(problem, [wrong])
