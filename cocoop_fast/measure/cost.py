@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from cocoop_fast.clip.frozen import Affine, TextWeights
-from cocoop_fast.engine.constants import TowerConstants, compute_constants, finish_block, qkv_rows
+from cocoop_fast.engine.constants import compute_constants, finish_block, qkv_rows
 from cocoop_fast.engine.fused_tower import PassBytes, shape_pass
 from cocoop_fast.engine.memory import PeakBytes
 from cocoop_fast.kernels.tree_attention_plan import AttentionPlan, plan_attention
@@ -147,16 +147,12 @@ class Cost(ABC):
 
     eager: bool  # launched operation by operation from PyTorch, instead of replayed
     rows: int  # of an image, that go through the layers
+    class_list_bytes: int  # what is made once from the model and the class names
 
     def __init__(self, weights: TextWeights, tree: ClassTree) -> None:
-        self.weights, self.tree = weights.to(torch.device("meta")), tree
+        self.weights = weights.to(torch.device("meta"))
         self.counts = RowCounts.of(tree)
         self.itemsize = weights.dtype.itemsize
-
-    @property
-    @abstractmethod
-    def class_list_bytes(self) -> int:
-        """What is made once from the model and the class names."""
 
     @abstractmethod
     def activation_bytes(self, batch: int, *, keeps: bool) -> int:
@@ -209,20 +205,13 @@ class TreeCost(Cost):
     def __init__(self, weights: TextWeights, tree: ClassTree, layout: Layout) -> None:
         super().__init__(weights, tree)
         self.rows, self.layout = self.counts.rows, layout
-
-    @cached_property
-    def _constants(self) -> TowerConstants:
         with torch.no_grad():
-            return compute_constants(self.weights, self.tree)
+            self._constants = compute_constants(self.weights, tree)
+        found = self._bytes(1, keeps=False)
+        self.class_list_bytes = found.constants + found.packed  # of layer 0; copies of weights
 
     def _bytes(self, batch: int, *, keeps: bool) -> PassBytes:
         return shape_pass(self._constants, ShapeOps(self.layout), batch, keeps=keeps, largest_panel_only=True)
-
-    @cached_property
-    def class_list_bytes(self) -> int:
-        """Constants of layer 0, copies of weights."""
-        found = self._bytes(1, keeps=False)
-        return found.constants + found.packed
 
     def activation_bytes(self, batch: int, *, keeps: bool) -> int:
         # Beside the tower's: the features of all classes, and with backward the gradients of them and of the leaves'.
@@ -253,18 +242,16 @@ class DenseCost(Cost):
 
     def __init__(self, weights: TextWeights, tree: ClassTree) -> None:
         super().__init__(weights, tree)
-        self.length, self.width = weights.positional_embedding.shape
-        self.rows = self.counts.classes * self.length
+        length, self.width = weights.positional_embedding.shape
+        self.rows = self.counts.classes * length
+        # The reference's buffers `token_prefix` and `token_suffix`: all prompts, without their context.
+        others = self.counts.classes * (length - self.counts.context)
+        self.class_list_bytes = others * self.width * self.itemsize
 
     @cached_property
     def _image(self) -> dict[bool, EagerPass]:
         """A pass of one image; True: with its backward."""
         return {keeps: dense_pass(self.weights, self.counts, keeps=keeps) for keeps in (False, True)}
-
-    @property
-    def class_list_bytes(self) -> int:
-        """The reference's buffers ``token_prefix`` and ``token_suffix``: all prompts, without their context."""
-        return self.counts.classes * (self.length - self.counts.context) * self.width * self.itemsize
 
     def activation_bytes(self, batch: int, *, keeps: bool) -> int:
         prompts = self.rows * self.width * self.itemsize

@@ -27,8 +27,8 @@ from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.prompts.tree import ClassTree
 
 COPY_BYTES = 64e6
-FULL_PANEL = cpu.PANEL_ROWS or 512
 MOST_ROWS = 2048  # of a measured pass
+FULL_PANEL = cpu.PANEL_ROWS or MOST_ROWS
 GPU_SIDE, GPU_COPY_ELEMENTS = 4096, 1 << 28  # of the square product, of the copy
 
 

@@ -179,23 +179,18 @@ def measure_pruning(
         model = contestant.build(_at(problem, contestant.precision, device))
         parameters = list(model.prompt_learner.parameters())
         step, _ = _step_of(model, parameters, contestant.precision, device)
-        worst = PruningError(contestant, 0.0, 0.0, 0)
+        errors, shares, kept = [], [], []
         for features, label in _batches(problem, batches):
             gradients = []
             for model.prune_mass in (0.0, tau):
                 result = step(features.to(device, model.dtype), label.to(device))
-                gradients.append(
-                    torch.cat([one.double().flatten() for one in result.gradients if one is not None])
-                )
+                parts = [one.double().flatten() for one in result.gradients if one is not None]
+                gradients.append(torch.cat(parts))
             exact, pruned = gradients
-            error = float((pruned - exact).norm() / exact.norm().clamp_min(1e-30))
-            worst = PruningError(
-                contestant,
-                max(worst.gradients, error),
-                max(worst.share_left_out, model.pruned.share_left_out),
-                max(worst.classes_kept, model.pruned.classes_kept),
-            )
-        found.append(worst)
+            errors.append(float((pruned - exact).norm() / exact.norm().clamp_min(1e-30)))
+            shares.append(model.pruned.share_left_out)
+            kept.append(model.pruned.classes_kept)
+        found.append(PruningError(contestant, max(errors), max(shares), max(kept)))
     return found
 
 
@@ -232,11 +227,8 @@ class _DenseByParts(DensePromptedCLIP):
         rows = []
         for x in image_features:
             ctx = self.prompt_learner.context(x)
-            parts = [
-                checkpoint(self._text, ctx, first, use_reentrant=False)
-                for first in range(0, len(self.tokens), _PROMPTS_AT_ONCE)
-            ]
-            text = torch.cat(parts)
+            parts = range(0, len(self.tokens), _PROMPTS_AT_ONCE)
+            text = torch.cat([checkpoint(self._text, ctx, first, use_reentrant=False) for first in parts])
             text = text / text.norm(dim=-1, keepdim=True)
             rows.append(self.logit_scale.exp() * x @ text.T)
         return torch.stack(rows)
@@ -279,11 +271,8 @@ def _compute(
             loss, logits = model.loss_and_logits(features.to(model.dtype), label)
         for features, label in batches:
             result = step(features.to(device, model.dtype), label.to(device))
-            computed = {
-                name: gradient
-                for name, gradient in zip(named, result.gradients, strict=True)
-                if gradient is not None
-            }
+            pairs = zip(named, result.gradients, strict=True)
+            computed = {name: gradient for name, gradient in pairs if gradient is not None}
             gradients = gradients or _plain(computed, 1 / float(scaler.current()))
             for name, parameter in named.items():
                 parameter.grad = computed.get(name)
@@ -302,9 +291,8 @@ def _step_of(
     model: Any, parameters: list[Tensor], precision: str, device: torch.device
 ) -> tuple[LossAndGradients, LossScaler]:
     """What a run computes gradients with."""
-    scaler = LossScaler(
-        device, enabled=needs_loss_scaling(precision, parameters[0].dtype != model.dtype, device)
-    )
+    scaled = needs_loss_scaling(precision, parameters[0].dtype != model.dtype, device)
+    scaler = LossScaler(device, enabled=scaled)
     return LossAndGradients(model, parameters, precision, scaler), scaler
 
 
@@ -338,10 +326,8 @@ def _allowed(precision: str, dense: Errors | None) -> Errors:
 def _at(problem: Problem, precision: str, device: torch.device) -> Problem:
     """The same on a device and in a precision; what is learned starts from the same values."""
     model: nn.Module = copy.deepcopy(problem.clip_model)
-    if precision in ("fp16", "bf16"):
-        to_low_precision(model, DTYPES[precision])
-    else:
-        model.to(DTYPES[precision])
+    convert = to_low_precision if precision in ("fp16", "bf16") else nn.Module.to
+    convert(model, DTYPES[precision])
     return replace(problem, clip_model=model.to(device), features=problem.features.to(device))
 
 
