@@ -37,9 +37,6 @@ FACTOR = 4.0
 FLOOR = {"fp64": 1e-10, "fp32": TOLERANCE, "fp16": TOLERANCE, "bf16": TOLERANCE}
 MOST = 0.5
 
-# The oracle's activations are not kept but computed again, so that any class list fits into memory.
-_PROMPTS_AT_ONCE = 64
-
 
 @dataclass(frozen=True)
 class Errors:
@@ -194,16 +191,18 @@ def measure_pruning(
     return found
 
 
-def build_dense(problem: Problem) -> DensePromptedCLIP:
+def build_dense(problem: Problem, prompts_at_once: int = 64) -> DensePromptedCLIP:
     """The oracle with the problem's parameters, computed by parts of the class list.
 
-    In float16 and bfloat16 what is learned has that type as well, as in the reference.
+    Activations are not kept but computed again, so that any class list fits into memory. In float16 and bfloat16 what
+    is learned has that type as well, as in the reference.
     """
     device, dtype = problem.features.device, FrozenCLIP(problem.clip_model).dtype
     clip_model = problem.clip_model.cpu()  # the oracle embeds its tokens there
     model = _DenseByParts(clip_model, problem.spec.classes, ctx_init=problem.spec.ctx_init).to(device)
     model.dtype, model.embedding = dtype, model.embedding.to(device, dtype)
     model.prompt_learner.to(dtype)
+    model.prompts_at_once = prompts_at_once
     return _start(model, problem)
 
 
@@ -222,19 +221,21 @@ def _start(model: Any, problem: Problem) -> Any:
 class _DenseByParts(DensePromptedCLIP):
     """The same, with memory for the activations of a few prompts only."""
 
+    prompts_at_once: int
+
     def logits(self, image_features: Tensor) -> Tensor:
         image_features = image_features / image_features.norm(dim=-1, keepdim=True)
         rows = []
         for x in image_features:
             ctx = self.prompt_learner.context(x)
-            parts = range(0, len(self.tokens), _PROMPTS_AT_ONCE)
-            text = torch.cat([checkpoint(self._text, ctx, first, use_reentrant=False) for first in parts])
+            firsts = range(0, len(self.tokens), self.prompts_at_once)
+            text = torch.cat([checkpoint(self._text, ctx, first, use_reentrant=False) for first in firsts])
             text = text / text.norm(dim=-1, keepdim=True)
             rows.append(self.logit_scale.exp() * x @ text.T)
         return torch.stack(rows)
 
     def _text(self, ctx: Tensor, first: int) -> Tensor:
-        part = slice(first, first + _PROMPTS_AT_ONCE)
+        part = slice(first, first + self.prompts_at_once)
         tokens = self.tokens[part]
         ctx = ctx.expand(len(tokens), -1, -1)
         prompts = place_contexts(self.embedding[part], ctx, self.name_lens[part], self.class_position)

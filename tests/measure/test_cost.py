@@ -107,6 +107,20 @@ def test_a_step_launches_what_was_promised():
     assert by_layer[0] < 3 * 17 + 25
 
 
+def test_the_layout_of_a_gpu_is_that_of_the_triton_backend():
+    pytest.importorskip("triton")
+    from cocoop_fast.ops import triton
+
+    said, tree = GpuLayout(), problem_of().tree
+    assert (said.PANEL_ROWS, said.ROW_PADDING) == (triton.PANEL_ROWS, triton.ROW_PADDING)
+    assert said.packed_bytes(512, 512) == triton.packed_bytes(512, 512)
+    sizes = (
+        one.tree_attention(tree, None, torch.device("cpu")).workspace_floats(3, 8, 64)
+        for one in (said, triton)
+    )
+    assert len(set(sizes)) == 1
+
+
 def test_costs_grow_with_the_batch_in_proportion():
     problem = problem_of()
     cost = cost_of(problem, GpuLayout())
