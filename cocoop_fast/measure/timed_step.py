@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from math import ceil, exp, log
 from typing import Any, TypeAlias, cast
@@ -28,9 +28,8 @@ from cocoop_fast.prompts.tree import ClassTree
 CACHE_BYTES = 64e6  # weights beyond this are read from memory
 
 Shape: TypeAlias = tuple[int, int, bool]  # inner, columns, backward
-Key: TypeAlias = (
-    tuple[Shape, int] | str
-)  # what has a rate of its own: a product's shape and rows, a kind of kernel
+# What has a rate of its own: a product's shape and rows, a kind of kernel.
+Key: TypeAlias = tuple[Shape, int] | str
 
 
 def shape_of(product: Product) -> Shape:
@@ -108,27 +107,21 @@ def _key(op: Operation) -> Key:
 
 def _short(like: TextWeights) -> TextWeights:
     """Random float32 weights of the same shapes, of as many layers as overflow a cache, three at least."""
-    generator = torch.Generator().manual_seed(0)
+    generator, parts = torch.Generator().manual_seed(0), [one.name for one in fields(TextBlock)]
 
     def drawn(like: Affine) -> Affine:
-        weight, bias = (
-            0.02 * torch.randn(one.shape, generator=generator) for one in (like.weight, like.bias)
-        )
+        weight, bias = (torch.randn(one.shape, generator=generator) / 50 for one in (like.weight, like.bias))
         return Affine(weight, bias, like.eps)
 
-    def block(like: TextBlock) -> TextBlock:
-        return TextBlock(**{one.name: drawn(getattr(like, one.name)) for one in fields(like)})
-
-    parts = (getattr(like.blocks[0], one.name) for one in fields(TextBlock))
-    layers = max(3, ceil(CACHE_BYTES / (4 * sum(part.weight.numel() for part in parts))))
-    return TextWeights(
+    block_bytes = 4 * sum(getattr(like.blocks[0], part).weight.numel() for part in parts)
+    blocks = like.blocks[: max(3, ceil(CACHE_BYTES / block_bytes))]
+    return replace(
+        like,
         token_embedding=torch.ones(1, like.width).expand(like.token_embedding.shape),
         positional_embedding=torch.randn(like.positional_embedding.shape, generator=generator),
-        blocks=tuple(block(one) for one in like.blocks[:layers]),
+        blocks=tuple(TextBlock(**{part: drawn(getattr(one, part)) for part in parts}) for one in blocks),
         ln_final=drawn(like.ln_final),
         projection=drawn(like.projection),
-        heads=like.heads,
-        activation=like.activation,
     )
 
 
