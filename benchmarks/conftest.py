@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from cocoop_fast.engine.memory import free_memory
 from cocoop_fast.measure.compare import (
-    MEMORY_SHARE,
     assert_same,
     check_against_oracle,
     gemm_rate,
     predicted_seconds,
+    why_too_large,
 )
 from cocoop_fast.measure.contestants import BY_NAME, Contestant, ModelRunner, Runner
 from cocoop_fast.measure.machine import describe_machine
@@ -116,9 +115,9 @@ def _skip_what_does_not_fit(contestant: Contestant, problem: Problem, seconds: f
     longest = LONGEST_TREE if contestant.name in ("engine", "floor") else LONGEST_BASELINE
     if seconds > longest and not known:
         pytest.skip(f"one run would take about {seconds:.0f} s")
-    needed, available = contestant.work(problem).saved_bytes, free_memory()
-    if action == "step" and available is not None and needed > MEMORY_SHARE * available:
-        pytest.skip(f"would take about {needed / 1e9:.0f} GB of memory")
+    reason = why_too_large(contestant, problem) if action == "step" else None
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def _check(contestant: Contestant, runner: Runner, problem: Problem, agreed: set[str]) -> None:

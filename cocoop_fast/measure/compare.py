@@ -180,10 +180,15 @@ def why_left_out(contestant: Contestant, problem: Problem, rate: float, max_seco
     seconds = 1.5 * predicted_seconds(contestant, problem, rate)  # a step and a forward pass
     if seconds > max_seconds:
         return f"would take about {seconds:,.0f} s for one step and one forward pass"
+    return why_too_large(contestant, problem)
+
+
+def why_too_large(contestant: Contestant, problem: Problem) -> str | None:
+    """Why there is no memory for a contestant's step, or None."""
     needed, available = contestant.work(problem).saved_bytes, free_memory(torch.device("cpu"))
-    if available is not None and needed > MEMORY_SHARE * available:
-        return f"would take about {needed / 1e9:,.0f} GB of memory"
-    return None
+    if available is None or needed <= MEMORY_SHARE * available:
+        return None
+    return f"would take about {needed / 1e9:,.0f} GB of memory"
 
 
 # -- nobody is timed who computes something else -----------------------------------------------------------------
