@@ -10,5 +10,5 @@ CASES = [
     pytest.param(contestant.name, k, b, id=f"{contestant.name}-k{k}-b{b}")
     for k, b in SIZES
     for contestant in CONTESTANTS
-    if contestant.oracle != "coop" and (not contestant.setup_seconds or (k, b) in COMPILED_SIZES)
+    if contestant.oracle != "coop" and (not contestant.compiled or (k, b) in COMPILED_SIZES)
 ]

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from cocoop_fast.engine.memory import free_memory
-from cocoop_fast.measure.agreement import assert_same, check_against_oracle
-from cocoop_fast.measure.compare import MEMORY_SHARE, gemm_rate, predicted_seconds
+from cocoop_fast.measure.compare import (
+    assert_same,
+    check_against_oracle,
+    gemm_rate,
+    predicted_seconds,
+    why_too_large,
+)
 from cocoop_fast.measure.contestants import BY_NAME, Contestant, ModelRunner, Runner
 from cocoop_fast.measure.machine import describe_machine
 from cocoop_fast.measure.problem import (
@@ -111,16 +115,16 @@ def _skip_what_does_not_fit(contestant: Contestant, problem: Problem, seconds: f
     longest = LONGEST_TREE if contestant.name in ("engine", "floor") else LONGEST_BASELINE
     if seconds > longest and not known:
         pytest.skip(f"one run would take about {seconds:.0f} s")
-    needed, available = contestant.work(problem).saved_bytes, free_memory()
-    if action == "step" and available is not None and needed > MEMORY_SHARE * available:
-        pytest.skip(f"would take about {needed / 1e9:.0f} GB of memory")
+    reason = why_too_large(contestant, problem) if action == "step" else None
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def _check(contestant: Contestant, runner: Runner, problem: Problem, agreed: set[str]) -> None:
     """Nobody is timed who computes something else."""
     if contestant.name in agreed or contestant.oracle is None:
         return
-    if contestant.setup_seconds:  # compiled for one shape: compare at that shape, with its uncompiled self
+    if contestant.compiled:  # compiled for one shape: compare at that shape, with its uncompiled self
         twin = BY_NAME[contestant.name.partition("+")[0]].build(problem)
         assert isinstance(runner, ModelRunner) and isinstance(twin, ModelRunner)
         assert_same(contestant.name, runner.results(), twin.results())

@@ -6,7 +6,7 @@ Its price of an image is that step divided by 32.
 
 import pytest
 
-from cocoop_fast.measure.agreement import check_against_oracle
+from cocoop_fast.measure.compare import check_against_oracle
 from cocoop_fast.measure.contestants import BY_NAME, COOP_BATCH
 from cocoop_fast.measure.timing import seconds_of
 

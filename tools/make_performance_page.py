@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cocoop_fast.measure.cost import TreeCost, layout_on, linear_flops
+from cocoop_fast.measure.contestants import linear_flops
+from cocoop_fast.measure.cost import TreeCost, layout_on
 from cocoop_fast.measure.machine import one_line
 from cocoop_fast.measure.plot import plot_comparison, plot_growth
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
-from cocoop_fast.measure.sizes import TowerSizes
 from cocoop_fast.readable import readable_seconds
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +125,7 @@ def accounting() -> str:
         times = {row["name"]: row["step"]["best"] for row in read(f"step-k{k}")["contestants"]}
         profile = read(f"profile-k{k}")
         rows = problem.tree.rows
-        floor_flops = 2 * linear_flops(TowerSizes.of(problem.weights), rows)
+        floor_flops = 2 * linear_flops(problem.weights, rows)
         step = TreeCost(problem.weights, problem.tree, layout_on("cpu")).step(1)
         flops = step.gemm_flops
         share = _by_kind(profile["ops"])

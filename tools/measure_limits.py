@@ -4,16 +4,14 @@
     python tools/measure_limits.py --only streaming                       # one part, printed
 
 Every measurement has a process of its own, so that its peak memory is its own. The model is a text tower of ViT-B/16's
-size with random weights, in float32; one image; a step is forward and backward to the gradient of the contexts.
+size with random weights, in float32; one image; a step is forward and backward of CustomCLIP, from an image
+feature to the gradients of all that is learned.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocoop_fast.cli.output import print_table
-from cocoop_fast.engine.encoder import TreeTextEncoder
-from cocoop_fast.engine.pruning import pruned_cross_entropy
 from cocoop_fast.measure.machine import describe_machine, one_line
-from cocoop_fast.measure.peak_memory import peak_since, settled_memory
-from cocoop_fast.measure.problem import Problem, ProblemSpec, build_problem, imagenet_names
-from cocoop_fast.ops.head import cosine_logits_ref
+from cocoop_fast.measure.peak_memory import in_own_process, peak_since, settled_memory
+from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
+from cocoop_fast.measure.timing import seconds_of
+from cocoop_fast.methods.cocoop import CustomCLIP, reference_cfg
 
 BUDGET, LARGE_BUDGET = "256MB", "1GB"
 GROWTH = (100, 300, 1000, 3000, 10000, 21841)
@@ -36,90 +33,78 @@ TAU = 0.01
 TOP_PROBABILITY, REST_CLASSES, REST_MASS = 0.3, 120, 0.99  # of the softmax that pruning is measured under
 
 
-def encoder_of(problem: Problem, budget: str | None = None) -> TreeTextEncoder:
-    return TreeTextEncoder(problem.clip_model, problem.tree, memory_budget=budget)
-
-
-def contexts_of(problem: Problem) -> Tensor:
-    learner = problem.learner()
-    with torch.no_grad():
-        return learner.contexts(F.normalize(problem.features, dim=-1))
-
-
 def streamed_step(classes: int, budget: str | None, rounds: int) -> dict[str, Any]:
-    """The best time, the peak memory above the loaded model, and the gradient."""
-    problem = build_problem(ProblemSpec(imagenet_names(classes)))
-    contexts = contexts_of(problem)
+    """The best time of a step, the gradient of the context, and the peak memory above the loaded CLIP model.
+
+    That of the construction from class names is included: tokens, class tree, what is learned.
+    """
+    warnings.simplefilter("ignore")  # of duplicate names
+    torch.manual_seed(0)
+    clip_model, names = random_text_tower(), imagenet_names(classes)
+    cfg = reference_cfg(ctx_init="a photo of a", n_ctx=4, precision="fp32", image_size=224)
+    features, label = torch.randn(1, clip_model.text_projection.shape[1]), torch.zeros(1, dtype=torch.int64)
     before = settled_memory()
-    encoder = encoder_of(problem, budget)
-    seconds = []
-    for _ in range(rounds):
-        leaf = contexts.clone().requires_grad_()
-        start = time.perf_counter()
-        features = encoder(leaf)
-        probe = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
-        (gradient,) = torch.autograd.grad(features, leaf, probe)
-        seconds.append(time.perf_counter() - start)
-    tower = encoder._current_tower(deep=False)
-    pieces = encoder.memory.pieces(tower, 1, keeps=True)
+    model = CustomCLIP(cfg, names, clip_model, memory_budget=budget)
+
+    def step() -> None:
+        model.prompt_learner.zero_grad()
+        model.forward_features(features, label).backward()
+
+    seconds = min(seconds_of(step) for _ in range(rounds))
+    peak, encoder, ctx = peak_since(before), model.tree_encoder, model.prompt_learner.ctx
+    assert ctx.grad is not None
     return {
         "classes": classes,
-        "rows": problem.tree.rows,
+        "rows": encoder.tree.rows,
         "budget": budget,
-        "shards": len(pieces.shards),
-        "seconds": min(seconds),
-        "peak_bytes": peak_since(before),
-        "gradient": gradient.flatten().tolist(),
+        "shards": len(encoder.memory.pieces(encoder.tower, 1, keeps=True).shards),
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "gradient": ctx.grad.flatten().tolist(),
     }
 
 
 def pruned_step(classes: int, rounds: int) -> dict[str, Any]:
     """The exact step against one that leaves out TAU, under a softmax of a trained model's shape.
 
-    Random weights give nearly equal logits at CLIP's scale, so the scale is set: see :func:`peaked_image`.
+    Random weights give nearly equal logits at CLIP's scale, so the scale is set: see :func:`peaked_image`. The
+    Meta-Net gives zeros, so that the text features are the same whatever the image.
     """
+    warnings.simplefilter("ignore")  # of duplicate names
     problem = build_problem(ProblemSpec(imagenet_names(classes)))
-    contexts, encoder = contexts_of(problem), encoder_of(problem)
+    model = CustomCLIP(problem.cfg, problem.spec.classes, problem.clip_model)
+    model.prompt_learner.load_state_dict(problem.learned, strict=False)
     with torch.no_grad():
-        text = F.normalize(encoder(contexts)[0], dim=-1)
-    image, scale, probabilities = peaked_image(text)
-    label = probabilities.argmax().reshape(1)
+        for parameter in model.prompt_learner.meta_net.parameters():
+            parameter.zero_()
+        text = F.normalize(model.text_features(F.normalize(problem.features, dim=-1))[0], dim=-1)
+        image, scale, probabilities = peaked_image(text)
+        model.logit_scale.fill_(scale)
+    label, ctx = probabilities.argmax().reshape(1), model.prompt_learner.ctx
 
-    def exact() -> tuple[Tensor, float]:
-        leaf = contexts.clone().requires_grad_()
-        start = time.perf_counter()
-        loss = F.cross_entropy(cosine_logits_ref(image, encoder(leaf), scale), label)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        return gradient, time.perf_counter() - start
+    def step() -> None:
+        model.prompt_learner.zero_grad()
+        model.forward_features(image, label).backward()
 
-    kept = left_out = 0.0
-
-    def pruned() -> tuple[Tensor, float]:
-        nonlocal kept, left_out
-        leaf = contexts.clone().requires_grad_()
-        start = time.perf_counter()
-        loss, _, said = pruned_cross_entropy(encoder, leaf, image, scale, label, TAU)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        kept, left_out = said.classes_kept, said.share_left_out
-        return gradient, time.perf_counter() - start
-
-    times: dict[str, list[float]] = {"exact": [], "pruned": []}
-    gradients: dict[str, Tensor] = {}
+    times: dict[float, list[float]] = {0.0: [], TAU: []}
+    gradients: dict[float, Tensor] = {}
     for _ in range(rounds):
-        for name, run in (("exact", exact), ("pruned", pruned)):
-            gradients[name], seconds = run()
-            times[name].append(seconds)
-    error = float((gradients["pruned"] - gradients["exact"]).norm() / gradients["exact"].norm())
+        for tau, seconds in times.items():
+            model.prune_mass = tau
+            seconds.append(seconds_of(step))
+            assert ctx.grad is not None
+            gradients[tau] = ctx.grad.clone()
+    error = (gradients[TAU] - gradients[0.0]).norm() / gradients[0.0].norm()
     return {
         "classes": classes,
         "tau": TAU,
         "top_probability": float(probabilities.max()),
         "classes_of_rest": _classes_of_rest(probabilities),
-        "classes_kept": kept,
-        "share_left_out": left_out,
-        "relative_gradient_error": error,
-        "exact_seconds": min(times["exact"]),
-        "pruned_seconds": min(times["pruned"]),
+        "classes_kept": model.pruned.classes_kept,
+        "share_left_out": model.pruned.share_left_out,
+        "relative_gradient_error": float(error),
+        "exact_seconds": min(times[0.0]),
+        "pruned_seconds": min(times[TAU]),
     }
 
 
@@ -160,21 +145,10 @@ def _scale_for(cosines: Tensor) -> float:
     return low
 
 
-def run_apart(name: str, **arguments: Any) -> dict[str, Any]:
-    """One of the measurements above in a new process."""
-    request = json.dumps({"name": name, "arguments": arguments})
-    done = subprocess.run(
-        [sys.executable, __file__, "--child"], input=request, stdout=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"{name} {arguments} failed with status {done.returncode}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def measure_streaming(rounds: int) -> dict[str, Any]:
-    whole = run_apart("streamed_step", classes=1000, budget=None, rounds=rounds)
-    parted = run_apart("streamed_step", classes=1000, budget=BUDGET, rounds=rounds)
+    whole, parted = (
+        in_own_process(streamed_step, classes=1000, budget=budget, rounds=rounds) for budget in (None, BUDGET)
+    )
     a, b = (torch.tensor(one.pop("gradient")) for one in (whole, parted))
     return {
         "whole": whole,
@@ -187,9 +161,8 @@ def measure_streaming(rounds: int) -> dict[str, Any]:
 def measure_growth() -> list[dict[str, Any]]:
     found = []
     for classes in GROWTH:
-        one = run_apart(
-            "streamed_step", classes=classes, budget=LARGE_BUDGET, rounds=2 if classes <= 3000 else 1
-        )
+        rounds = 2 if classes <= 3000 else 1
+        one = in_own_process(streamed_step, classes=classes, budget=LARGE_BUDGET, rounds=rounds)
         del one["gradient"]
         found.append(one)
     return found
@@ -238,19 +211,12 @@ def main() -> None:
     parser.add_argument("--only", choices=["streaming", "growth", "pruning"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        request = json.load(sys.stdin)
-        warnings.simplefilter("ignore")  # of duplicate names
-        measure = streamed_step if request["name"] == "streamed_step" else pruned_step
-        print(json.dumps(measure(**request["arguments"])))
-        return
     found: dict[str, Any] = {"machine": describe_machine()}
     if options.only in (None, "streaming"):
         found["streaming"] = measure_streaming(options.rounds)
     if options.only in (None, "pruning"):
-        found["pruning"] = run_apart("pruned_step", classes=1000, rounds=options.rounds)
+        found["pruning"] = in_own_process(pruned_step, classes=1000, rounds=options.rounds)
     if options.only in (None, "growth"):
         found["growth"] = measure_growth()
     show(found)

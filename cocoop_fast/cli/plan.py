@@ -117,7 +117,7 @@ def _read(model: str, names: tuple[str, ...], ctx_init: str, precision: str) -> 
         names,
         ctx_init=ctx_init,
         n_ctx=len(ctx_init.split()),
-        context_length=described.sizes.context_length,
+        context_length=described.context_length,
     )
     return described, ClassTree(prompts.tokens, prompts.n_ctx)
 
@@ -155,7 +155,7 @@ def _setting(
             tell("measuring what a step takes besides its buffers")
             return Setting(model, tree, batch, machine, layout_on("cpu"), measure_process_bytes())
     if place == "cuda":
-        from cocoop_fast.measure.this_gpu import measure_gpu
+        from cocoop_fast.measure.this_machine import measure_gpu
 
         tell("measuring this machine's GPU")
         return Setting(model, tree, batch, measure_gpu(precision), layout_on("cuda"))

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cocoop_fast.engine.memory import free_memory
 from cocoop_fast.measure import machine
-from cocoop_fast.measure.agreement import assert_same, check_against_oracle
+from cocoop_fast.measure.baselines import dense_oracle
 from cocoop_fast.measure.contestants import BY_NAME, Contestant, ModelRunner, Runner, Work
 from cocoop_fast.measure.peak_memory import peak_memory
 from cocoop_fast.measure.problem import Problem
 from cocoop_fast.measure.timing import Timing, interleave, seconds_of
 
 MEMORY_SHARE = 0.8  # of what is available: more would swap
+TOLERANCE = 1e-4  # of the largest element; float32 throughout
+SMALL_CLASSES, SMALL_BATCH = 6, 2  # where the dense oracle is a matter of seconds
+
+
+class Disagreement(AssertionError):
+    """A contestant's results are not the oracle's."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Result:
     work: Work
     step: Timing
     forward: Timing | None
-    peak_bytes: int | None = None  # of a step, above the loaded model
+    peak_bytes: int | None  # of a step, above the loaded model
 
 
 @dataclass
@@ -45,8 +52,7 @@ class Comparison:
 
     def speedup(self, name: str, action: str = "step") -> float | None:
         """How many times faster than the dense oracle."""
-        inverse = self._quotient(name, "dense", action)
-        return None if inverse is None else 1 / inverse
+        return self._quotient("dense", name, action)
 
     def _quotient(self, name: str, other: str, action: str) -> float | None:
         mine, theirs = (getattr(self.results.get(key), action, None) for key in (name, other))
@@ -102,7 +108,8 @@ def compare(
         rounds: how often each is measured, after one run that is not.
         max_seconds: the time for each contestant. One that would take longer for its first step and forward pass
             is left out with a note.
-        memory: also measure each contestant's peak memory, in a process of its own.
+        memory: also measure each contestant's peak memory, in a process of its own; not the floor's, which keeps
+            nothing.
         tell: called with a line about what happens next.
 
     Raises:
@@ -112,58 +119,43 @@ def compare(
     tell("comparing logits and gradients with the dense oracle")
     check_against_oracle(problem, contestants)
     rate = gemm_rate(problem)
-    runners: dict[str, Runner] = {}
-    expected: dict[str, dict[str, Any]] = {}
+    actions: dict[str, Callable[[], object]] = {}
     spent: dict[str, float] = {}
+    expected: dict[str, dict[str, Tensor]] = {}
+    measured = []
     for contestant in contestants:
-        reason = why_left_out(contestant, problem, rate, max_seconds)
+        name, reason = contestant.name, why_left_out(contestant, problem, rate, max_seconds)
         if reason is not None:
-            comparison.notes[contestant.name] = reason
+            comparison.notes[name] = reason
             continue
-        tell(f"warming up {contestant.name}")
+        tell(f"warming up {name}")
         runner = contestant.build(problem)
-        spent[contestant.name] = seconds_of(lambda c=contestant, r=runner: _warm_up(c, r, expected))  # type: ignore[misc]
-        runners[contestant.name] = runner
-    # Compiling happens once in a program's life: it is not part of what a contestant may spend on being measured.
-    spent = {name: 0.0 if BY_NAME[name].setup_seconds else seconds for name, seconds in spent.items()}
-    actions: dict[str, Callable[[], object]] = {
-        f"{name} step": runner.step for name, runner in runners.items()
-    }
-    actions |= {f"{name} forward": r.forward for name, r in runners.items() if _has_forward(name)}
+        actions[f"{name} step"] = runner.step
+        if contestant.oracle != "coop":  # of which only the training step is compared
+            actions[f"{name} forward"] = runner.forward
+        seconds = seconds_of(lambda c=contestant, r=runner: _warm_up(c, r, expected))  # type: ignore[misc]
+        # Compiling happens once in a program's life: it is not part of what a contestant may spend on being measured.
+        spent |= {key: 0.0 if contestant.compiled else seconds / 2 for key in actions if key not in spent}
+        measured.append(contestant)
     tell(f"measuring, {rounds} rounds")
     others = machine.OtherPrograms()
-    timings = interleave(
-        actions,
-        rounds=rounds,
-        max_seconds=max_seconds / 2,
-        spent={name: spent[name.rpartition(" ")[0]] / 2 for name in actions},
-    )
+    timings = interleave(actions, rounds=rounds, max_seconds=max_seconds / 2, spent=spent)
     comparison.others = others.share()
-    for name in runners:
-        factor = BY_NAME[name].seconds_per_batch(problem)
-        forward = timings.get(f"{name} forward")
-        comparison.results[name] = Result(
-            contestant=BY_NAME[name],
-            work=BY_NAME[name].work(problem),
-            step=timings[f"{name} step"].scaled(factor),
-            forward=None if forward is None else forward.scaled(factor),
+    actions.clear()  # and with them the models
+    for contestant in measured:
+        peak = None
+        if memory and contestant.oracle is not None:
+            tell(f"peak memory of {contestant.name}")
+            peak = peak_memory(problem.spec, contestant.name)
+        factor, forward = contestant.seconds_per_batch(problem), timings.get(f"{contestant.name} forward")
+        comparison.results[contestant.name] = Result(
+            contestant,
+            contestant.work(problem),
+            timings[f"{contestant.name} step"].scaled(factor),
+            None if forward is None else forward.scaled(factor),
+            peak,
         )
-    runners.clear()
-    if memory:
-        measure_memory(comparison, tell)
     return comparison
-
-
-def measure_memory(comparison: Comparison, tell: Callable[[str], None] = lambda line: None) -> None:
-    """Fill in the peak memory of everyone who was timed, except the floor, which keeps nothing."""
-    for name, result in comparison.results.items():
-        if result.contestant.oracle is None:
-            continue
-        tell(f"peak memory of {name}")
-        peak = peak_memory(comparison.problem.spec, name)
-        comparison.results[name] = Result(
-            result.contestant, result.work, result.step, result.forward, peak_bytes=peak
-        )
 
 
 def gemm_rate(problem: Problem) -> float:
@@ -188,23 +180,70 @@ def why_left_out(contestant: Contestant, problem: Problem, rate: float, max_seco
     seconds = 1.5 * predicted_seconds(contestant, problem, rate)  # a step and a forward pass
     if seconds > max_seconds:
         return f"would take about {seconds:,.0f} s for one step and one forward pass"
+    return why_too_large(contestant, problem)
+
+
+def why_too_large(contestant: Contestant, problem: Problem) -> str | None:
+    """Why there is no memory for a contestant's step, or None."""
     needed, available = contestant.work(problem).saved_bytes, free_memory(torch.device("cpu"))
-    if available is not None and needed > MEMORY_SHARE * available:
-        return f"would take about {needed / 1e9:,.0f} GB of memory"
-    return None
+    if available is None or needed <= MEMORY_SHARE * available:
+        return None
+    return f"would take about {needed / 1e9:,.0f} GB of memory"
 
 
-def _warm_up(contestant: Contestant, runner: Runner, expected: dict[str, dict[str, Any]]) -> None:
-    """A first step, whose results must be those of the first contestant under the same oracle."""
+# -- nobody is timed who computes something else -----------------------------------------------------------------
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """The largest error, relative to the largest element."""
+    return float((result - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def assert_same(name: str, results: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Logits and all gradients agree, each to TOLERANCE of its largest element.
+
+    Raises:
+        Disagreement: they do not.
+    """
+    if set(results) != set(expected):
+        raise Disagreement(f"{name} has gradients of {sorted(results)}, expected {sorted(expected)}")
+    for key, value in expected.items():
+        error = relative_error(results[key], value)
+        if not error <= TOLERANCE:
+            raise Disagreement(f"{name}: {key} is off by {error:.2e} of its largest element")
+
+
+def check_against_oracle(problem: Problem, contestants: Iterable[Contestant]) -> None:
+    """Every contestant against the dense oracle, over the first classes and two images.
+
+    A compiled one is left to the check at full size, since compiling for another shape takes a minute.
+
+    Raises:
+        Disagreement: one of them computes something else.
+    """
+    small = problem.first(SMALL_CLASSES, SMALL_BATCH)
+    expected: dict[str, dict[str, Tensor]] = {}
+    for contestant in contestants:
+        if contestant.oracle is None or contestant.name == "dense" or contestant.compiled:
+            continue
+        if contestant.why_not() is not None:
+            continue
+        if contestant.oracle not in expected:
+            oracle = dense_oracle(small, conditional=contestant.oracle == "dense")
+            expected[contestant.oracle] = ModelRunner(oracle, small.features, small.labels).results()
+        runner = contestant.build(small)
+        assert isinstance(runner, ModelRunner)
+        runner.features, runner.labels = small.features, small.labels  # CoOp brings a batch of its own
+        assert_same(contestant.name, runner.results(), expected[contestant.oracle])
+
+
+def _warm_up(contestant: Contestant, runner: Runner, expected: dict[str, dict[str, Tensor]]) -> None:
+    """A first step, whose results must be those of the first contestant under the same oracle; a forward pass."""
     if contestant.oracle is None:
         runner.step()
     else:
         assert isinstance(runner, ModelRunner)
         results = runner.results()
         assert_same(contestant.name, results, expected.setdefault(contestant.oracle, results))
-    if _has_forward(contestant.name):
+    if contestant.oracle != "coop":
         runner.forward()
-
-
-def _has_forward(name: str) -> bool:
-    return BY_NAME[name].oracle != "coop"  # only CoOp's training step is compared

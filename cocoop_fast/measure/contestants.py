@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cocoop_fast.clip.frozen import TextWeights
 from cocoop_fast.errors import UserError
-from cocoop_fast.measure import dense
-from cocoop_fast.measure.cost import TreeCost, layout_on, linear_flops
-from cocoop_fast.measure.floor import GemmFloor
-from cocoop_fast.measure.padding_free import PaddingFreeCLIP
+from cocoop_fast.measure.baselines import (
+    DenseCoOp,
+    GemmFloor,
+    PaddingFreeCLIP,
+    TruncatedCLIP,
+    dense_oracle,
+)
+from cocoop_fast.measure.cost import TreeCost, layout_on
 from cocoop_fast.measure.problem import Problem
-from cocoop_fast.measure.sizes import TowerSizes
 from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.ops.extensions import CPP
 
 COOP_BATCH = 32  # the batch size that the reference trains CoOp with
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a contestant has to do for the whole batch. Weights are frozen: backward has a product for each of forward's."""
-
-    rows: int  # rows that go through the layers
-    forward_flops: float  # of its matrix multiplications; attention is left out (below 1 percent)
-    saved_bytes: float = 0.0  # expected activations kept for backward, for deciding what fits
-
-    @property
-    def step_flops(self) -> float:
-        return 2 * self.forward_flops
+SAVED_FLOATS = 23  # that autograd keeps of a row in a layer, in units of d: measured
 
 
 class Runner(Protocol):
@@ -55,7 +50,11 @@ class ModelRunner:
         self.model, self.features, self.labels = model, features, labels
 
     def step(self) -> Tensor:
-        return dense.cross_entropy_step(self.model, self.features, self.labels)
+        """Logits (B, K), with the gradients of the cross-entropy left in the prompt learner."""
+        self.model.prompt_learner.zero_grad()
+        logits: Tensor = self.model.logits(self.features)
+        F.cross_entropy(logits, self.labels).backward()
+        return logits.detach()
 
     def forward(self) -> Tensor:
         with torch.no_grad():
@@ -71,23 +70,103 @@ class ModelRunner:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a contestant has to do for the whole batch. Weights are frozen: backward has a product for each of forward's."""
+
+    rows: int  # rows that go through the layers
+    forward_flops: float  # of its matrix multiplications; attention is left out (below 1 percent)
+    saved_bytes: float = 0.0  # expected activations kept for backward, for deciding what fits
+
+    @property
+    def step_flops(self) -> float:
+        return 2 * self.forward_flops
+
+
+@dataclass(frozen=True)
 class Contestant:
     """One way to compute a problem."""
 
     name: str
     title: str
-    build: Callable[[Problem], Runner]
-    work: Callable[[Problem], Work]
     # Seconds of a step over those of its GEMMs, roughly: decides what is too slow to be tried.
     overhead: float
+    build: Callable[[Problem], Runner]
+    work: Callable[[Problem], Work]
     why_not: Callable[[], str | None] = lambda: None
-    setup_seconds: float = 0.0  # beyond the first step, such as compiling
-    images_per_step: Callable[[Problem], int] = lambda problem: problem.spec.batch
+    compiled: bool = False  # for one shape, which takes a minute beyond the first step
+    batch: int | None = None  # images a step, where it does not take the problem's batch
     oracle: str | None = "dense"  # whose results it must reproduce
 
     def seconds_per_batch(self, problem: Problem) -> float:
         """Factor from the time of one call to that of the problem's batch."""
-        return problem.spec.batch / self.images_per_step(problem)
+        return 1.0 if self.batch is None else problem.spec.batch / self.batch
+
+
+def linear_flops(
+    weights: TextWeights, rows: int, *, last_rows: int | None = None, projected: int = 0
+) -> float:
+    """FLOPs of a forward pass's linear layers, nothing skipped but what is said.
+
+    Args:
+        weights: of the text tower.
+        rows: R.
+        last_rows: Q, rows with a query, an attention output and an MLP in the last layer; default R.
+        projected: rows that go through the text projection.
+    """
+    block, last_rows = weights.blocks[0], rows if last_rows is None else last_rows
+    keys = 2 * block.out_proj.weight.numel()  # keys and values
+    behind = sum(one.weight.numel() for one in (block.in_proj, block.out_proj, block.fc, block.proj)) - keys
+    layers = len(weights.blocks)
+    of_layers = layers * rows * keys + ((layers - 1) * rows + last_rows) * behind
+    return 2.0 * (of_layers + projected * weights.projection.weight.numel())
+
+
+def _autograd_work(problem: Problem, rows: int, *, kept: float = 1.0, **skipped: int) -> Work:
+    """Of torch's own operations over so many rows, which keep `kept` times what they usually do."""
+    floats = rows * len(problem.weights.blocks) * SAVED_FLOATS * problem.weights.width
+    return Work(rows, linear_flops(problem.weights, rows, **skipped), kept * 4.0 * floats)
+
+
+def _padded_work(problem: Problem, tokens: int, batch: int) -> Work:
+    prompts = batch * len(problem.tokens)
+    return _autograd_work(problem, prompts * tokens, projected=prompts)
+
+
+def _dense_work(problem: Problem) -> Work:
+    return _padded_work(problem, problem.tokens.shape[1], problem.spec.batch)
+
+
+def _coop_work(problem: Problem) -> Work:
+    return _padded_work(problem, problem.tokens.shape[1], 1)
+
+
+def _truncated_work(problem: Problem) -> Work:
+    return _padded_work(problem, problem.longest, problem.spec.batch)
+
+
+def _padding_free_work(problem: Problem) -> Work:
+    prompts, rows = (problem.spec.batch * n for n in (len(problem.tokens), int(problem.lengths.sum())))
+    return _autograd_work(problem, rows, kept=1.3, last_rows=prompts, projected=prompts)
+
+
+def _engine_work(problem: Problem) -> Work:
+    step = TreeCost(problem.weights, problem.tree, layout_on("cpu")).step(problem.spec.batch)
+    return Work(step.rows, step.gemm_flops / 2, 1.15 * step.saved_bytes)
+
+
+def _gathering_tree_work(problem: Problem) -> Work:
+    """In torch's operations every row gathers the keys and values of its path."""
+    work, kept = _engine_work(problem), 1 + 2 * problem.tree.max_depth / SAVED_FLOATS
+    return replace(work, saved_bytes=_autograd_work(problem, work.rows, kept=kept).saved_bytes)
+
+
+def _floor_work(problem: Problem) -> Work:
+    rows = problem.spec.batch * problem.tree.rows
+    return Work(rows, linear_flops(problem.weights, rows))
+
+
+def _floor(problem: Problem) -> Runner:
+    return GemmFloor(problem.weights, problem.spec.batch * problem.tree.rows)
 
 
 def _run(make: Callable[[Problem], nn.Module]) -> Callable[[Problem], Runner]:
@@ -96,7 +175,7 @@ def _run(make: Callable[[Problem], nn.Module]) -> Callable[[Problem], Runner]:
 
 def _tree(backend: str) -> Callable[[Problem], Runner]:
     def make(problem: Problem) -> nn.Module:
-        model = CustomCLIP(problem.cfg(), problem.spec.classes, problem.clip_model, backend=backend)
+        model = CustomCLIP(problem.cfg, problem.spec.classes, problem.clip_model, backend=backend)
         model.prompt_learner = problem.learner()
         return model
 
@@ -107,105 +186,44 @@ def _coop(problem: Problem) -> Runner:
     generator = torch.Generator().manual_seed(problem.spec.seed)
     features = torch.randn(COOP_BATCH, problem.features.shape[1], generator=generator)
     labels = torch.randint(len(problem.spec.classes), (COOP_BATCH,), generator=generator)
-    return ModelRunner(dense.dense_coop(problem), features, labels)
-
-
-def _dense_work(problem: Problem, tokens: int, batch: int) -> Work:
-    prompts = batch * len(problem.tokens)
-    flops = linear_flops(TowerSizes.of(problem.weights), prompts * tokens, projected=prompts)
-    return Work(prompts * tokens, flops, _saved_by_autograd(problem, prompts * tokens))
-
-
-def _padding_free_work(problem: Problem) -> Work:
-    prompts, rows = problem.spec.batch * len(problem.tokens), problem.spec.batch * int(problem.lengths.sum())
-    sizes = TowerSizes.of(problem.weights)
-    flops = linear_flops(sizes, rows, last_rows=prompts, projected=prompts)
-    return Work(rows, flops, 1.3 * _saved_by_autograd(problem, rows))
-
-
-def _tree_work(problem: Problem, *, engine: bool) -> Work:
-    cost = TreeCost(problem.weights, problem.tree, layout_on("cpu"))
-    step = cost.step(problem.spec.batch)
-    if engine:
-        return Work(step.rows, step.gemm_flops / 2, 1.15 * step.saved_bytes)
-    gathered = 1 + 2 * problem.tree.max_depth / 23  # keys and values of the path, for every row
-    return Work(step.rows, step.gemm_flops / 2, gathered * _saved_by_autograd(problem, step.rows))
-
-
-def _floor_work(problem: Problem) -> Work:
-    rows = problem.spec.batch * problem.tree.rows
-    return Work(rows, linear_flops(TowerSizes.of(problem.weights), rows))
-
-
-def _saved_by_autograd(problem: Problem, rows: int) -> float:
-    return 4.0 * rows * len(problem.weights.blocks) * 23 * problem.weights.width  # 23 d floats: measured
+    return ModelRunner(dense_oracle(problem, DenseCoOp, conditional=False), features, labels)
 
 
 def _why_no_extension() -> str | None:
-    return None if (CPP.why_unavailable() is None) else "the C++ extension is not built"
+    return "the C++ extension is not built" if CPP.why_unavailable() else None
 
 
-CONTESTANTS: tuple[Contestant, ...] = (  # from the slowest to the fastest
-    Contestant(
-        "dense",
-        "dense oracle, 77 tokens a prompt",
-        _run(dense.dense_oracle),
-        lambda p: _dense_work(p, p.tokens.shape[1], p.spec.batch),
-        overhead=2.5,
-    ),
-    Contestant(
-        "truncated",
-        "prompts cut to the longest",
-        _run(dense.TruncatedCLIP),
-        lambda p: _dense_work(p, p.longest, p.spec.batch),
-        overhead=2.0,
-    ),
+def _why_no_compiler() -> str | None:
+    found = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    return None if found else "torch.compile needs a C++ compiler"
+
+
+# From the slowest to the fastest.
+CONTESTANTS: tuple[Contestant, ...] = (
+    Contestant("dense", "dense oracle, 77 tokens a prompt", 2.5, _run(dense_oracle), _dense_work),
+    Contestant("truncated", "prompts cut to the longest", 2.0, _run(TruncatedCLIP), _truncated_work),
     Contestant(
         "truncated+compile",
         "the same under torch.compile",
-        _run(lambda p: dense.TruncatedCLIP(p, compiled=True)),
-        lambda p: _dense_work(p, p.longest, p.spec.batch),
-        overhead=1.6,
-        why_not=dense.why_no_compiler,
-        setup_seconds=60.0,
+        1.6,
+        _run(partial(TruncatedCLIP, compiled=True)),
+        _truncated_work,
+        why_not=_why_no_compiler,
+        compiled=True,
     ),
+    Contestant("padding-free", "ragged batch of the prompts", 1.8, _run(PaddingFreeCLIP), _padding_free_work),
+    Contestant("tree+torch", "class tree, torch operations", 3.5, _tree("torch"), _gathering_tree_work),
     Contestant(
-        "padding-free",
-        "ragged batch of the prompts",
-        _run(PaddingFreeCLIP),
-        _padding_free_work,
-        overhead=1.8,
+        "engine", "class tree, C++ engine", 1.1, _tree("cpu"), _engine_work, why_not=_why_no_extension
     ),
-    Contestant(
-        "tree+torch",
-        "class tree, torch operations",
-        _tree("torch"),
-        lambda p: _tree_work(p, engine=False),
-        overhead=3.5,
-    ),
-    Contestant(
-        "engine",
-        "class tree, C++ engine",
-        _tree("cpu"),
-        lambda p: _tree_work(p, engine=True),
-        overhead=1.1,
-        why_not=_why_no_extension,
-    ),
-    Contestant(
-        "floor",
-        "the tree's GEMMs alone, nothing skipped",
-        lambda p: GemmFloor(p.weights, p.spec.batch * p.tree.rows),
-        _floor_work,
-        overhead=1.0,
-        oracle=None,
-    ),
+    Contestant("floor", "the tree's GEMMs alone, nothing skipped", 1.0, _floor, _floor_work, oracle=None),
     Contestant(
         "coop",
         f"the reference's CoOp, its batch of {COOP_BATCH} divided by {COOP_BATCH}",
+        2.5,
         _coop,
-        lambda p: _dense_work(p, p.tokens.shape[1], 1),
-        overhead=2.5,
-        images_per_step=lambda problem: COOP_BATCH,
+        _coop_work,
+        batch=COOP_BATCH,
         oracle="coop",
     ),
 )

@@ -1,26 +1,33 @@
 """What a training step and an inference pass compute and allocate: products, row kernels, rows, FLOPs, bytes.
 
-The engine is asked itself: its tower goes through a pass over meta tensors, with operations that only note what they
-are given. The reference's way is counted from its shapes. A multiply-add is two FLOPs.
+Both ways are asked themselves, over meta tensors, which have shapes and no memory. The engine's tower is given
+operations that only note what they are given; of the reference's way every operation of torch is noted.
+A multiply-add is two FLOPs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from cocoop_fast.clip.frozen import Affine, TextWeights
-from cocoop_fast.engine.constants import TowerConstants, compute_constants
+from cocoop_fast.engine.constants import compute_constants, finish_block, qkv_rows
 from cocoop_fast.engine.fused_tower import PassBytes, shape_pass
+from cocoop_fast.engine.memory import PeakBytes
 from cocoop_fast.kernels.tree_attention_plan import AttentionPlan, plan_attention
-from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.ops import cpu
+from cocoop_fast.ops.assemble_prompts import assemble_dense_ref
 from cocoop_fast.ops.extensions import CPP
+from cocoop_fast.ops.layer_norm import layer_norm_ref
+from cocoop_fast.ops.linear import linear_ref
 from cocoop_fast.ops.shapes import Layout, ShapeLinear, ShapeOps
 from cocoop_fast.ops.table import AttentionInputs
 from cocoop_fast.prompts.tree import ClassTree
@@ -34,26 +41,22 @@ class Product:
     inner: int
     columns: int
     backward: bool = False  # an input gradient: the weight is read the other way
-    fused: bool = (
-        False  # with the MLP's activation behind it, or in backward its derivative: a GPU launches both
-    )
-    calls: int = 1
+    # With the MLP's activation behind it, or in backward its derivative: a GPU launches both.
+    fused: bool = False
 
     @property
     def launches(self) -> int:
-        """Kernels of all calls."""
-        return self.calls * (2 if self.fused else 1)
+        return 2 if self.fused else 1
 
     @property
     def flops(self) -> float:
-        """Of all calls."""
-        return 2.0 * self.calls * self.rows * self.inner * self.columns
+        return 2.0 * self.rows * self.inner * self.columns
 
     @property
     def elements(self) -> float:
-        """Read and written by all calls: both factors and the result; with an activation, what it is of as well."""
+        """Read and written: both factors and the result; with an activation, what it is of as well."""
         results = self.rows * self.columns * (2 if self.fused else 1)
-        return float(self.calls * (self.rows * self.inner + self.inner * self.columns + results))
+        return float(self.rows * self.inner + self.inner * self.columns + results)
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,9 @@ class RowKernel:
     """An operation that reads and writes rows and multiplies by no weight."""
 
     kind: str
-    elements: float  # read and written by all calls
+    elements: float  # read and written
     flops: float = 0.0  # of attention; those of the others are negligible
-    calls: int = 1
-
-    @property
-    def launches(self) -> int:
-        return self.calls
+    launches: int = 1
 
 
 Operation: TypeAlias = Product | RowKernel
@@ -78,29 +77,194 @@ class PassCost:
     """What one pass over a batch computes and allocates."""
 
     rows: int  # rows that go through the layers
-    operations: tuple[Operation, ...]
+    operations: Mapping[Operation, int]  # and how often
     activation_bytes: int  # everything of activation size that lives at the peak
     saved_bytes: int  # of it: kept from forward to backward
     itemsize: int  # bytes of an element
 
     @property
     def gemm_flops(self) -> float:
-        return sum(op.flops for op in self.operations if isinstance(op, Product))
+        return sum(n * op.flops for op, n in self.operations.items() if isinstance(op, Product))
 
     @property
     def flops(self) -> float:
         """GEMMs and attention."""
-        return sum(op.flops for op in self.operations)
+        return sum(n * op.flops for op, n in self.operations.items())
 
     @property
     def bytes(self) -> float:
         """Read and written, if every operation reads its inputs from memory and writes its results there."""
-        return self.itemsize * sum(op.elements for op in self.operations)
+        return self.itemsize * sum(n * op.elements for op, n in self.operations.items())
 
     @property
     def launches(self) -> int:
         """Products, activations and kernels, as a GPU would be given them."""
-        return sum(op.launches for op in self.operations)
+        return sum(n * op.launches for op, n in self.operations.items())
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """The rows of one image, and what its attention reads. SOS is a key of every row, and no row."""
+
+    classes: int  # K
+    context: int  # M
+    nodes: int  # N
+    leaves: int  # Q, distinct EOT nodes
+    tokens: int  # class tokens of all prompts, EOT included: the nodes if nothing were shared
+    longest: int  # tokens of the longest prompt, from SOS to EOT
+    pairs: int  # (query, key) pairs of all rows
+    leaf_pairs: int  # of the leaves alone
+
+    @classmethod
+    def of(cls, tree: ClassTree) -> RowCounts:
+        m, depth = tree.n_ctx, tree.depth
+        node_keys = depth + m + 2  # SOS, the context, the path down to the node itself
+        context_keys = torch.arange(m) + 2
+        return cls(
+            classes=tree.n_classes,
+            context=m,
+            nodes=len(tree),
+            leaves=len(tree.leaves),
+            tokens=int((depth[tree.eot] + 1).sum()),
+            longest=1 + m + tree.max_depth,
+            pairs=int(node_keys.sum() + context_keys.sum()),
+            leaf_pairs=int(node_keys[tree.leaves].sum()),
+        )
+
+    @property
+    def rows(self) -> int:
+        """R = M + N."""
+        return self.context + self.nodes
+
+
+class Cost(ABC):
+    """One way to compute a step, or an inference pass, over a class list.
+
+    Args:
+        weights: of the text tower, on any device; of the dtype that it will compute in.
+        tree: the class tree.
+    """
+
+    eager: bool  # launched operation by operation from PyTorch, instead of replayed
+    rows: int  # of an image, that go through the layers
+    class_list_bytes: int  # what is made once from the model and the class names
+
+    def __init__(self, weights: TextWeights, tree: ClassTree) -> None:
+        self.weights = weights.to(torch.device("meta"))
+        self.counts = RowCounts.of(tree)
+        self.itemsize = weights.dtype.itemsize
+
+    @abstractmethod
+    def activation_bytes(self, batch: int, *, keeps: bool) -> int:
+        """Everything of activation size that lives at the peak of a pass over B images; `keeps`: with its backward."""
+
+    @abstractmethod
+    def saved_bytes(self, batch: int) -> int:
+        """Of it: kept from forward to backward."""
+
+    @abstractmethod
+    def _of_tower(self, batch: int, *, keeps: bool) -> Counter[Operation]: ...
+
+    def step(self, batch: int) -> PassCost:
+        """A training step: forward and backward from the image features to the learned parameters."""
+        return self._pass(batch, keeps=True)
+
+    def inference(self, batch: int) -> PassCost:
+        """A forward pass that keeps nothing."""
+        return self._pass(batch, keeps=False)
+
+    def _pass(self, batch: int, *, keeps: bool) -> PassCost:
+        return PassCost(
+            rows=batch * self.rows,
+            operations=self._of_tower(batch, keeps=keeps) + Counter(self.around(batch, keeps=keeps)),
+            activation_bytes=self.activation_bytes(batch, keeps=keeps),
+            saved_bytes=self.saved_bytes(batch) if keeps else 0,
+            itemsize=self.itemsize,
+        )
+
+    def around(self, batch: int, *, keeps: bool) -> list[Operation]:
+        """What comes before the tower and after it: the Meta-Net, E to E/16 to d, a few launches of a few thousand
+        weights; features of the classes from those of the leaves, cosines, cross-entropy."""
+        d, e = self.weights.projection.weight.shape
+        learner = (e // 16) * (e + d) + batch * (e + 2 * d)
+        head = batch * (self.counts.leaves + 2 * self.counts.classes) * e
+        ways = ("fwd", "bwd") if keeps else ("fwd",)
+        return [RowKernel(f"around_{way}", float(learner + head), launches=6) for way in ways]
+
+
+class TreeCost(Cost):
+    """The engine over one class tree.
+
+    Args:
+        weights, tree: as for :class:`Cost`.
+        layout: the backend's.
+    """
+
+    eager = False
+
+    def __init__(self, weights: TextWeights, tree: ClassTree, layout: Layout) -> None:
+        super().__init__(weights, tree)
+        self.rows, self.layout = self.counts.rows, layout
+        with torch.no_grad():
+            self._constants = compute_constants(self.weights, tree)
+        found = self._bytes(1, keeps=False)
+        self.class_list_bytes = found.constants + found.packed  # of layer 0; copies of weights
+
+    def _bytes(self, batch: int, *, keeps: bool) -> PassBytes:
+        return shape_pass(self._constants, ShapeOps(self.layout), batch, keeps=keeps, largest_panel_only=True)
+
+    def activation_bytes(self, batch: int, *, keeps: bool) -> int:
+        # Beside the tower's: the features of all classes, and with backward the gradients of them and of the leaves'.
+        counts = self.counts
+        features = 2 * counts.classes + counts.leaves if keeps else counts.classes
+        around = batch * features * self.weights.projection.weight.shape[1] * self.itemsize
+        return self._bytes(batch, keeps=keeps).activations + around
+
+    def saved_bytes(self, batch: int) -> int:
+        return self._bytes(batch, keeps=True).saved
+
+    def _of_tower(self, batch: int, *, keeps: bool) -> Counter[Operation]:
+        ops = CountingOps(self.layout)
+        shape_pass(self._constants, ops, batch, keeps=keeps)
+        leaves, (d, e) = batch * self.counts.leaves, self.weights.projection.weight.shape
+        projection = [Product(leaves, d, e), Product(leaves, e, d, backward=True)]
+        return Counter([*ops.operations, *projection[: 2 if keeps else 1]])
+
+
+class DenseCost(Cost):
+    """The reference: K prompts of L tokens an image, one image after another, in eager PyTorch.
+
+    Every image's graph is kept until the loss of all is there. An inference pass assembles the prompts of all images
+    first. Allocators add to the memory: on a CPU up to half as much.
+    """
+
+    eager = True
+
+    def __init__(self, weights: TextWeights, tree: ClassTree) -> None:
+        super().__init__(weights, tree)
+        length, self.width = weights.positional_embedding.shape
+        self.rows = self.counts.classes * length
+        # The reference's buffers `token_prefix` and `token_suffix`: all prompts, without their context.
+        others = self.counts.classes * (length - self.counts.context)
+        self.class_list_bytes = others * self.width * self.itemsize
+
+    @cached_property
+    def _image(self) -> dict[bool, EagerPass]:
+        """A pass of one image; True: with its backward."""
+        return {keeps: dense_pass(self.weights, self.counts, keeps=keeps) for keeps in (False, True)}
+
+    def activation_bytes(self, batch: int, *, keeps: bool) -> int:
+        prompts = self.rows * self.width * self.itemsize
+        return self._image[keeps].bytes + (batch - 1) * (self.saved_bytes(1) if keeps else prompts)
+
+    def saved_bytes(self, batch: int) -> int:
+        return batch * self._image[True].saved_bytes
+
+    def _of_tower(self, batch: int, *, keeps: bool) -> Counter[Operation]:
+        return Counter({op: batch * n for op, n in self._image[keeps].operations.items()})
+
+
+# -- the engine --------------------------------------------------------------------------------------------------
 
 
 class CountingOps(ShapeOps):
@@ -110,8 +274,8 @@ class CountingOps(ShapeOps):
         super().__init__(layout)
         self.operations: list[Operation] = []
 
-    def note(self, kind: str, elements: float, flops: float = 0.0, calls: int = 1) -> None:
-        self.operations.append(RowKernel(kind, elements, flops, calls))
+    def note(self, kind: str, elements: float, flops: float = 0.0, launches: int = 1) -> None:
+        self.operations.append(RowKernel(kind, elements, flops, launches))
 
     def frozen_linear(self, layer: Affine, *, packed: bool) -> CountingLinear:
         columns, inner = layer.weight.shape
@@ -172,31 +336,26 @@ class CountingLinear(ShapeLinear):
 
 
 class CountingAttention:
-    """Notes attention over a tree, of all rows or of the leaves alone."""
+    """Notes attention over a tree, of all rows or, in the last layer, of the leaves alone."""
 
     def __init__(self, tree: ClassTree, leaves_alone: bool, ops: CountingOps) -> None:
-        self.counts, self.leaves_alone, self.ops = RowCounts.of(tree), leaves_alone, ops
+        counts, self.ops = RowCounts.of(tree), ops
+        self.kind = "leaf_attention" if leaves_alone else "tree_attention"
+        queries, pairs = (counts.leaves, counts.leaf_pairs) if leaves_alone else (counts.rows, counts.pairs)
+        # Keys and values are read, queries as well, results written; each pair is two products of a head's size.
+        self.rows, self.flops = 2.0 * counts.rows + 2.0 * queries, 4.0 * pairs
 
     def workspace_floats(self, batch: int, heads: int, head_size: int) -> int:
         return 0  # memory is counted apart
 
     def forward(self, inputs: AttentionInputs, o: Tensor) -> None:
-        self.ops.operations.append(
-            attention_kernel(self.counts, len(o), o.shape[-1], leaves_alone=self.leaves_alone)
-        )
+        size = len(o) * o.shape[-1]
+        self.ops.note(f"{self.kind}_fwd", size * self.rows, size * self.flops)
 
     def backward(self, grad_o: Tensor, *others: Any, **options: Any) -> None:
-        batch, _, width = grad_o.shape
-        forward = attention_kernel(self.counts, batch, width, leaves_alone=self.leaves_alone)
-        self.ops.operations.append(gradient_of(forward))
-
-
-def attention_kernel(counts: RowCounts, batch: int, width: int, *, leaves_alone: bool) -> RowKernel:
-    """Attention of one layer, of all rows or, in the last layer, of the leaves alone."""
-    kind = "leaf_attention_fwd" if leaves_alone else "tree_attention_fwd"
-    queries, pairs = (counts.leaves, counts.leaf_pairs) if leaves_alone else (counts.rows, counts.pairs)
-    elements = batch * width * (2.0 * counts.rows + 2.0 * queries)  # keys and values; queries and results
-    return RowKernel(kind, elements, flops=4.0 * width * batch * pairs)
+        # The scores again, two products for each of forward's, and partial results summed in a kernel of its own.
+        size = len(grad_o) * grad_o.shape[-1]
+        self.ops.note(f"{self.kind}_bwd", 7 / 4 * size * self.rows, 2.5 * size * self.flops, launches=2)
 
 
 class GpuLayout:
@@ -217,192 +376,64 @@ def layout_on(device_type: str) -> Layout:
     return cpu if device_type == "cpu" and CPP.why_unavailable() is None else GpuLayout()
 
 
-class TreeCost:
-    """The engine over one class tree.
+# -- the reference -----------------------------------------------------------------------------------------------
 
-    Args:
-        weights: of the text tower, on any device; of the dtype that it will compute in.
-        tree: the class tree.
-        layout: the backend's.
-    """
 
-    def __init__(self, weights: TextWeights, tree: ClassTree, layout: Layout) -> None:
-        self.weights, self.tree, self.layout = weights.to(torch.device("meta")), tree, layout
-        self.sizes, self.counts = TowerSizes.of(weights), RowCounts.of(tree)
-        self.itemsize = weights.dtype.itemsize
+class EagerPass(PeakBytes):
+    """Notes the operations of torch while it is on, and what they allocate."""
 
-    @cached_property
-    def _constants(self) -> TowerConstants:
-        with torch.no_grad():
-            return compute_constants(self.weights, self.tree)
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[Operation] = Counter()
+        self.backward = False  # whether what runs now is a backward
+        self.saved_bytes = 0  # what forward left behind
 
-    def bytes(self, batch: int, *, keeps: bool) -> PassBytes:
-        """What a pass over B images allocates."""
-        return shape_pass(self._constants, ShapeOps(self.layout), batch, keeps=keeps, largest_panel_only=True)
+    def end_forward(self) -> None:
+        self.saved_bytes, self.backward = self._now, True
 
-    def step(self, batch: int) -> PassCost:
-        """A training step: forward and backward from the image features to the learned parameters."""
-        return self._cost(batch, keeps=True)
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        made = super().__torch_dispatch__(operation, types, args, kwargs)
+        inputs, results = ([one for one in tree_leaves(x) if isinstance(one, Tensor)] for x in (args, made))
+        views = {one.untyped_storage()._cdata for one in inputs}
+        # What has no rows is passed over: CLIP keeps its LayerNorms in float32, which here are cast.
+        if results and results[0].ndim > 1 and results[0].untyped_storage()._cdata not in views:
+            self.operations[self._operation(operation, args, [*inputs, *results])] += 1
+        return made
 
-    def inference(self, batch: int) -> PassCost:
-        """A forward pass that keeps nothing."""
-        return self._cost(batch, keeps=False)
+    def _operation(self, operation: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> Operation:
+        if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            x, weight = args[-2:]
+            return Product(len(x), weight.shape[0], weight.shape[1], self.backward)
+        way, elements = "bwd" if self.backward else "fwd", float(sum(one.numel() for one in tensors))
+        if "attention" not in str(operation):
+            return RowKernel(f"eager_{way}", elements)
+        # (n, H, L, D) queries, or gradients of the results. Backward computes the scores again: 5 products for 2.
+        rows, products = tensors[0], 5 if self.backward else 2
+        return RowKernel(f"attention_{way}", elements, 2.0 * products * rows.numel() * rows.shape[2])
 
-    def head_bytes(self, batch: int, *, keeps: bool) -> int:
-        """The features of all classes, and with backward the gradients of them and of the leaves'."""
-        features = batch * self.sizes.embed_dim * self.itemsize
-        return features * (2 * self.counts.classes + self.counts.leaves if keeps else self.counts.classes)
 
-    def activation_bytes(self, batch: int, *, keeps: bool) -> int:
-        """Everything of activation size that lives at a pass's peak."""
-        return self.bytes(batch, keeps=keeps).activations + self.head_bytes(batch, keeps=keeps)
-
-    @cached_property
-    def class_list_bytes(self) -> int:
-        """What is made once from the model and the class names: constants of layer 0, copies of weights."""
-        found = self.bytes(1, keeps=False)
-        return found.constants + found.packed
-
-    def _cost(self, batch: int, *, keeps: bool) -> PassCost:
-        ops = CountingOps(self.layout)
-        shape_pass(self._constants, ops, batch, keeps=keeps)
-        projection = Product(batch * self.counts.leaves, self.sizes.width, self.sizes.embed_dim)
-        head = head_kernel(self.sizes, self.counts, batch)
-        around: list[Operation] = [learner_kernel(self.sizes, batch), projection, head]
+def dense_pass(weights: TextWeights, counts: RowCounts, *, keeps: bool) -> EagerPass:
+    """Runs one image's K prompts through a text tower on meta, as the reference does; `keeps`: and back."""
+    w, classes = weights, counts.classes
+    positions = w.positional_embedding.to(w.dtype)
+    length, d = positions.shape
+    context = positions.new_empty(1, counts.context, d).requires_grad_(keeps)
+    prefix, suffix = context.new_empty(classes, d), context.new_empty(classes, length - 1 - counts.context, d)
+    row, eot = torch.empty(2, classes, dtype=torch.int64, device="meta")
+    # As good as any attention, and it says its name.
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with EagerPass() as counted, torch.set_grad_enabled(keeps):
+        x = assemble_dense_ref(context, prefix, suffix)[0] + positions
+        for block in w.blocks:
+            q, k, v = (part.transpose(1, 2).contiguous() for part in qkv_rows(x, block, w.heads))
+            o = attention(q, k, v, is_causal=True)[0]
+            x = finish_block(x, o.transpose(1, 2), block, w.activation)
+            del q, k, v, o
+        x = layer_norm_ref(x, w.ln_final)[row, eot]
+        features = linear_ref(x, Affine(w.projection.weight.T, w.projection.bias))
+        counted.end_forward()
         if keeps:
-            around += [gradient_of(one) for one in reversed(around)]
-        return PassCost(
-            rows=batch * self.counts.rows,
-            operations=(*ops.operations, *around),
-            activation_bytes=self.activation_bytes(batch, keeps=keeps),
-            saved_bytes=self.bytes(batch, keeps=keeps).saved,
-            itemsize=self.itemsize,
-        )
-
-
-def linear_flops(sizes: TowerSizes, rows: int, *, last_rows: int | None = None, projected: int = 0) -> float:
-    """FLOPs of a forward pass's linear layers, nothing skipped but what is said.
-
-    Args:
-        sizes: the text tower.
-        rows: R.
-        last_rows: Q, rows with a query, an attention output and an MLP in the last layer; default R.
-        projected: rows that go through the text projection.
-    """
-    d, last_rows = sizes.width, rows if last_rows is None else last_rows
-    behind_keys = 2 * d * d + 2 * d * sizes.mlp_width  # query, attention's output, the MLP
-    of_layers = sizes.layers * rows * 2 * d * d + ((sizes.layers - 1) * rows + last_rows) * behind_keys
-    return 2.0 * (of_layers + projected * d * sizes.embed_dim)
-
-
-def dense_step(sizes: TowerSizes, counts: RowCounts, batch: int, itemsize: int) -> PassCost:
-    """The same step as the reference writes it: K prompts of L tokens an image, one image after another.
-
-    Every image's graph is kept until the loss of all is there.
-    """
-    forward = tuple(_dense_forward(sizes, counts, batch))
-    rows = batch * counts.classes * sizes.context_length
-    saved = rows * sizes.layers * sum(_DENSE_SAVED.values()) * sizes.width * itemsize
-    return PassCost(
-        rows=rows,
-        operations=forward + tuple(_dense_backward(forward)),
-        # At the peak, the MLP's backward on top.
-        activation_bytes=saved + rows // batch * 12 * sizes.width * itemsize,
-        saved_bytes=saved,
-        itemsize=itemsize,
-    )
-
-
-def dense_inference(sizes: TowerSizes, counts: RowCounts, batch: int, itemsize: int) -> PassCost:
-    """A forward pass as the reference writes it: all images' prompts are assembled first, then encoded in turn."""
-    rows = batch * counts.classes * sizes.context_length
-    assembled = rows * sizes.width * itemsize
-    return PassCost(
-        rows=rows,
-        operations=tuple(_dense_forward(sizes, counts, batch)),
-        activation_bytes=assembled + rows // batch * 14 * sizes.width * itemsize,
-        saved_bytes=0,
-        itemsize=itemsize,
-    )
-
-
-def learner_bytes(sizes: TowerSizes, counts: RowCounts, itemsize: int) -> int:
-    """The reference's buffers ``token_prefix`` and ``token_suffix``: all prompts, without their context."""
-    return counts.classes * (sizes.context_length - counts.context) * sizes.width * itemsize
-
-
-def gradient_of(op: Operation) -> Operation:
-    """The backward of an operation: a product's input gradient, a kernel's own."""
-    if isinstance(op, Product):
-        return replace(op, inner=op.columns, columns=op.inner, backward=True)
-    elements, flops, calls = _BACKWARD_OF.get(op.kind, (1.0, 2.0, 1))
-    kind = op.kind.replace("_fwd", "_bwd")
-    return RowKernel(kind, elements * op.elements, flops * op.flops, calls * op.calls)
-
-
-# Of a kernel's backward over its forward: elements, FLOPs, launches. Attention computes the scores again, has two
-# products for each of forward's, and sums partial results in a kernel of its own.
-_BACKWARD_OF = {
-    "attention_fwd": (7 / 4, 2.5, 1),
-    "tree_attention_fwd": (7 / 4, 2.5, 2),
-    "leaf_attention_fwd": (7 / 4, 2.5, 2),
-}
-
-
-def learner_kernel(sizes: TowerSizes, batch: int) -> RowKernel:
-    """The Meta-Net, E to E/16 to d. A few launches of a few thousand weights."""
-    weights = sizes.embed_dim * (sizes.embed_dim // 16) + (sizes.embed_dim // 16) * sizes.width
-    return RowKernel("learner_fwd", float(weights + batch * (sizes.embed_dim + 2 * sizes.width)), calls=3)
-
-
-def head_kernel(sizes: TowerSizes, counts: RowCounts, batch: int) -> RowKernel:
-    """Features of the classes from those of the leaves, cosines, cross-entropy."""
-    elements = batch * (counts.leaves + 2 * counts.classes) * sizes.embed_dim
-    return RowKernel("head_fwd", float(elements), calls=3)
-
-
-# Elements in units of (rows, d) that autograd keeps of one block of the reference: frozen linear layers keep nothing.
-_DENSE_SAVED = {
-    "input of LayerNorm 1": 1,
-    "query, key, value": 3,
-    "output of attention": 1,
-    "input of LayerNorm 2": 1,
-    "MLP pre-activation": 4,
-    "its sigmoid": 4,
-}
-
-# Elements in units of (rows, d) that the operations between a reference block's products read and write, each
-# operation by itself as eager PyTorch runs them: (forward, backward).
-_DENSE_ROW_OPERATIONS = {
-    "LayerNorm, two": (4, 10),
-    "query, key, value made contiguous": (6, 6),
-    "residual additions, two": (6, 6),
-    "QuickGELU: scale, sigmoid, product": (28, 56),
-}
-_DENSE_LAUNCHES = 9  # of them, forward
-
-
-def _dense_forward(sizes: TowerSizes, counts: RowCounts, batch: int) -> Iterator[Operation]:
-    d, wide, prompts = sizes.width, sizes.mlp_width, counts.classes
-    rows = prompts * sizes.context_length
-    calls = batch * sizes.layers
-    yield learner_kernel(sizes, batch)
-    for inner, columns in ((d, 3 * d), (d, d), (d, wide), (wide, d)):
-        yield Product(rows, inner, columns, calls=calls)
-    flops = 4.0 * d * rows * sizes.context_length * calls
-    yield RowKernel("attention_fwd", 4.0 * rows * d * calls, flops, calls)
-    moved = sum(forward for forward, _ in _DENSE_ROW_OPERATIONS.values())
-    yield RowKernel("eager_fwd", float(moved * rows * d * calls), calls=calls * _DENSE_LAUNCHES)
-    assembled = RowKernel("eager_fwd", 2.0 * rows * d * batch, calls=3 * batch)
-    yield assembled  # prompts put together, positions added
-    yield Product(prompts, d, sizes.embed_dim, calls=batch)
-    yield head_kernel(sizes, counts, batch)
-
-
-def _dense_backward(forward: tuple[Operation, ...]) -> Iterator[Operation]:
-    ratio = [sum(column) for column in zip(*_DENSE_ROW_OPERATIONS.values(), strict=True)]
-    for op in map(gradient_of, reversed(forward)):
-        if isinstance(op, RowKernel) and op.kind == "eager_bwd":
-            yield RowKernel(op.kind, op.elements * ratio[1] / ratio[0], calls=2 * op.calls)
-        else:
-            yield op
+            features.backward(torch.empty_like(features))
+    return counted

@@ -1,6 +1,6 @@
-"""Peak memory of a contestant above the loaded model, each in a process of its own.
+"""Peak memory of a piece of work, measured in a process of its own, so that its peak is its own.
 
-``python -m cocoop_fast.measure.peak_memory`` is that process: a request as JSON on stdin, the answer on stdout.
+``python -m cocoop_fast.measure.peak_memory`` is that process: a call as JSON on stdin, its result as JSON on stdout.
 """
 
 from __future__ import annotations
@@ -8,60 +8,59 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import inspect
 import json
-import resource
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cocoop_fast.measure.contestants import BY_NAME
 from cocoop_fast.measure.problem import ProblemSpec, build_problem
+from cocoop_fast.training.memory import peak_memory as peak_of_process
 
-ACTIONS = ("step", "forward")
 
-
-def peak_memory(spec: ProblemSpec, contestant: str, action: str = "step", threads: int | None = None) -> int:
+def peak_memory(spec: ProblemSpec, contestant: str, action: str = "step") -> int:
     """Bytes that two runs of `action` take at their peak, beyond the model and the contestant's construction.
+
+    Args:
+        spec: what to compute.
+        contestant: who, by name.
+        action: "step" or "forward".
 
     Raises:
         RuntimeError: the process failed, for example for want of memory.
     """
-    request = {
-        "spec": asdict(spec),
-        "contestant": contestant,
-        "action": action,
-        "threads": threads or torch.get_num_threads(),
-    }
+    try:
+        return int(in_own_process(_peak_here, spec=asdict(spec), contestant=contestant, action=action))
+    except RuntimeError as error:
+        raise RuntimeError(f"memory of {contestant}: {error}") from None
+
+
+def in_own_process(function: Callable[..., Any], **arguments: Any) -> Any:
+    """What a function returns in a new process, with as many threads as here.
+
+    Args:
+        function: at the top level of a file, which the process loads again.
+        arguments: what JSON can hold, as must be the result.
+
+    Raises:
+        RuntimeError: the process failed; with the last line that it wrote.
+    """
+    request = [torch.get_num_threads(), inspect.getfile(function), function.__name__, arguments]
     done = subprocess.run(
         [sys.executable, "-m", __name__], input=json.dumps(request), capture_output=True, text=True
     )
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
-        raise RuntimeError(f"memory of {contestant}: {reason}")
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
-
-
-def _main() -> None:
-    request = json.load(sys.stdin)
-    torch.set_num_threads(request["threads"])
-    spec = ProblemSpec(**{**request["spec"], "classes": tuple(request["spec"]["classes"])})
-    contestant = BY_NAME[request["contestant"]]
-    runner = contestant.build(build_problem(spec))
-    run = {"step": runner.step, "forward": runner.forward}[request["action"]]
-    if contestant.setup_seconds:
-        run()  # the compiler's own memory is not the step's
-    before = settled_memory()
-    for _ in range(2):
-        run()
-    print(json.dumps({"peak_bytes": peak_since(before), "before_bytes": before}))
-
-
-def peak_since(before: int) -> int:
-    """Bytes that this process took at its peak since :func:`settled_memory` said how many it had."""
-    return max(0, _peak() - before)
+        raise RuntimeError(
+            (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def settled_memory() -> int:
@@ -77,8 +76,9 @@ def settled_memory() -> int:
     return _status("VmRSS")
 
 
-def _peak() -> int:
-    return _status("VmHWM")
+def peak_since(before: int) -> int:
+    """Bytes that this process took at its peak since :func:`settled_memory` said how many it had."""
+    return max(0, _status("VmHWM") - before)
 
 
 def _status(field: str) -> int:
@@ -87,9 +87,22 @@ def _status(field: str) -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return 1024 * int(line.split()[1])
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else 1024 * size
+    return peak_of_process("cpu") or 0
+
+
+def _peak_here(spec: Mapping[str, Any], contestant: str, action: str) -> int:
+    who = BY_NAME[contestant]
+    problem = build_problem(ProblemSpec(**{**spec, "classes": tuple(spec["classes"])}))
+    run = getattr(who.build(problem), action)
+    if who.compiled:
+        run()  # the compiler's own memory is not the step's
+    before = settled_memory()
+    for _ in range(2):
+        run()
+    return peak_since(before)
 
 
 if __name__ == "__main__":
-    _main()
+    threads, file, name, arguments = json.load(sys.stdin)
+    torch.set_num_threads(threads)
+    print(json.dumps(runpy.run_path(file)[name](**arguments)))

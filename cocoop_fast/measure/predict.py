@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from cocoop_fast.clip.frozen import TextWeights
 from cocoop_fast.engine.pieces import ROWS_PER_INFERENCE_PASS
-from cocoop_fast.measure.cost import (
-    PassCost,
-    RowKernel,
-    TreeCost,
-    dense_inference,
-    dense_step,
-    learner_bytes,
-)
+from cocoop_fast.measure.cost import Cost, DenseCost, PassCost, RowCounts, RowKernel, TreeCost
 from cocoop_fast.measure.devices import Device
-from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.ops.shapes import Layout
 from cocoop_fast.prompts.tree import ClassTree
 
@@ -36,8 +29,9 @@ class Model:
     image_launches: int  # its modules that compute something
 
     @property
-    def sizes(self) -> TowerSizes:
-        return TowerSizes.of(self.weights)
+    def context_length(self) -> int:
+        """L."""
+        return len(self.weights.positional_embedding)
 
 
 @dataclass(frozen=True)
@@ -81,11 +75,11 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.model + self.class_list + self.activations + self.process
+        return self.model + self.beyond_model
 
     @property
     def beyond_model(self) -> int:
-        return self.total - self.model
+        return self.class_list + self.activations + self.process
 
 
 @dataclass(frozen=True)
@@ -112,97 +106,57 @@ def predict_tree(setting: Setting, schedule: Schedule, budget: int) -> Predictio
         budget: bytes that everything together may take.
     """
     cost = TreeCost(setting.model.weights, setting.tree, setting.layout)
-    group = min(max(1, ROWS_PER_INFERENCE_PASS // setting.tree.rows), max(1, schedule.test_images))
-    way = _Way(
-        step=cost.step,
-        step_bytes=lambda batch: cost.activation_bytes(batch, keeps=True),
-        evaluation=cost.inference(group),
-        test_batch=group,
-        fixed_bytes=cost.class_list_bytes,
-        eager=False,
-    )
-    return _predict(setting, schedule, budget, way)
+    return _predict(cost, setting, schedule, budget, ROWS_PER_INFERENCE_PASS // setting.tree.rows)
 
 
 def predict_dense(setting: Setting, schedule: Schedule, budget: int) -> Prediction:
     """The reference: all tokens of all prompts, image by image, in eager PyTorch. Arguments as for the tree."""
-    sizes, counts, itemsize = setting.model.sizes, setting.counts, setting.itemsize
-    group = min(REFERENCE_TEST_BATCH, max(1, schedule.test_images))
-    way = _Way(
-        step=lambda batch: dense_step(sizes, counts, batch, itemsize),
-        step_bytes=lambda batch: dense_step(sizes, counts, batch, itemsize).activation_bytes,
-        evaluation=dense_inference(sizes, counts, group, itemsize),
-        test_batch=group,
-        fixed_bytes=learner_bytes(sizes, counts, itemsize),
-        eager=True,
-    )
-    return _predict(setting, schedule, budget, way)
+    cost = DenseCost(setting.model.weights, setting.tree)
+    return _predict(cost, setting, schedule, budget, REFERENCE_TEST_BATCH)
 
 
 def seconds_of_pass(cost: PassCost, device: Device, *, eager: bool = False) -> float:
     """Predicted seconds of a pass on a device."""
-    return sum(device.seconds(op, cost.itemsize, eager=eager) for op in cost.operations)
+    return sum(n * device.seconds(op, cost.itemsize, eager=eager) for op, n in cost.operations.items())
 
 
 def largest_batch(fits: Callable[[int], bool]) -> int:
-    """The largest batch size for which ``fits(batch)`` holds, which no larger one does either; 0 if none."""
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while high < MOST_IMAGES and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    """The largest batch size for which ``fits(batch)`` holds, as it does for all smaller ones; 0 if none."""
+    return bisect_left(range(1, MOST_IMAGES), True, key=lambda batch: not fits(batch))
 
 
-@dataclass(frozen=True)
-class _Way:
-    """What differs between the engine and the reference."""
+def _predict(
+    cost: Cost, setting: Setting, schedule: Schedule, budget: int, images_of_a_test_pass: int
+) -> Prediction:
+    model, device = setting.model, setting.device
 
-    step: Callable[[int], PassCost]  # of a batch
-    step_bytes: Callable[[int], int]  # its activations alone
-    evaluation: PassCost  # of one pass over `test_batch` images
-    test_batch: int
-    fixed_bytes: int  # what a class list takes
-    eager: bool
+    def memory_of(batch: int) -> Memory:
+        activations = cost.activation_bytes(batch, keeps=True)
+        return Memory(
+            model.parameters * setting.itemsize, cost.class_list_bytes, activations, setting.process_bytes
+        )
 
+    def image_seconds(batch: int) -> float:
+        """The image tower's FLOPs at the rate of products that fill the device; weights are read once."""
+        flops = batch * model.image_flops
+        encoder = RowKernel("image_encoder", model.parameters, flops, model.image_launches)
+        return device.seconds(encoder, setting.itemsize, eager=cost.eager)
 
-def _predict(setting: Setting, schedule: Schedule, budget: int, way: _Way) -> Prediction:
-    model = setting.model
-
-    def memory_of(activations: int) -> Memory:
-        parameters = model.parameters * setting.itemsize
-        return Memory(parameters, way.fixed_bytes, activations, setting.process_bytes)
-
-    step = way.step(setting.batch)
-    memory = memory_of(step.activation_bytes)
-    step_seconds = seconds_of_pass(step, setting.device, eager=way.eager)
-    image_seconds = _image_seconds(setting, setting.batch, way.eager)
+    step, memory = cost.step(setting.batch), memory_of(setting.batch)
+    step_seconds = seconds_of_pass(step, device, eager=cost.eager)
     # As the reference's loader: an incomplete last batch is dropped, unless it is all there is.
     steps = max(1, schedule.train_images // setting.batch) if schedule.train_images else 0
-    epoch_seconds = steps * (step_seconds + image_seconds)
-    passes = schedule.test_images / way.test_batch
-    pass_seconds = seconds_of_pass(way.evaluation, setting.device, eager=way.eager)
-    pass_seconds += _image_seconds(setting, way.test_batch, way.eager)
+    epoch_seconds = steps * (step_seconds + image_seconds(setting.batch))
+    group = max(1, min(images_of_a_test_pass, schedule.test_images))
+    pass_seconds = seconds_of_pass(cost.inference(group), device, eager=cost.eager) + image_seconds(group)
     return Prediction(
         step=step,
         memory=memory,
         step_seconds=step_seconds,
-        image_seconds=image_seconds,
+        image_seconds=image_seconds(setting.batch),
         epoch_seconds=epoch_seconds,
         training_seconds=schedule.epochs * epoch_seconds,
-        evaluation_seconds=passes * pass_seconds,
-        largest_batch=largest_batch(lambda batch: memory_of(way.step_bytes(batch)).total <= budget),
+        evaluation_seconds=schedule.test_images / group * pass_seconds,
+        largest_batch=largest_batch(lambda batch: memory_of(batch).total <= budget),
         fits=memory.total <= budget,
     )
-
-
-def _image_seconds(setting: Setting, batch: int, eager: bool) -> float:
-    """The image tower's FLOPs at the rate of products that fill the device; weights are read once."""
-    model = setting.model
-    encoder = RowKernel(
-        "image_encoder", model.parameters, flops=batch * model.image_flops, calls=model.image_launches
-    )
-    return setting.device.seconds(encoder, setting.itemsize, eager=eager)

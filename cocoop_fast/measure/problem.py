@@ -43,6 +43,7 @@ class Problem:
 
     spec: ProblemSpec
     clip_model: nn.Module
+    cfg: object  # the reference's
     features: Tensor  # (B, E) image features
     labels: Tensor  # (B,)
     tokens: Tensor  # (K, L) token ids
@@ -60,14 +61,9 @@ class Problem:
         """A new PromptLearner with the common parameters, in training mode."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of duplicate names; told once, when the problem was built
-            learner = PromptLearner(self.cfg(), self.spec.classes, self.clip_model)
+            learner = PromptLearner(self.cfg, self.spec.classes, self.clip_model)
         learner.load_state_dict(self.learned, strict=False)
         return learner.train()
-
-    def cfg(self) -> object:
-        """The reference's cfg."""
-        size = FrozenCLIP(self.clip_model).image_size
-        return reference_cfg(ctx_init=self.spec.ctx_init, n_ctx=4, precision="fp32", image_size=size)
 
     def first(self, classes: int, batch: int) -> Problem:
         """The same model and parameters with the first classes and images only."""
@@ -82,17 +78,15 @@ def imagenet_names(count: int) -> tuple[str, ...]:
     Raises:
         UserError: not between 1 and 21,841.
     """
-    names = IMAGENET_CLASSNAMES if count <= len(IMAGENET_CLASSNAMES) else _imagenet_22k_names()
+    names = IMAGENET_CLASSNAMES
+    if count > len(names):
+        from timm.data import ImageNetInfo  # a dependency of open_clip, slow to import
+
+        synonyms = ImageNetInfo("imagenet22k").label_descriptions()
+        names = [of_a_class.split(",")[0] for of_a_class in synonyms]
     if not 1 <= count <= len(names):
         raise UserError(f"There are {len(names)} ImageNet names, but {count} were asked for.")
     return tuple(names[:count])
-
-
-def _imagenet_22k_names() -> list[str]:
-    """The first of each class's synonyms."""
-    from timm.data import ImageNetInfo  # a dependency of open_clip, slow to import
-
-    return [synonyms.split(",")[0] for synonyms in ImageNetInfo("imagenet22k").label_descriptions()]
 
 
 def random_text_tower(layers: int = 12) -> CLIP:
@@ -116,9 +110,8 @@ def load_model(spec: ProblemSpec) -> nn.Module:
     """
     if spec.model is None:
         return random_text_tower()
-    model = load_clip(
-        ModelConfig(name=spec.model, pretrained=spec.pretrained, precision="fp32", device="cpu")
-    ).model
+    named = ModelConfig(name=spec.model, pretrained=spec.pretrained, precision="fp32", device="cpu")
+    model = load_clip(named).model
     if not isinstance(model, CLIP):
         raise UserError(
             f"The model '{spec.model}' keeps its text tower apart ({type(model).__name__}), which the dense "
@@ -150,6 +143,7 @@ def build_problem(spec: ProblemSpec, clip_model: nn.Module | None = None) -> Pro
     return Problem(
         spec=spec,
         clip_model=model,
+        cfg=cfg,
         features=torch.randn(spec.batch, frozen.embed_dim, generator=generator),
         labels=torch.randint(learner.n_cls, (spec.batch,), generator=generator),
         tokens=tokens,

@@ -1,60 +1,35 @@
-"""How fast this machine is: its products at the tree's row counts, the engine's kernels, copies.
-
-Weights are as many as do not fit into a cache, so that each product finds its own in memory, as in a step. All is
-measured in interleaved rounds, and the best round counts.
-"""
+"""How fast this machine is: the engine's operations on its CPU, as steps run them; the data sheet of its GPU."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, log
 from time import perf_counter
-from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from cocoop_fast.clip.frozen import Affine, TextWeights
+from cocoop_fast.clip.frozen import TextWeights
 from cocoop_fast.engine.memory import free_memory
 from cocoop_fast.errors import UserError
-from cocoop_fast.measure.cost import (
-    Operation,
-    PassCost,
-    Product,
-    RowKernel,
-    TreeCost,
-    attention_kernel,
-    gradient_of,
-    head_kernel,
-    learner_kernel,
-)
+from cocoop_fast.measure.cost import Operation, Product, TreeCost
+from cocoop_fast.measure.devices import BANDWIDTH_EFFICIENCY, DTYPES, GEMM_EFFICIENCY, DataSheet, Gpu
 from cocoop_fast.measure.machine import describe_machine
 from cocoop_fast.measure.peak_memory import peak_memory
 from cocoop_fast.measure.problem import ProblemSpec, build_problem
-from cocoop_fast.measure.sizes import RowCounts, TowerSizes
+from cocoop_fast.measure.timed_step import Shape, ShortTower, shape_of
 from cocoop_fast.measure.timing import interleave
-from cocoop_fast.methods.cocoop import MetaNet
 from cocoop_fast.ops import cpu
 from cocoop_fast.ops.extensions import CPP
-from cocoop_fast.ops.head import cosine_cross_entropy
-from cocoop_fast.ops.linear import FrozenLinear
 from cocoop_fast.prompts.tree import ClassTree
 
-CACHE_BYTES = 64e6  # weights beyond this are read from memory
 COPY_BYTES = 64e6
-PANEL_ROWS = cpu.PANEL_ROWS or 512
-MOST_ROWS = 8192  # that attention and the row kernels are measured on
-
-Shape: TypeAlias = tuple[int, int, bool]  # inner, columns, backward
-
-
-def shape_of(product: Product) -> Shape:
-    """What decides a product's rate besides its rows."""
-    return product.inner, product.columns, product.backward
+MOST_ROWS = 2048  # of a measured pass
+FULL_PANEL = cpu.PANEL_ROWS or MOST_ROWS
+GPU_SIDE, GPU_COPY_ELEMENTS = 4096, 1 << 28  # of the square product, of the copy
 
 
 @dataclass(frozen=True)
@@ -107,7 +82,7 @@ def measure_cpu(
     batch: int,
     *,
     rounds: int = 3,
-    max_seconds: float = 2.0,
+    max_seconds: float = 6.0,
     clock: Callable[[], float] = perf_counter,
 ) -> Machine:
     """Measure what a step over `batch` images of this tree asks of the processor, in float32.
@@ -116,8 +91,8 @@ def measure_cpu(
         weights: of the text tower; their shapes alone count.
         tree: the class tree.
         batch: B.
-        rounds: how often each thing is measured.
-        max_seconds: for each thing; each is measured once at least.
+        rounds: how often a step, a forward pass and the copies are measured, after one run that warms up.
+        max_seconds: for each of them; each is measured once at least.
         clock: what tells the seconds.
 
     Raises:
@@ -128,194 +103,38 @@ def measure_cpu(
             "This machine cannot be measured without the C++ extension; build it, or name a --device of the table.",
             exit_status=1,
         )
-    sizes, counts = TowerSizes.of(weights), RowCounts.of(tree)
-    step = TreeCost(weights.to(torch.device("meta"), torch.float32), tree, cpu).step(batch)
-    generator = torch.Generator().manual_seed(0)
-    work = {
-        **_products(sizes, step, generator),
-        **_kernels(sizes, tree, min(batch, max(1, MOST_ROWS // counts.rows)), generator),
-        **_copies(),
+    if tree.rows > MOST_ROWS:  # some of the classes will do
+        tree = tree.subtree(tree.ancestors(tree.leaves[tree.leaves < MOST_ROWS]))
+    images = min(batch, max(1, MOST_ROWS // tree.rows))
+    tower = ShortTower(weights, tree, clock)
+    source = torch.zeros(int(COPY_BYTES / 4))
+    target = torch.empty_like(source).copy_(source)
+    actions: dict[str, Callable[[], object]] = {
+        "step": lambda: tower.run(images, backward=True),
+        # Without gradients images go through in groups, whose panels are full.
+        "forward": lambda: tower.run(max(images, ceil(FULL_PANEL / tree.rows)), backward=False),
+        "copy": lambda: target.copy_(source),
+        "fresh copy": source.clone,
     }
-    for item in work.values():
-        item.run()
-    gc.freeze()  # what is alive stays alive: to go through it before each of many short runs would take seconds
-    try:
-        timings = interleave(
-            {name: item.run for name, item in work.items()},
-            rounds=rounds,
-            max_seconds=max_seconds,
-            clock=clock,
-        )
-    finally:
-        gc.unfreeze()
-    rates = {name: item.amount / timings[name].best for name, item in work.items()}
-    products: dict[Shape, list[tuple[int, float]]] = {}
-    for name, item in work.items():
-        if item.product is not None:
-            products.setdefault(shape_of(item.product), []).append((item.product.rows, rates[name]))
+    for action in actions.values():
+        action()
+    timings = interleave(actions, rounds=rounds, max_seconds=max_seconds, clock=clock)
+    products: dict[Shape, list[tuple[int, float]]] = defaultdict(list)
+    kernels: dict[str, float] = {}
+    for key, rate in tower.rates().items():
+        if isinstance(key, str):
+            kernels[key] = rate
+        else:
+            products[key[0]].append((key[1], rate))
     return Machine(
         name=str(describe_machine()["processor"]),
         threads=torch.get_num_threads(),
         memory_bytes=free_memory(torch.device("cpu")),
-        products={shape: tuple(sorted(rows)) for shape, rows in products.items()},
-        kernels={name: rates[name] for name, item in work.items() if item.is_kernel},
-        copy_bandwidth=rates["copy"],
-        fresh_bandwidth=rates["fresh copy"],
+        products={shape: tuple(sorted(rates)) for shape, rates in products.items()},
+        kernels=kernels,
+        copy_bandwidth=2 * COPY_BYTES / timings["copy"].best,
+        fresh_bandwidth=2 * COPY_BYTES / timings["fresh copy"].best,
     )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Something to time. `amount` over its seconds is the rate that is wanted."""
-
-    run: Callable[[], object]
-    amount: float  # FLOPs of products, elements of kernels, bytes of copies
-    product: Product | None = None
-    is_kernel: bool = False
-
-
-def _products(sizes: TowerSizes, step: PassCost, generator: torch.Generator) -> dict[str, _Work]:
-    """Every product of the step, of panels about as large once; for larger batches at whole panels, if those are none."""
-    cases: dict[tuple[Shape, bool, int], Product] = {}
-    for op in step.operations:
-        if isinstance(op, Product):  # panels differ by a row; the context rows and the EOT rows are fewer
-            key = shape_of(op), op.fused, round(4 * log(op.rows))
-            cases[key] = max(op, cases.get(key, op), key=lambda op: op.rows)
-    products = set(cases.values())
-    if 2 * max(op.rows for op in products) < PANEL_ROWS:
-        products |= {replace(op, rows=PANEL_ROWS) for op in products}
-    layer_bytes = 4 * (4 * sizes.width + 2 * sizes.mlp_width) * sizes.width
-    copies = max(2, min(sizes.layers, ceil(CACHE_BYTES / layer_bytes)))
-    most = max(op.rows for op in products)
-    matrices = {
-        width: torch.randn(most, width + cpu.ROW_PADDING, generator=generator)[:, :width]
-        for op in products
-        for width in (op.inner, op.columns)
-    }
-    linears: dict[tuple[int, int], list[FrozenLinear]] = {}
-    found: dict[str, _Work] = {}
-    for op in sorted(products, key=lambda op: (op.rows, op.inner, op.columns, op.backward)):
-        stored = (op.inner, op.columns) if op.backward else (op.columns, op.inner)  # of a weight: (out, in)
-        if stored not in linears:
-            linears[stored] = [_linear(*stored, generator) for _ in range(copies)]
-        out = torch.empty(op.rows, op.columns)
-        run = _multiply(op, matrices[op.inner][: op.rows], linears[stored], out)
-        name = f"{'backward' if op.backward else 'forward'} {op.rows}x{op.inner}x{op.columns}"
-        found[name] = _Work(run, copies * op.flops, product=op)
-    return found
-
-
-def _linear(columns: int, inner: int, generator: torch.Generator) -> FrozenLinear:
-    weight = torch.randn(columns, inner, generator=generator)
-    return cpu.frozen_linear(Affine(weight, torch.zeros(columns)), packed=True)
-
-
-def _multiply(op: Product, x: Tensor, linears: list[FrozenLinear], out: Tensor) -> Callable[[], None]:
-    """The product by each of the weights in turn, with its activation."""
-    u = torch.zeros_like(out)
-
-    def run() -> None:
-        for linear in linears:
-            if op.backward:
-                linear.backward_activation(x, u, "quick_gelu", out) if op.fused else linear.backward(x, out)
-            elif op.fused:
-                linear.forward_activation(x, "quick_gelu", u, out)
-            else:
-                linear.forward(x, out)
-
-    return run
-
-
-def _kernels(sizes: TowerSizes, tree: ClassTree, batch: int, generator: torch.Generator) -> dict[str, _Work]:
-    """The engine's other kernels over the tree's rows, panel by panel where the engine does so."""
-    counts, d = RowCounts.of(tree), sizes.width
-    rows = batch * counts.rows
-    x, y = torch.randn(2, rows, d, generator=generator)
-    ones, zeros = torch.ones(d), torch.zeros(d)
-    mean, rstd = torch.zeros(rows), torch.ones(rows)
-    panels = [slice(start, start + PANEL_ROWS) for start in range(0, rows, PANEL_ROWS)]
-
-    def layer_norm_fwd() -> None:
-        for p in panels:
-            cpu.layer_norm_fwd(x[p], None, None, ones, zeros, 1e-5, y[p], mean[p], rstd[p])
-
-    def layer_norm_bwd() -> None:
-        for p in panels:
-            cpu.layer_norm_bwd(x[p], x[p], ones, mean[p], rstd[p], y[p], accumulate=True)
-
-    norm = RowKernel("layer_norm_fwd", 3.0 * rows * d)
-    timed: list[tuple[Operation, Callable[[], object]]] = [
-        (norm, layer_norm_fwd),
-        (gradient_of(norm), layer_norm_bwd),
-        *_attention(sizes, tree, batch, generator),
-        *_learner_and_head(sizes, counts, batch, generator),
-    ]
-    return {
-        op.kind: _Work(run, op.elements, is_kernel=True) for op, run in timed if isinstance(op, RowKernel)
-    }
-
-
-def _attention(
-    sizes: TowerSizes, tree: ClassTree, batch: int, generator: torch.Generator
-) -> list[tuple[Operation, Callable[[], object]]]:
-    counts, d, heads = RowCounts.of(tree), sizes.width, sizes.heads
-    qkv = torch.randn(batch, counts.rows, 3 * d, generator=generator)
-    q, k, v = qkv.split(d, dim=-1)
-    grad_q, grad_k, grad_v = torch.empty_like(qkv).split(d, dim=-1)
-    sos_k, sos_v = torch.randn(2, heads, d // heads, generator=generator)
-    timed: list[tuple[Operation, Callable[[], object]]] = []
-    for leaves_alone in (False, True):
-        plan = cpu.TreeAttention(tree, tree.leaves if leaves_alone else None)
-        asking = counts.leaves if leaves_alone else counts.rows
-        o = torch.randn(batch, asking, d, generator=generator)
-        workspace = torch.empty(plan.workspace_floats(batch, heads, d // heads))
-        inputs = (q[:, :asking], k, v, sos_k, sos_v, heads)
-        kernel = attention_kernel(counts, batch, d, leaves_alone=leaves_alone)
-        timed.append((kernel, lambda a=plan, i=inputs, o=o: a.forward(i, o)))  # type: ignore[misc]
-        timed.append(
-            (
-                gradient_of(kernel),
-                lambda a=plan, i=inputs, o=o, s=workspace: a.backward(  # type: ignore[misc]
-                    o, i, grad_q[:, : o.shape[1]], grad_k, grad_v, s
-                ),
-            )
-        )
-    return timed
-
-
-def _learner_and_head(
-    sizes: TowerSizes, counts: RowCounts, batch: int, generator: torch.Generator
-) -> list[tuple[Operation, Callable[[], object]]]:
-    """The Meta-Net and the loss as autograd runs them. A kernel's backward is timed with its forward, and forward
-    alone, so backward's rate is that of both together."""
-    image = torch.nn.functional.normalize(torch.randn(batch, sizes.embed_dim, generator=generator))
-    meta_net = MetaNet(sizes.embed_dim, sizes.width)
-    ctx = torch.zeros(counts.context, sizes.width, requires_grad=True)
-    grad_contexts = torch.randn(batch, counts.context, sizes.width, generator=generator)
-    features = torch.randn(batch, counts.leaves, sizes.embed_dim, generator=generator, requires_grad=True)
-    leaf_of_class = torch.arange(counts.classes) % counts.leaves
-    label, scale = torch.zeros(batch, dtype=torch.int64), torch.tensor(4.6)
-
-    def contexts() -> Tensor:
-        return ctx + meta_net(image)[:, None]
-
-    def loss() -> Tensor:
-        return cosine_cross_entropy(image, features[:, leaf_of_class], scale, label)[0]
-
-    learner, head = learner_kernel(sizes, batch), head_kernel(sizes, counts, batch)
-    return [
-        (learner, torch.no_grad()(contexts)),
-        (gradient_of(learner), lambda: contexts().backward(grad_contexts)),
-        (head, torch.no_grad()(loss)),
-        (gradient_of(head), lambda: loss().backward()),
-    ]
-
-
-def _copies() -> dict[str, _Work]:
-    source = torch.zeros(int(COPY_BYTES / 4))
-    target = torch.empty_like(source).copy_(source)
-    amount = 2 * COPY_BYTES
-    return {"copy": _Work(lambda: target.copy_(source), amount), "fresh copy": _Work(source.clone, amount)}
 
 
 @contextlib.contextmanager
@@ -339,3 +158,51 @@ def measure_process_bytes() -> int:
     cost = TreeCost(problem.weights, problem.tree, cpu)
     counted = cost.activation_bytes(spec.batch, keeps=True) + cost.class_list_bytes
     return max(0, peak_memory(spec, "engine") - counted)
+
+
+def measure_gpu(precision: str) -> DataSheet:
+    """The current CUDA or ROCm device, by a large product and a large copy in `precision`.
+
+    Raises:
+        UserError: it does not compute in this precision.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(device)
+    if precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"The {properties.name} does not compute in bf16; choose --precision fp16 or fp32.")
+    flops, bandwidth = measure_rates(device, DTYPES[precision], GPU_SIDE, GPU_COPY_ELEMENTS)
+    free, _ = torch.cuda.mem_get_info(device)
+    gpu = Gpu(
+        name=properties.name,
+        memory_gb=free / 1e9,
+        bandwidth_gbs=bandwidth / BANDWIDTH_EFFICIENCY / 1e9,
+        units=properties.multi_processor_count,
+        tflops={precision: flops / GEMM_EFFICIENCY / 1e12},
+        source="measured on this machine",
+    )
+    return gpu.at(precision)
+
+
+def measure_rates(
+    device: torch.device, dtype: torch.dtype, side: int, copy_elements: int
+) -> tuple[float, float]:
+    """FLOP/s of a (side, side) product, and bytes a second read and written by a copy; the best of a few."""
+    x, out = torch.ones(2, side, side, device=device, dtype=dtype)
+    source, target = torch.zeros(2, copy_elements, device=device, dtype=dtype)
+
+    def until_done(action: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            action()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return run
+
+    actions = {
+        "product": until_done(lambda: torch.mm(x, x, out=out)),
+        "copy": until_done(lambda: target.copy_(source)),
+    }
+    for action in actions.values():
+        action()
+    timings = interleave(actions, rounds=5, max_seconds=60)
+    return 2.0 * side**3 / timings["product"].best, 2.0 * source.nbytes / timings["copy"].best

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -25,11 +27,7 @@ class Timing:
 
     def percentile(self, percent: float) -> float:
         """By linear interpolation between the runs."""
-        ordered = sorted(self.seconds)
-        place = percent / 100 * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+        return float(np.percentile(self.seconds, percent))
 
     def scaled(self, factor: float) -> Timing:
         return Timing(tuple(factor * seconds for seconds in self.seconds))

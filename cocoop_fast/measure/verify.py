@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import to_low_precision
 from cocoop_fast.config import OptimConfig
-from cocoop_fast.measure.agreement import TOLERANCE
+from cocoop_fast.measure import devices
+from cocoop_fast.measure.compare import TOLERANCE, relative_error
 from cocoop_fast.measure.problem import Problem
 from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.ops.table import BACKENDS
@@ -29,15 +30,12 @@ from cocoop_fast.training.optimizer import build_optimizer
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
 from cocoop_fast.training.step import LossAndGradients
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, **devices.DTYPES}
 
 FACTOR = 4.0
 # In float64 both paths are exact but for rounding; below, the benchmark's own bound.
 FLOOR = {"fp64": 1e-10, "fp32": TOLERANCE, "fp16": TOLERANCE, "bf16": TOLERANCE}
 MOST = 0.5
-
-# The oracle's activations are not kept but computed again, so that any class list fits into memory.
-_PROMPTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -178,42 +176,39 @@ def measure_pruning(
         model = contestant.build(_at(problem, contestant.precision, device))
         parameters = list(model.prompt_learner.parameters())
         step, _ = _step_of(model, parameters, contestant.precision, device)
-        worst = PruningError(contestant, 0.0, 0.0, 0)
+        errors, shares, kept = [], [], []
         for features, label in _batches(problem, batches):
             gradients = []
             for model.prune_mass in (0.0, tau):
                 result = step(features.to(device, model.dtype), label.to(device))
-                gradients.append(
-                    torch.cat([one.double().flatten() for one in result.gradients if one is not None])
-                )
+                parts = [one.double().flatten() for one in result.gradients if one is not None]
+                gradients.append(torch.cat(parts))
             exact, pruned = gradients
-            error = float((pruned - exact).norm() / exact.norm().clamp_min(1e-30))
-            worst = PruningError(
-                contestant,
-                max(worst.gradients, error),
-                max(worst.share_left_out, model.pruned.share_left_out),
-                max(worst.classes_kept, model.pruned.classes_kept),
-            )
-        found.append(worst)
+            errors.append(float((pruned - exact).norm() / exact.norm().clamp_min(1e-30)))
+            shares.append(model.pruned.share_left_out)
+            kept.append(model.pruned.classes_kept)
+        found.append(PruningError(contestant, max(errors), max(shares), max(kept)))
     return found
 
 
-def build_dense(problem: Problem) -> DensePromptedCLIP:
+def build_dense(problem: Problem, prompts_at_once: int = 64) -> DensePromptedCLIP:
     """The oracle with the problem's parameters, computed by parts of the class list.
 
-    In float16 and bfloat16 what is learned has that type as well, as in the reference.
+    Activations are not kept but computed again, so that any class list fits into memory. In float16 and bfloat16 what
+    is learned has that type as well, as in the reference.
     """
     device, dtype = problem.features.device, FrozenCLIP(problem.clip_model).dtype
     clip_model = problem.clip_model.cpu()  # the oracle embeds its tokens there
     model = _DenseByParts(clip_model, problem.spec.classes, ctx_init=problem.spec.ctx_init).to(device)
     model.dtype, model.embedding = dtype, model.embedding.to(device, dtype)
     model.prompt_learner.to(dtype)
+    model.prompts_at_once = prompts_at_once
     return _start(model, problem)
 
 
 def _fast(backend: str) -> Callable[[Problem], CustomCLIP]:
     return lambda problem: _start(
-        CustomCLIP(problem.cfg(), problem.spec.classes, problem.clip_model, backend=backend), problem
+        CustomCLIP(problem.cfg, problem.spec.classes, problem.clip_model, backend=backend), problem
     )
 
 
@@ -226,22 +221,21 @@ def _start(model: Any, problem: Problem) -> Any:
 class _DenseByParts(DensePromptedCLIP):
     """The same, with memory for the activations of a few prompts only."""
 
+    prompts_at_once: int
+
     def logits(self, image_features: Tensor) -> Tensor:
         image_features = image_features / image_features.norm(dim=-1, keepdim=True)
         rows = []
         for x in image_features:
             ctx = self.prompt_learner.context(x)
-            parts = [
-                checkpoint(self._text, ctx, first, use_reentrant=False)
-                for first in range(0, len(self.tokens), _PROMPTS_AT_ONCE)
-            ]
-            text = torch.cat(parts)
+            firsts = range(0, len(self.tokens), self.prompts_at_once)
+            text = torch.cat([checkpoint(self._text, ctx, first, use_reentrant=False) for first in firsts])
             text = text / text.norm(dim=-1, keepdim=True)
             rows.append(self.logit_scale.exp() * x @ text.T)
         return torch.stack(rows)
 
     def _text(self, ctx: Tensor, first: int) -> Tensor:
-        part = slice(first, first + _PROMPTS_AT_ONCE)
+        part = slice(first, first + self.prompts_at_once)
         tokens = self.tokens[part]
         ctx = ctx.expand(len(tokens), -1, -1)
         prompts = place_contexts(self.embedding[part], ctx, self.name_lens[part], self.class_position)
@@ -278,11 +272,8 @@ def _compute(
             loss, logits = model.loss_and_logits(features.to(model.dtype), label)
         for features, label in batches:
             result = step(features.to(device, model.dtype), label.to(device))
-            computed = {
-                name: gradient
-                for name, gradient in zip(named, result.gradients, strict=True)
-                if gradient is not None
-            }
+            pairs = zip(named, result.gradients, strict=True)
+            computed = {name: gradient for name, gradient in pairs if gradient is not None}
             gradients = gradients or _plain(computed, 1 / float(scaler.current()))
             for name, parameter in named.items():
                 parameter.grad = computed.get(name)
@@ -301,18 +292,17 @@ def _step_of(
     model: Any, parameters: list[Tensor], precision: str, device: torch.device
 ) -> tuple[LossAndGradients, LossScaler]:
     """What a run computes gradients with."""
-    scaler = LossScaler(
-        device, enabled=needs_loss_scaling(precision, parameters[0].dtype != model.dtype, device)
-    )
+    scaled = needs_loss_scaling(precision, parameters[0].dtype != model.dtype, device)
+    scaler = LossScaler(device, enabled=scaled)
     return LossAndGradients(model, parameters, precision, scaler), scaler
 
 
 def _errors(results: _Results, truth: _Results) -> Errors:
     return Errors(
-        logits=_error(results.logits, truth.logits),
-        loss=_error(results.loss, truth.loss),
+        logits=relative_error(results.logits, truth.logits),
+        loss=relative_error(results.loss, truth.loss),
         gradients=_largest_error(results.gradients, truth.gradients),
-        losses=_error(results.losses, truth.losses),
+        losses=relative_error(results.losses, truth.losses),
         parameters=_largest_error(results.moved, truth.moved),
     )
 
@@ -320,12 +310,8 @@ def _errors(results: _Results, truth: _Results) -> Errors:
 def _largest_error(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
     if results.keys() != truth.keys():
         raise ValueError(f"gradients of {sorted(results)}, expected of {sorted(truth)}")
-    errors = torch.tensor([_error(results[name], truth[name]) for name in truth])
+    errors = torch.tensor([relative_error(results[name], truth[name]) for name in truth])
     return float(errors.max())  # of a tensor, for which a NaN is the largest
-
-
-def _error(result: Tensor, truth: Tensor) -> float:
-    return float((result - truth).abs().max() / truth.abs().max().clamp_min(1e-30))
 
 
 def _allowed(precision: str, dense: Errors | None) -> Errors:
@@ -341,10 +327,8 @@ def _allowed(precision: str, dense: Errors | None) -> Errors:
 def _at(problem: Problem, precision: str, device: torch.device) -> Problem:
     """The same on a device and in a precision; what is learned starts from the same values."""
     model: nn.Module = copy.deepcopy(problem.clip_model)
-    if precision in ("fp16", "bf16"):
-        to_low_precision(model, DTYPES[precision])
-    else:
-        model.to(DTYPES[precision])
+    convert = to_low_precision if precision in ("fp16", "bf16") else nn.Module.to
+    convert(model, DTYPES[precision])
     return replace(problem, clip_model=model.to(device), features=problem.features.to(device))
 
 

@@ -47,7 +47,7 @@ def measure_here(
 ) -> Device | None:
     """This machine, if it can be measured."""
     if where.type == "cuda":
-        from cocoop_fast.measure.this_gpu import measure_gpu
+        from cocoop_fast.measure.this_machine import measure_gpu
 
         return measure_gpu(precision if precision in DTYPES else "fp32")
     if CPP.why_unavailable():

@@ -13,17 +13,17 @@ import torch
 from cocoop_fast import cli
 from cocoop_fast.measure import compare as comparing
 from cocoop_fast.measure import contestants as field
-from cocoop_fast.measure.agreement import Disagreement, assert_same, check_against_oracle
-from cocoop_fast.measure.cost import TreeCost, layout_on, linear_flops
-from cocoop_fast.measure.floor import GemmFloor
+from cocoop_fast.measure.baselines import GemmFloor
+from cocoop_fast.measure.compare import Disagreement, assert_same, check_against_oracle
+from cocoop_fast.measure.contestants import linear_flops
+from cocoop_fast.measure.cost import TreeCost, layout_on
 from cocoop_fast.measure.peak_memory import peak_memory
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names
-from cocoop_fast.measure.sizes import TowerSizes
 from cocoop_fast.measure.timing import Timing, interleave
 from cocoop_fast.ops.extensions import CPP
 
 ROOT = Path(__file__).parents[2]
-COMPILED = [c.name for c in field.CONTESTANTS if c.setup_seconds]
+COMPILED = [c.name for c in field.CONTESTANTS if c.compiled]
 QUICK = [f"--skip={name}" for name in COMPILED]
 TINY = ["bench", "--model", "demo", "--k", "5", "--rounds", "1"]
 
@@ -47,7 +47,7 @@ def tool(name):
 # -- contestants ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [c.name for c in field.CONTESTANTS if c.oracle and not c.setup_seconds])
+@pytest.mark.parametrize("name", [c.name for c in field.CONTESTANTS if c.oracle and not c.compiled])
 def test_a_contestant_computes_what_the_oracle_computes(problem, name):
     if field.BY_NAME[name].why_not() is not None:
         pytest.skip(field.BY_NAME[name].why_not())
@@ -71,7 +71,7 @@ def test_a_wrong_contestant_is_caught(problem):
 
     right = field.BY_NAME["truncated"]
     wrong = field.Contestant(
-        "wrong", "", lambda p: Wrong(right.build(p).model, p.features, p.labels), right.work, overhead=1
+        "wrong", "", 1, lambda p: Wrong(right.build(p).model, p.features, p.labels), right.work
     )
     with pytest.raises(Disagreement, match="wrong: ctx is off by"):
         check_against_oracle(problem, [wrong])
@@ -95,7 +95,7 @@ def test_the_floor_computes_every_product_of_every_layer(problem, monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda x, w, out: seen.append(2 * x.numel() * w.shape[1]))
     GemmFloor(problem.weights, problem.tree.rows).step()
     assert len(seen) == 8 * len(problem.weights.blocks)
-    assert sum(seen) == 2 * linear_flops(TowerSizes.of(problem.weights), problem.tree.rows)
+    assert sum(seen) == 2 * linear_flops(problem.weights, problem.tree.rows)
 
 
 # -- the accounting ---------------------------------------------------------------------------------------------

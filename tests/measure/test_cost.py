@@ -10,18 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cocoop_fast.engine.memory import PeakBytes
 from cocoop_fast.measure import contestants as field
-from cocoop_fast.measure.cost import GpuLayout, Product, RowKernel, TreeCost, dense_step, layout_on
+from cocoop_fast.measure.cost import DenseCost, GpuLayout, Product, RowCounts, TreeCost, layout_on
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names
-from cocoop_fast.measure.sizes import RowCounts, TowerSizes
 from cocoop_fast.ops.extensions import CPP
 
 
 def problem_of(*, layers=3, batch=2, classes=12):
     return build_problem(ProblemSpec(imagenet_names(classes), batch=batch), tiny_clip(layers=layers))
-
-
-def sizes_of(problem):
-    return TowerSizes.of(problem.weights), RowCounts.of(problem.tree)
 
 
 def cost_of(problem, layout=None):
@@ -63,20 +58,19 @@ def test_the_products_of_the_tree_are_those_that_the_tower_computes(layers, batc
 
 def test_the_flops_of_the_dense_reference_are_those_that_it_computes():
     problem = problem_of(layers=2, batch=2)
-    sizes, counts = sizes_of(problem)
+    weights = problem.weights
     runner = field.BY_NAME["dense"].build(problem)
     # As plain products: not every torch counts its fused attention on a CPU. That one computes the scores again for
     # backward.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         runner.step()
-    scores = 2 * problem.tokens.numel() * problem.tokens.shape[1] * sizes.width * sizes.layers * 2
-    assert dense_step(sizes, counts, 2, 4).flops == pytest.approx(
-        counter.get_total_flops() + scores, rel=1e-3
-    )
+    scores = 2 * problem.tokens.numel() * problem.tokens.shape[1] * weights.width * len(weights.blocks) * 2
+    said = DenseCost(weights, problem.tree).step(2).flops
+    assert said == pytest.approx(counter.get_total_flops() + scores, rel=1e-3)
 
 
 def test_what_autograd_keeps_of_a_dense_block_is_what_is_listed():
-    kept = {}
+    kept, said = {}, {}
     for layers in (2, 3):
         problem = problem_of(layers=layers, batch=1)
         model = field.BY_NAME["dense"].build(problem).model
@@ -92,11 +86,9 @@ def test_what_autograd_keeps_of_a_dense_block_is_what_is_listed():
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             logits = model.logits(problem.features)
         kept[layers] = sum(found.values())
+        said[layers] = DenseCost(problem.weights, problem.tree).saved_bytes(1)
         del logits
-    sizes, counts = sizes_of(problem)
-    rows = counts.classes * sizes.context_length
-    statistics = rows * (4 + sizes.heads) * 4  # of both LayerNorms and the softmax, left out of the list
-    assert kept[3] - kept[2] - statistics == dense_step(sizes, counts, 1, 4).saved_bytes / sizes.layers
+    assert kept[3] - kept[2] == said[3] - said[2]
 
 
 def test_rows_and_pairs_are_those_of_the_tree():
@@ -113,6 +105,20 @@ def test_a_step_launches_what_was_promised():
     by_layer = [cost_of(problem_of(layers=n), GpuLayout()).step(1).launches for n in (3, 4, 5)]
     assert by_layer[2] - by_layer[1] == by_layer[1] - by_layer[0] == 8 + 9  # forward and backward
     assert by_layer[0] < 3 * 17 + 25
+
+
+def test_the_layout_of_a_gpu_is_that_of_the_triton_backend():
+    pytest.importorskip("triton")
+    from cocoop_fast.ops import triton
+
+    said, tree = GpuLayout(), problem_of().tree
+    assert (said.PANEL_ROWS, said.ROW_PADDING) == (triton.PANEL_ROWS, triton.ROW_PADDING)
+    assert said.packed_bytes(512, 512) == triton.packed_bytes(512, 512)
+    sizes = (
+        one.tree_attention(tree, None, torch.device("cpu")).workspace_floats(3, 8, 64)
+        for one in (said, triton)
+    )
+    assert len(set(sizes)) == 1
 
 
 def test_costs_grow_with_the_batch_in_proportion():
@@ -143,6 +149,5 @@ def test_the_bytes_of_a_step_are_those_that_it_allocates(batch):
 def test_a_product_counts_its_factors_and_results():
     product = Product(3, 5, 7)
     assert (product.flops, product.elements, product.launches) == (2 * 3 * 5 * 7, 15 + 35 + 21, 1)
-    fused = Product(3, 5, 7, fused=True, calls=2)
-    assert (fused.elements, fused.launches) == (2 * (15 + 35 + 42), 4)
-    assert RowKernel("copy", 10.0, calls=3).launches == 3
+    fused = Product(3, 5, 7, fused=True)
+    assert (fused.elements, fused.launches) == (15 + 35 + 42, 2)

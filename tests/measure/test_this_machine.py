@@ -13,8 +13,7 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.measure import this_machine as measure
 from cocoop_fast.measure.cost import Product, RowKernel, TreeCost, layout_on
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
-from cocoop_fast.measure.this_gpu import measure_rates
-from cocoop_fast.measure.this_machine import Machine, measure_cpu, use_threads
+from cocoop_fast.measure.this_machine import Machine, measure_cpu, measure_rates, use_threads
 from cocoop_fast.ops.extensions import CPP
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +108,7 @@ def test_without_the_extension_there_is_nothing_to_measure(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_is_measured():
-    from cocoop_fast.measure.this_gpu import measure_gpu
+    from cocoop_fast.measure.this_machine import measure_gpu
 
     found = measure_gpu("fp16")
     assert found.seconds(Product(4096, 4096, 4096), 2) < 0.1

@@ -56,9 +56,8 @@ def test_bfloat16_is_compared_with_the_dense_path_in_bfloat16(problem):
     assert fast.errors.parameters < dense.errors.parameters
 
 
-def test_the_oracle_by_parts_is_the_oracle(problem, monkeypatch):
-    monkeypatch.setattr(verify, "_PROMPTS_AT_ONCE", 2)
-    by_parts = build_dense(problem)
+def test_the_oracle_by_parts_is_the_oracle(problem):
+    by_parts = build_dense(problem, prompts_at_once=2)
     whole = DensePromptedCLIP(problem.clip_model, NAMES)
     whole.prompt_learner.load_state_dict(problem.learned)
     results = []
@@ -131,7 +130,7 @@ def test_what_pruning_leaves_out_is_measured(problem):
     assert [one.contestant.name for one in found] == [one.name for one in asked if not one.dense]
     gradients = []
     for tau in (0.0, 0.4):
-        model = CustomCLIP(peaked.cfg(), NAMES, peaked.clip_model, backend="torch", prune_mass=tau)
+        model = CustomCLIP(peaked.cfg, NAMES, peaked.clip_model, backend="torch", prune_mass=tau)
         model.prompt_learner.load_state_dict(peaked.learned, strict=False)
         loss, _ = model.loss_and_logits(peaked.features, peaked.labels)
         parts = torch.autograd.grad(loss, list(model.prompt_learner.parameters()))
