@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -158,7 +158,7 @@ def _check_same_images(same: bool, train: Dataset, path: Path) -> None:
         )
 
 
-def _refuse_untrainable(plans: list[RunConfig], dataset: Dataset) -> None:
+def _refuse_untrainable(plans: Sequence[RunConfig], dataset: Dataset) -> None:
     learners = [plan.prompt.method for plan in plans if plan.prompt.method != "zeroshot"]
     if learners and dataset.test_only:
         raise UserError(
