@@ -8,15 +8,15 @@ from typing import Any, TypeVar
 
 from cocoop_fast.clip.load import resolve_device, resolve_precision
 from cocoop_fast.config import (
+    DataConfig,
     Method,
+    OptimConfig,
     PromptConfig,
     ResolvedAugment,
     ResolvedConfig,
     ResolvedOptim,
     ResolvedPrompt,
     RunConfig,
-    from_mapping,
-    to_mapping,
 )
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.errors import UserError
@@ -53,22 +53,22 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
         epochs = _given(optim.epochs, _epochs(method, config.data.shots, dataset.name))
     # Seeds lie side by side, as the reference's result parser expects them.
     own_place = Path("output") / config.data.name / method / f"seed{config.seed}"
-    return _filled(
+    return _as(
         ResolvedConfig,
         config,
         model=replace(model, precision=resolve_precision(model.precision, resolve_device(model.device))),
-        prompt=_filled(
+        prompt=_as(
             ResolvedPrompt,
             config.prompt,
             template=_given(config.prompt.template, _template(config.prompt, dataset)),
         ),
-        augment=_filled(
+        augment=_as(
             ResolvedAugment,
             augment,
             crop_scale=_given(scale, dataset.crop_scale),
             flip=_given(augment.flip, dataset.flip),
         ),
-        optim=_filled(
+        optim=_as(
             ResolvedOptim,
             optim,
             epochs=epochs,
@@ -81,18 +81,22 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
 
 def with_method(config: RunConfig, method: Method, output_dir: Path) -> RunConfig:
     """The same experiment by another method: that method's own recipe, in a directory of its own."""
-    values = to_mapping(config)
-    values["prompt"]["method"] = method
-    values["optim"] |= {"batch_size": None, "epochs": None}
-    return from_mapping({**values, "output_dir": output_dir})
+    prompt = _as(PromptConfig, config.prompt, method=method)
+    optim = _as(OptimConfig, config.optim, batch_size=None, epochs=None)
+    return _as(RunConfig, config, prompt=prompt, optim=optim, output_dir=output_dir)
+
+
+def with_data(config: RunConfig, data: DataConfig, template: str | None) -> RunConfig:
+    """The same on another data set; ``template`` is the prompt of zero-shot CLIP there (``None``: the data set's own)."""
+    return _as(RunConfig, config, data=data, prompt=_as(PromptConfig, config.prompt, template=template))
 
 
 def _given(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
-def _filled(kind: type[T], config: object, **values: Any) -> T:
-    """The resolved kind of a section: its fields, some of them filled in."""
+def _as(kind: type[T], config: object, **values: Any) -> T:
+    """A configuration, or a part of one, as another kind of the same fields, some of them replaced."""
     return kind(**{**vars(config), **values})
 
 

@@ -13,7 +13,7 @@ from tiny_models import IMAGE_SIZE, tiny_clip
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import DataConfig, ModelConfig, RunConfig, from_mapping
 from cocoop_fast.data import Dataset, load_dataset
-from cocoop_fast.experiments import experiment, predict, shared
+from cocoop_fast.experiments import shared
 from cocoop_fast.training.observer import Observer
 
 
@@ -38,10 +38,7 @@ def load_few_test_images(config: DataConfig) -> Dataset:
 
 
 def use_tiny_clip(monkeypatch: Any) -> None:
-    """Let experiments and predictors load the tiny CLIP, and test on few images."""
-    monkeypatch.setattr(experiment, "load_clip", loaded_tiny_clip)
-    monkeypatch.setattr(predict, "load_clip", loaded_tiny_clip)
-    monkeypatch.setattr(experiment, "load_dataset", load_few_test_images)
+    """Let everything load the tiny CLIP, and test on few images."""
     monkeypatch.setattr(shared, "load_clip", loaded_tiny_clip)
     monkeypatch.setattr(shared, "load_dataset", load_few_test_images)
 
