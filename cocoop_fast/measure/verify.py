@@ -27,7 +27,7 @@ from cocoop_fast.ops.table import BACKENDS
 from cocoop_fast.reference import DensePromptedCLIP, encode_prompts, place_contexts
 from cocoop_fast.training.optimizer import build_optimizer
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
-from cocoop_fast.training.step import LossAndGradients
+from cocoop_fast.training.step import Step, loss_and_gradients
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -299,12 +299,12 @@ def _compute(
 
 def _step_of(
     model: Any, parameters: list[Tensor], precision: str, device: torch.device
-) -> tuple[LossAndGradients, LossScaler]:
+) -> tuple[Step, LossScaler]:
     """What a run computes gradients with."""
     scaler = LossScaler(
         device, enabled=needs_loss_scaling(precision, parameters[0].dtype != model.dtype, device)
     )
-    return LossAndGradients(model, parameters, precision, scaler), scaler
+    return loss_and_gradients(model, parameters, precision, scaler), scaler
 
 
 def _errors(results: _Results, truth: _Results) -> Errors:
