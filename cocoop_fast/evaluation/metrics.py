@@ -25,12 +25,8 @@ class Metrics:
     per_class_accuracy: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dict(vars(self))
-
     def summary(self) -> dict[str, Any]:
-        """The same without the confusion matrix, which has a million numbers for ImageNet."""
+        """Plain values, for JSON, without the confusion matrix, which has a million numbers for ImageNet."""
         return {name: value for name, value in vars(self).items() if name != "confusion"}
 
 

@@ -110,14 +110,16 @@ def opened(
 ) -> Iterator[list[RunDirectory]]:
     """The run directories of some methods, for this process alone; the first rank's for all.
 
-    Before anything in them changes, whatever can be found wrong is.
+    All checks come before anything in them changes.
 
     Raises:
-        UserError: it was.
+        UserError: a check failed.
     """
     _refuse_untrainable(plans, material.dataset)
     if overwrite or any(RunDirectory(plan.output_dir).results() is None for plan in plans):
-        material.check(plan.prompt for plan in plans)
+        for plan in plans:  # is anything wrong with model, images, prompts and class names?
+            for subset in material.tested(plan.prompt):
+                material.model(plan.prompt, subset)
     if not overwrite:
         for plan in plans:
             material.ranks.from_first(partial(_refuse_other_run, plan, material))
@@ -158,7 +160,8 @@ def _run_method(config: ResolvedConfig, directory: RunDirectory, material: Mater
         return Row.from_mapping(finished["rows"][0])
     training = TrainingRun(config, directory, material)
     training.begin()
-    training.fit()
+    training.trainer.fit(save=training.save, save_every=config.checkpoint_steps)
+    training.observer.on_training_end(training.trainer.seconds)
     learned = ranks.from_first(lambda: checkpoint.learned_parameters(training.model))
     subsets = material.tested(config.prompt)
     metrics = material.evaluate(config.prompt, learned, str(directory.path), training.observer, subsets)
@@ -170,7 +173,8 @@ def _run_method(config: ResolvedConfig, directory: RunDirectory, material: Mater
                 training.model,
                 config.optim,
                 training.trainer.optimizer.state_dict(),
-                metrics[config.data.subset].accuracy,
+                epochs=config.optim.epochs,
+                accuracy=metrics[config.data.subset].accuracy,
             )
         evaluations = {subset: one.summary() for subset, one in metrics.items()}
         directory.write_results({"rows": [row.to_mapping()], "evaluations": evaluations})

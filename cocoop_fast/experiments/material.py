@@ -111,12 +111,6 @@ class Material:
         """An untrained model over one set of classes."""
         return self.shared.model(replace(self.config, prompt=prompt), self.classes(subset).classnames)
 
-    def check(self, prompts: Iterable[ResolvedPrompt]) -> None:
-        """Find whatever is wrong with model, images, prompts and class names before anything is written."""
-        for prompt in prompts:
-            for subset in self.tested(prompt):
-                self.model(prompt, subset)
-
     def evaluate(
         self,
         prompt: ResolvedPrompt,
@@ -125,15 +119,7 @@ class Material:
         observer: Observer,
         subsets: Sequence[Subset],
     ) -> dict[Subset, Metrics]:
-        """Carry what is learned over to each set of classes, and evaluate there.
-
-        Args:
-            prompt: the method.
-            parameters: what it learned, by name.
-            where: they come from, for messages.
-            observer: is told about progress.
-            subsets: sets of classes.
-        """
+        """Carry what a method learned, parameters by name from ``where``, over to each set of classes; evaluate there."""
         metrics: dict[Subset, Metrics] = {}
         for subset in subsets:
             model = self.model(prompt, subset)

@@ -96,7 +96,6 @@ def export_checkpoint(run_dir: Path, folder: Path | None = None) -> Path:
         model,
         config.optim,
         newest.optimizer,
-        accuracy=None,
         epochs=newest.epoch - 1,
     )
 

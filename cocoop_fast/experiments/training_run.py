@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +13,12 @@ from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.data.few_shot_files import write_few_shot
 from cocoop_fast.data.transforms import Normalize, TrainTransform
 from cocoop_fast.errors import UserError
+from cocoop_fast.evaluation.evaluate import encode_test_images
 from cocoop_fast.experiments.material import Material
-from cocoop_fast.experiments.probe import fit_probe
 from cocoop_fast.methods import LinearProbe
 from cocoop_fast.runs import checkpoint
 from cocoop_fast.runs.checkpoint import Checkpoint
-from cocoop_fast.runs.directory import RunDirectory, check_same_run
+from cocoop_fast.runs.directory import RunDirectory
 from cocoop_fast.runs.log import RunLog
 from cocoop_fast.training import rng
 from cocoop_fast.training.observer import Observer, Observers, RunInfo
@@ -96,12 +97,11 @@ class TrainingRun:
         """Go on from the newest checkpoint, or write the beginning of a run.
 
         Raises:
-            UserError: the checkpoint is of another run or of other images, or the directory cannot be written.
+            UserError: the checkpoint is of other images, or the directory cannot be written.
         """
         folder, config, trainer = self.directory.checkpoints, self.config, self.trainer
         newest = self._ranks.from_first(lambda: checkpoint.load_newest(folder, self.observer.on_message))
         if newest is not None:
-            check_same_run(newest.config, self._mapping, folder)
             refuse_other_images(newest, self._train, self.directory.path)
             checkpoint.load_parameters(trainer.model, newest.parameters, str(folder))
             trainer.optimizer.load_state_dict(newest.optimizer)
@@ -130,19 +130,30 @@ class TrainingRun:
         if config.data.shots and not self._train.test_only and self._ranks.is_first:
             write_few_shot(self.directory.few_shot, self._material.drawn, config.data.shots, config.seed)
         if isinstance(self.model, LinearProbe):
-            trainer.seconds = fit_probe(
-                self.model, self._material.clip, self._train, self._material.validation, config, self.observer
-            )
+            trainer.seconds = self._fit_probe(self.model)
         self.save()  # a directory that cannot be written is noticed now, and zero-shot CLIP has its class names
 
-    def fit(self) -> None:
-        """Train to the end.
-
-        Raises:
-            UserError, KeyboardInterrupt, SystemExit: as :meth:`Trainer.fit`.
-        """
-        self.trainer.fit(save=self.save, save_every=self.config.checkpoint_steps)
-        self.observer.on_training_end(self.trainer.seconds)
+    def _fit_probe(self, model: LinearProbe) -> float:
+        """Fit a linear probe on features of images that are not augmented. Returns the seconds it took."""
+        start = time.perf_counter()
+        encode = partial(
+            encode_test_images,
+            model,
+            self._material.clip,
+            batch_size=self.config.eval_batch_size,
+            workers=self.config.data.workers,
+        )
+        seen = encode(self._train.with_splits(test=self._train.train))
+        validation = self._material.validation
+        if validation.val:  # they choose C
+            held_out = encode(validation.with_splits(test=validation.val))
+            fit = model.fit(seen.image, seen.label, held_out.image, held_out.label)
+            how = f"{fit.accuracy:.1f} % of {len(validation.val)} validation images are right"
+        else:
+            fit = model.fit(seen.image, seen.label)
+            how = "CLIP's own choice, for want of validation images"
+        self.observer.on_message(f"Linear probe: C = {fit.strength:.3g} ({how}).")
+        return time.perf_counter() - start
 
     def state(self) -> Checkpoint:
         """Where the run stands."""

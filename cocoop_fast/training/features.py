@@ -98,7 +98,7 @@ class ImageFeatures:
             batches, ahead = in_background(batches, ahead), 0
         group: list[Batch] = []
         ready: deque[_Ready] = deque()
-        with closing(batches):  # whoever reads ahead ends here, however the epoch does
+        with closing(batches):  # reading ahead stops here, also when the epoch ends early
             for number, batch in enumerate(batches, first_of_group):
                 group.append(batch)
                 last = number + 1 == len(self._batches)

@@ -51,14 +51,14 @@ class StepInfo:
     share_left_out: float | None = None  # and this share of the gradient's weights was left out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochInfo:
-    """One epoch, just done. Means are over the steps of this epoch that this process did."""
+    """One epoch, just done. Means are over the steps of this epoch that this process did and did not skip."""
 
     epoch: int
     epochs: int
-    loss: float
-    accuracy: float
+    loss: float = 0.0
+    accuracy: float = 0.0
     lr: float
     seconds: float
     images_per_second: float

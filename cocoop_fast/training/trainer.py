@@ -78,7 +78,7 @@ class Trainer:
     loss is read some steps later. On a CPU, and where steps may have to be skipped, each step is over before the next
     begins.
 
-    A step that runs out of memory is repeated in smaller pieces. What else may befall a run is in docs/robustness.md.
+    A step that runs out of memory is repeated in smaller pieces. Other failures are described in docs/robustness.md.
 
     Args:
         model: on its device, already in its precision.
@@ -166,7 +166,7 @@ class Trainer:
         Raises:
             UserError: loss or gradient is infinite or not a number, which names the step and its images (on a GPU a
                 few steps more may have been done by then); or parameters are; or float16 gradients always overflow;
-                or an image cannot be read, or memory does not suffice, whatever is tried.
+                or an image cannot be read, or memory does not suffice even for the smallest pieces.
             KeyboardInterrupt: after SIGINT.
             SystemExit: after SIGTERM, with status 0.
         """
@@ -200,7 +200,7 @@ class Trainer:
 
         epoch_started = mark = time.perf_counter()
         batches = _until_unreadable(self.features.epoch(epoch, first_batch), settle_and_save)
-        with closing(batches):  # whoever reads ahead ends here, however the epoch does
+        with closing(batches):  # reading ahead stops here, also when the epoch ends early
             for encoded in batches:
                 batch = self.position.batch + 1
                 info = StepInfo(self.step + 1, epochs * n_batches, epoch, epochs, batch, n_batches, lr=lr)
@@ -220,19 +220,16 @@ class Trainer:
                 if save_every and self.step % save_every == 0:
                     settle_and_save()
         self._settle()
-        seconds, means = time.perf_counter() - epoch_started, self._means.now()
+        seconds = time.perf_counter() - epoch_started
         self.observer.on_epoch_end(
             EpochInfo(
                 epoch=epoch,
                 epochs=epochs,
-                loss=means.get("loss", 0.0),  # all steps may have been skipped
-                accuracy=means.get("accuracy", 0.0),
                 lr=lr,
                 seconds=seconds,
                 images_per_second=self._means.count * self._images / seconds,
-                classes_kept=means.get("classes_kept"),
-                share_left_out=means.get("share_left_out"),
                 skipped_steps=self.scaler.skipped,
+                **self._means.now(),
             )
         )
         save()

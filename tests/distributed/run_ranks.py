@@ -76,8 +76,7 @@ def train(ranks: Ranks, job: dict[str, Any]) -> Any:
 def evaluate(ranks: Ranks, job: dict[str, Any]) -> Any:
     """Evaluate a run directory."""
     return {
-        name: one.to_mapping()
-        for name, one in experiment.evaluate_run(Path(job["output"]), ranks=ranks).items()
+        name: vars(one) for name, one in experiment.evaluate_run(Path(job["output"]), ranks=ranks).items()
     }
 
 

@@ -322,14 +322,14 @@ def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, fields, com
     assert not output.exists()
 
 
-def test_a_name_of_the_new_classes_that_cannot_be_encoded_is_found_before_training(tmp_path, monkeypatch):
-    def with_a_long_name(config):
-        dataset = load_dataset(config)
-        return replace(dataset, classnames=(*dataset.classnames[:9], "word " * 90))
+def test_a_name_of_the_new_classes_that_cannot_be_encoded_is_found_before_training(tmp_path):
+    class WithALongName(Shared):
+        def dataset(self, config):
+            dataset = super().dataset(config)
+            return replace(dataset, classnames=(*dataset.classnames[:9], "word " * 90))
 
-    monkeypatch.setattr("cocoop_fast.experiments.shared.load_dataset", with_a_long_name)
     with pytest.raises(UserError, match="prompt of class 4, 'word word"):
-        run(tiny_config(tmp_path / "run"))
+        run(tiny_config(tmp_path / "run"), shared=WithALongName())
     assert not (tmp_path / "run").exists()
 
 

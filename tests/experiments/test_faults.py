@@ -11,13 +11,12 @@ import pytest
 from tiny_runs import At, StopAfter, assert_same_ends, tiny_config, use_tiny_clip, write_images
 from tiny_training import Recorder
 
-from cocoop_fast import UserError, cli
+from cocoop_fast import UserError
 from cocoop_fast.cli import failures
 from cocoop_fast.data import load_dataset
 from cocoop_fast.experiments.experiment import run
 from cocoop_fast.runs import checkpoint
 from cocoop_fast.runs.directory import read_run
-from cocoop_fast.runs.log import RunLog
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 
@@ -44,15 +43,20 @@ def test_a_full_disk(tmp_path, tiny):
     assert_same_ends(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_log_on_a_full_disk(tmp_path, tiny, capsys):
-    (tmp_path / "run").mkdir()
-    arguments = ["train", "-q", "--shots", "1", "--no-compare", "--epochs", "1", "-o", str(tmp_path / "run")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "_record", lambda *args, **values: Path("/dev/full").write_text("x" * 10_000))
-        assert cli.run(arguments) == failures.FAILED
-    said = capsys.readouterr().err
+def test_a_log_on_a_full_disk(tmp_path, tiny):
+    config, log = tiny_config(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+
+    def fill():
+        log.rename(tmp_path / "kept")
+        log.symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match="No space left on device") as error:
+        run(config, observer=At(3, fill))
+    said, status = failures.explain(error.value)
     assert "No space left on device; free some space and run the same command again" in said
-    assert cli.run(arguments) == failures.DONE
+    assert status == failures.FAILED
+    (tmp_path / "kept").replace(log)
+    assert len(run(config).rows) == 1
 
 
 @pytest.fixture
