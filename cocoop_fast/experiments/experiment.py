@@ -44,11 +44,6 @@ class Row:
         """Plain values, for JSON."""
         return {**self.__dict__, "output_dir": str(self.output_dir)}
 
-    @classmethod
-    def from_mapping(cls, values: dict[str, Any]) -> Row:
-        """The inverse of :meth:`to_mapping`."""
-        return cls(**{**values, "output_dir": Path(values["output_dir"])})
-
 
 @dataclass(frozen=True)
 class Results:
@@ -157,7 +152,8 @@ def _run_method(config: ResolvedConfig, directory: RunDirectory, material: Mater
         material.observer.on_message(
             f"The {method} run in {directory.path} is finished; its results are shown."
         )
-        return Row.from_mapping(finished["rows"][0])
+        row = finished["rows"][0]
+        return Row(**{**row, "output_dir": Path(row["output_dir"])})
     training = TrainingRun(config, directory, material)
     training.begin()
     training.trainer.fit(save=training.save, save_every=config.checkpoint_steps)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from cocoop_fast.data.check import check_images
 from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.data.few_shot_files import few_shot_sample
 from cocoop_fast.distributed.ranks import ALONE, Ranks
-from cocoop_fast.evaluation.evaluate import Features, encode_test_images, evaluate
+from cocoop_fast.evaluation.evaluate import Features, Progress, encode_test_images, evaluate
 from cocoop_fast.evaluation.feature_cache import TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics
 from cocoop_fast.experiments.shared import Shared
@@ -111,6 +111,18 @@ class Material:
         """An untrained model over one set of classes."""
         return self.shared.model(replace(self.config, prompt=prompt), self.classes(subset).classnames)
 
+    def encode(self, model: PromptClassifier, dataset: Dataset, progress: Progress | None = None) -> Features:
+        """Features of a data set's test images, by the configuration's batch size and workers."""
+        config = self.config
+        return encode_test_images(
+            model,
+            self.clip,
+            dataset,
+            batch_size=config.eval_batch_size,
+            workers=config.data.workers,
+            progress=progress,
+        )
+
     def evaluate(
         self,
         prompt: ResolvedPrompt,
@@ -143,29 +155,21 @@ class Material:
             observer.on_evaluation_end(EvaluationInfo(prompt.method, subset, metrics[subset], seconds))
         return metrics
 
-    def _features_of(
-        self, subset: Subset, model: PromptClassifier, progress: Callable[[int, int], None]
-    ) -> Features:
+    def _features_of(self, subset: Subset, model: PromptClassifier, progress: Progress) -> Features:
         """Test features of one set of classes; every method has the same image encoder. Ranks have a share each."""
         if subset not in self._features:
-            encode = partial(
-                encode_test_images,
-                model,
-                self.clip,
-                batch_size=self.config.eval_batch_size,
-                workers=self.config.data.workers,
-                progress=progress,
-            )
             classes = self.classes(subset)
             own = tuple(self.ranks.everyone.share(classes.test))
             if self.shared.features is None:
-                self._features[subset] = encode(classes.with_splits(test=own))
+                self._features[subset] = self.encode(model, classes.with_splits(test=own), progress)
             else:
                 everything = self.shared.features.find_or_make(
                     self.clip,
                     self.dataset,
                     self.sampled.test,
-                    lambda samples: encode(self.dataset.with_splits(test=samples)).image,
+                    lambda samples: (
+                        self.encode(model, self.dataset.with_splits(test=samples), progress).image
+                    ),
                 )
                 self._features[subset] = everything.select(own, self.clip.device)
         return self._features[subset]

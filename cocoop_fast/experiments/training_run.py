@@ -13,7 +13,6 @@ from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.data.few_shot_files import write_few_shot
 from cocoop_fast.data.transforms import Normalize, TrainTransform
 from cocoop_fast.errors import UserError
-from cocoop_fast.evaluation.evaluate import encode_test_images
 from cocoop_fast.experiments.material import Material
 from cocoop_fast.methods import LinearProbe
 from cocoop_fast.runs import checkpoint
@@ -136,17 +135,10 @@ class TrainingRun:
     def _fit_probe(self, model: LinearProbe) -> float:
         """Fit a linear probe on features of images that are not augmented. Returns the seconds it took."""
         start = time.perf_counter()
-        encode = partial(
-            encode_test_images,
-            model,
-            self._material.clip,
-            batch_size=self.config.eval_batch_size,
-            workers=self.config.data.workers,
-        )
-        seen = encode(self._train.with_splits(test=self._train.train))
+        seen = self._material.encode(model, self._train.with_splits(test=self._train.train))
         validation = self._material.validation
         if validation.val:  # they choose C
-            held_out = encode(validation.with_splits(test=validation.val))
+            held_out = self._material.encode(model, validation.with_splits(test=validation.val))
             fit = model.fit(seen.image, seen.label, held_out.image, held_out.label)
             how = f"{fit.accuracy:.1f} % of {len(validation.val)} validation images are right"
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,14 +115,14 @@ class Observers(Observer):
     """Passes every call on to several observers, in order."""
 
     def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
         for name in vars(Observer):
             if name.startswith("on_"):
-                setattr(self, name, partial(_call_all, [getattr(one, name) for one in observers]))
+                setattr(self, name, partial(self._tell, name))
 
-
-def _call_all(functions: list[Callable[..., None]], *args: Any) -> None:
-    for function in functions:
-        function(*args)
+    def _tell(self, name: str, *args: Any) -> None:
+        for observer in self._observers:
+            getattr(observer, name)(*args)
 
 
 class Means:
