@@ -1,8 +1,8 @@
 """Typed configuration of a run: what the command line, YAML files and the reference's files all become.
 
 Defaults are the CoCoOp paper's recipe (``vit_b16_c4_ep10_batch1_ctxv1``). A field that is ``None`` means
-"what the data set or the method says"; :func:`cocoop_fast.runs.recipe.resolve` fills it in, so that the
-``config.yaml`` of a run directory never holds a ``None`` that decides something.
+"what the data set or the method says"; :func:`cocoop_fast.runs.recipe.resolve` fills it in and gives a
+:class:`ResolvedConfig`, which is what the ``config.yaml`` of a run directory holds.
 
 The text below a field is its description, and the help of its option on the command line.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -161,7 +161,40 @@ class RunConfig:
     """With those of the reference's defects that docs/migration.md lists."""
 
 
-_ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class ResolvedPrompt(PromptConfig):
+    """With the data set's own template where none was given."""
+
+    template: str
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class ResolvedAugment(AugmentConfig):
+    """With the data set's own transform where none was given."""
+
+    crop_scale: tuple[Share, Share]
+    flip: Probability
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class ResolvedOptim(OptimConfig):
+    """With the method's own recipe where none was given."""
+
+    batch_size: AtLeastOne
+    epochs: Count
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class ResolvedConfig(RunConfig):
+    """A configuration in which no ``None`` decides what is computed."""
+
+    prompt: ResolvedPrompt
+    augment: ResolvedAugment
+    optim: ResolvedOptim
+    output_dir: Path
+
+
+_Config = TypeVar("_Config", bound=RunConfig)
 
 
 def from_mapping(values: dict[str, Any], where: str = "the configuration") -> RunConfig:
@@ -170,8 +203,17 @@ def from_mapping(values: dict[str, Any], where: str = "the configuration") -> Ru
     Raises:
         UserError: an unknown field or a value of the wrong type, named by its dotted path.
     """
+    return _validated(RunConfig, values, where)
+
+
+def resolved_from_mapping(values: dict[str, Any], where: str = "the configuration") -> ResolvedConfig:
+    """The same of a configuration that leaves nothing open."""
+    return _validated(ResolvedConfig, values, where)
+
+
+def _validated(kind: type[_Config], values: dict[str, Any], where: str) -> _Config:
     try:
-        return _ADAPTER.validate_python(values)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"]) or "(top level)"
@@ -180,7 +222,7 @@ def from_mapping(values: dict[str, Any], where: str = "the configuration") -> Ru
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The inverse of :func:`from_mapping`: nested values that YAML and JSON can hold."""
-    return _ADAPTER.dump_python(config, mode="json")
+    return TypeAdapter(RunConfig).dump_python(config, mode="json")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from cocoop_fast.clip.demo import known_token_ids, load_demo_clip
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.tokenizer import tokenizer
 from cocoop_fast.clip.weights import FOLDER, HUB, SUFFIXES, create_clip
-from cocoop_fast.config import ModelConfig
+from cocoop_fast.config import ModelConfig, Precision
 from cocoop_fast.errors import UserError
 
 _LOW_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -59,7 +59,7 @@ def resolve_device(text: str) -> torch.device:
     return device
 
 
-def resolve_precision(text: str, device: torch.device) -> str:
+def resolve_precision(text: Precision, device: torch.device) -> Precision:
     """ "auto" becomes fp32 on a CPU and fp16, the reference's choice, on a GPU."""
     if text == "auto":
         return "fp32" if device.type == "cpu" else "fp16"

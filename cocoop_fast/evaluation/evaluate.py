@@ -34,7 +34,7 @@ def test_transform(clip: LoadedClip) -> TestTransform:
     return TestTransform(clip.image_size, Normalize(clip.mean, clip.std))
 
 
-test_transform.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of the name
+test_transform.__test__ = False  # type: ignore[attr-defined]  # pytest goes by the name, and this is not a test
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,9 @@ class Metrics:
     per_class_accuracy: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
     def summary(self) -> dict[str, Any]:
-        """The same without the confusion matrix, which has a million numbers for ImageNet."""
-        return {name: value for name, value in self.to_mapping().items() if name != "confusion"}
+        """Plain values, for JSON, without the confusion matrix, which has a million numbers for ImageNet."""
+        return {name: value for name, value in vars(self).items() if name != "confusion"}
 
 
 def measure(labels: np.ndarray, predictions: np.ndarray, n_classes: int) -> Metrics:
@@ -45,31 +41,25 @@ def measure(labels: np.ndarray, predictions: np.ndarray, n_classes: int) -> Metr
     Raises:
         ValueError: no images, or arrays of different length.
     """
-    if labels.shape != predictions.shape or labels.ndim != 1:
-        raise ValueError(f"`labels` {labels.shape} and `predictions` {predictions.shape} must be (n,) alike")
+    from sklearn.metrics import confusion_matrix, f1_score  # takes a second to import
+
     total = int(labels.size)
     if total == 0:
         raise ValueError("there are no images to measure on")
-    confusion = np.bincount(labels * n_classes + predictions, minlength=n_classes**2)
-    confusion = confusion.reshape(n_classes, n_classes)
-    hits = np.diagonal(confusion)
-    with_label, with_prediction = confusion.sum(axis=1), confusion.sum(axis=0)
-    correct = int(hits.sum())
-    accuracy = 100.0 * correct / total
-    present = with_label > 0
-    # F1 = 2 TP / (2 TP + FP + FN), and the denominator is (images of the class) + (images called that).
-    f1 = 2.0 * hits[present] / (with_label + with_prediction)[present]
+    confusion = confusion_matrix(labels, predictions, labels=np.arange(n_classes))
+    hits, images = confusion.diagonal().tolist(), confusion.sum(axis=1).tolist()
+    accuracy = 100.0 * sum(hits) / total
+    f1 = f1_score(labels, predictions, labels=np.unique(labels), average="macro", zero_division=0)
     return Metrics(
         total=total,
-        correct=correct,
+        correct=sum(hits),
         accuracy=accuracy,
         error=100.0 - accuracy,
-        macro_f1=100.0 * float(f1.mean()),
+        macro_f1=100.0 * float(f1),
         per_class_accuracy=tuple(
-            100.0 * float(hit) / int(count) if count else None
-            for hit, count in zip(hits, with_label, strict=True)
+            100.0 * hit / count if count else None for hit, count in zip(hits, images, strict=True)
         ),
-        confusion=tuple(tuple(int(cell) for cell in row) for row in confusion),
+        confusion=tuple(map(tuple, confusion.tolist())),
     )
 
 

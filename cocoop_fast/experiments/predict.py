@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from cocoop_fast.clip.load import LoadedClip, load_clip
+from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.data.images import ImageError, open_rgb
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
-from cocoop_fast.methods import build_model
+from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.methods.base import PromptClassifier
 from cocoop_fast.runs.checkpoint import load_parameters
 from cocoop_fast.runs.directory import read_run
@@ -53,17 +53,11 @@ class Predictor:
             UserError: no run there, damaged files, or class names that cannot be used.
         """
         config, newest = read_run(run_dir)
-        clip = load_clip(replace(config.model, device=device or config.model.device))
-        names = list(newest.classnames if classnames is None else classnames)
-        model = build_model(
-            config.prompt,
-            names,
-            clip,
-            backend=config.model.backend,
-            memory_budget=config.model.memory_budget,
-        )
+        config = replace(config, model=replace(config.model, device=device or config.model.device))
+        names, shared = newest.classnames if classnames is None else classnames, Shared()
+        model = shared.model(config, names)
         load_parameters(model, newest.parameters, str(run_dir))
-        return cls(model, clip, names, config.eval_batch_size)
+        return cls(model, shared.clip(config.model), names, config.eval_batch_size)
 
     @torch.no_grad()
     def predict(self, images: Sequence[Path | str | Image], topk: int = 5) -> list[list[tuple[str, float]]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import cache, lru_cache
 
-from cocoop_fast.clip.load import LoadedClip, load_clip
-from cocoop_fast.config import DataConfig, ModelConfig
+from cocoop_fast.clip.load import LoadedClip, load_clip, resolve_device, resolve_precision
+from cocoop_fast.config import DataConfig, ModelConfig, RunConfig
 from cocoop_fast.data import Dataset, load_dataset
 from cocoop_fast.evaluation.feature_cache import FeatureCache
+from cocoop_fast.methods import build_model
+from cocoop_fast.methods.base import PromptedCLIP
 
 _DATASETS_KEPT = 2  # ImageNet's training list alone takes a few hundred megabytes
 
@@ -19,39 +21,45 @@ class Shared:
     A CLIP can be shared because it is frozen, and image features because they do not depend on what is learned.
 
     Args:
-        features: where features of test images are kept.
+        features: where features of test images are kept, of all classes together; ``None``: nowhere.
     """
 
-    def __init__(self, features: FeatureCache) -> None:
+    def __init__(self, features: FeatureCache | None = None) -> None:
         self.features = features
-        self._clips: dict[ModelConfig, LoadedClip] = {}
-        self._datasets: OrderedDict[DataConfig, Dataset] = OrderedDict()
-        self._test_sets: dict[DataConfig, Dataset] = {}
+        self._load_clip = cache(load_clip)
+        self._load_dataset = lru_cache(_DATASETS_KEPT)(load_dataset)
+        self._load_test_set = cache(lambda data: self._load_dataset(data).with_splits(train=(), val=()))
 
     def clip(self, config: ModelConfig) -> LoadedClip:
         """As :func:`cocoop_fast.clip.load.load_clip`."""
-        if config not in self._clips:
-            self._clips[config] = load_clip(config)
-        return self._clips[config]
+        device = resolve_device(config.device)
+        precision = resolve_precision(config.precision, device)
+        return self._load_clip(ModelConfig(config.name, config.pretrained, precision, device=str(device)))
+
+    def model(self, config: RunConfig, classnames: Sequence[str]) -> PromptedCLIP:
+        """The model of a configuration over K class names, ready to train. Its CLIP is shared.
+
+        Raises:
+            UserError: as :func:`cocoop_fast.methods.build_model` and :meth:`clip`.
+        """
+        return build_model(
+            config.prompt,
+            list(classnames),
+            self.clip(config.model),
+            backend=config.model.backend,
+            memory_budget=config.model.memory_budget,
+            prune_mass=config.optim.prune_mass,
+        )
 
     def dataset(self, config: DataConfig) -> Dataset:
         """As :func:`cocoop_fast.data.load_dataset`; the last two are kept."""
-        key = _identity(config)
-        if key not in self._datasets:
-            while len(self._datasets) >= _DATASETS_KEPT:
-                self._datasets.popitem(last=False)
-            self._datasets[key] = load_dataset(config)
-        self._datasets.move_to_end(key)
-        return self._datasets[key]
+        return self._load_dataset(_list_of(config))
 
     def test_set(self, config: DataConfig) -> Dataset:
         """The same without training and validation images; all of them are kept."""
-        key = _identity(config)
-        if key not in self._test_sets:
-            self._test_sets[key] = self.dataset(config).with_splits(train=(), val=())
-        return self._test_sets[key]
+        return self._load_test_set(_list_of(config))
 
 
-def _identity(config: DataConfig) -> DataConfig:
-    """Equal for configurations that list the same images."""
-    return replace(config, shots=0, few_shot=None, subset="all", workers=0)
+def _list_of(config: DataConfig) -> DataConfig:
+    """What decides which images a data set has; equal for configurations that have the same ones."""
+    return DataConfig(name=config.name, root=config.root)

@@ -7,8 +7,8 @@ content itself lies inside: what is torn or altered is noticed, said, and made a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cocoop_fast.files.atomic import write_atomically
+from cocoop_fast.files.lock import locked
 
 Tensors = Mapping[str, Tensor]
 
@@ -67,7 +68,7 @@ class TensorFiles:
             return found
         path = self._path(name, key)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             found = self.find(name, key)  # another process may have made it in the meantime
             if found is None:
                 found = make()
@@ -95,16 +96,3 @@ def _content_digest(tensors: Tensors) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait until no other process makes the same file. The lock goes with the process, even a killed one."""
-    with open(path, "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # Windows, and file systems without locks: the work is done twice
-            pass
-        yield

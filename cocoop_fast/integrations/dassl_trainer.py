@@ -18,7 +18,7 @@ from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.runs.reference_checkpoint import token_buffers
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
-from cocoop_fast.training.step import LossAndGradients, Step
+from cocoop_fast.training.step import Step, loss_and_gradients
 from cocoop_fast.training.step_graph import RecordedSteps
 
 
@@ -75,7 +75,7 @@ class FastTrainer:
 
         self._parameters = list(learner.parameters())
         self.scaler = LossScaler(self.device, enabled=needs_loss_scaling(self.precision, True, self.device))
-        self._step: Step = LossAndGradients(self.model, self._parameters, self.precision, self.scaler)
+        self._step: Step = loss_and_gradients(self.model, self._parameters, self.precision, self.scaler)
         if self.device.type == "cuda":
             self._step = RecordedSteps(self._step, print)
             if torch.cuda.device_count() > 1:

@@ -28,7 +28,7 @@ from cocoop_fast.ops.table import BACKENDS
 from cocoop_fast.reference import DensePromptedCLIP, encode_prompts, place_contexts
 from cocoop_fast.training.optimizer import build_optimizer
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
-from cocoop_fast.training.step import LossAndGradients
+from cocoop_fast.training.step import Step, loss_and_gradients
 
 DTYPES = {"fp64": torch.float64, **devices.DTYPES}
 
@@ -290,11 +290,11 @@ def _compute(
 
 def _step_of(
     model: Any, parameters: list[Tensor], precision: str, device: torch.device
-) -> tuple[LossAndGradients, LossScaler]:
+) -> tuple[Step, LossScaler]:
     """What a run computes gradients with."""
     scaled = needs_loss_scaling(precision, parameters[0].dtype != model.dtype, device)
     scaler = LossScaler(device, enabled=scaled)
-    return LossAndGradients(model, parameters, precision, scaler), scaler
+    return loss_and_gradients(model, parameters, precision, scaler), scaler
 
 
 def _errors(results: _Results, truth: _Results) -> Errors:

@@ -51,8 +51,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         UserError: the file cannot be written (no space, no permission).
     """
     path = folder / f"step-{checkpoint.step:010d}.pt"
-    content = {"format": _MAGIC, "version": _VERSION}
-    content |= {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    content = {"format": _MAGIC, "version": _VERSION, **vars(checkpoint)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: torch.save(content, file))
@@ -78,17 +77,15 @@ def load(path: Path) -> Checkpoint:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"The checkpoint {path} is damaged (in {damaged}); {advice}.", exit_status=1)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"The checkpoint {path} does not exist.", exit_status=1) from error
     except Exception as error:  # zip, pickle and torch each raise their own on a file that is not theirs
         raise UserError(
             f"The checkpoint {path} is damaged or not a checkpoint; {advice}.", exit_status=1
         ) from error
+    if damaged:
+        raise UserError(f"The checkpoint {path} is damaged (in {damaged}); {advice}.", exit_status=1)
     if not isinstance(content, dict) or content.get("format") != _MAGIC:
         raise UserError(f"{path} is not a checkpoint of cocoop_fast; {advice}.", exit_status=1)
     if content.get("version") != _VERSION:
@@ -113,19 +110,18 @@ def load_newest(folder: Path, on_message: Callable[[str], None] | None = None) -
     Raises:
         UserError: there are files, and none can be read.
     """
-    files = _files(folder)
-    first_error: UserError | None = None
-    for path in reversed(files):
+    errors: list[UserError] = []
+    for path in reversed(_files(folder)):
         try:
             checkpoint = load(path)
         except UserError as error:
-            first_error = first_error or error
+            errors.append(error)
             continue
-        if first_error is not None and on_message is not None:
-            on_message(f"{first_error} Using {path.name} instead.")
+        if errors and on_message is not None:
+            on_message(f"{errors[0]} Using {path.name} instead.")
         return checkpoint
-    if first_error is not None:
-        raise first_error
+    if errors:
+        raise errors[0]
     return None
 
 

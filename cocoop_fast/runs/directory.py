@@ -16,15 +16,16 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
+from filelock import Timeout
 
-from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml, to_mapping
+from cocoop_fast.config import ResolvedConfig, flatten, load_yaml, resolved_from_mapping, to_mapping
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import write_atomically, write_json
+from cocoop_fast.files.lock import locked
 from cocoop_fast.runs import checkpoint
 from cocoop_fast.runs.checkpoint import Checkpoint
 
@@ -39,27 +40,15 @@ _OWN = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
 class RunDirectory:
-    """An opened run directory."""
+    """The places in a run directory."""
 
-    path: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def few_shot(self) -> Path:
-        return self.path / "few_shot"
-
-    @property
-    def views(self) -> Path:
-        return self.path / "views"
-
-    @property
-    def prompt_learner(self) -> Path:
-        return self.path / "prompt_learner"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.few_shot = path / "few_shot"
+        self.views = path / "views"
+        self.prompt_learner = path / "prompt_learner"
 
     def results(self) -> dict[str, Any] | None:
         """What ``results.json`` holds; ``None`` if the run is not finished (or the file is damaged)."""
@@ -74,11 +63,11 @@ class RunDirectory:
 
 
 @contextmanager
-def open_run(config: RunConfig, *, overwrite: bool = False) -> Iterator[RunDirectory]:
-    """Create the directory of a resolved configuration, or open it again, for this process alone.
+def open_run(config: ResolvedConfig, *, overwrite: bool = False) -> Iterator[RunDirectory]:
+    """Create the directory of a configuration, or open it again, for this process alone.
 
     Args:
-        config: ``output_dir`` is set.
+        config: of the run; its ``output_dir`` is the directory.
         overwrite: discard the run that is there.
 
     Raises:
@@ -86,16 +75,18 @@ def open_run(config: RunConfig, *, overwrite: bool = False) -> Iterator[RunDirec
             written.
     """
     path = config.output_dir
-    if path is None:
-        raise ValueError("`config.output_dir` must be resolved first")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with open(path / ".lock", "w") as lock:
-            _lock(lock, path)
+        with locked(path / ".lock", wait=False):
             if overwrite:
                 _discard(path)
             _claim(path, to_mapping(config))
             yield RunDirectory(path)
+    except Timeout as error:
+        raise UserError(
+            f"Another process is running in {path}; wait for it, or choose another output directory.",
+            exit_status=1,
+        ) from error
     except OSError as error:
         if not isinstance(error.filename, str) or not error.filename.startswith(str(path)):
             raise
@@ -104,7 +95,7 @@ def open_run(config: RunConfig, *, overwrite: bool = False) -> Iterator[RunDirec
         ) from error
 
 
-def read_run(path: Path) -> tuple[RunConfig, Checkpoint]:
+def read_run(path: Path) -> tuple[ResolvedConfig, Checkpoint]:
     """The configuration of a run and its newest checkpoint.
 
     Raises:
@@ -114,7 +105,7 @@ def read_run(path: Path) -> tuple[RunConfig, Checkpoint]:
         raise UserError(
             f"{path} is not a run directory (it has no config.yaml); pass the output of a training run."
         )
-    config = from_mapping(load_yaml(path / "config.yaml"), where=str(path / "config.yaml"))
+    config = resolved_from_mapping(load_yaml(path / "config.yaml"), where=str(path / "config.yaml"))
     found = checkpoint.load_newest(path / "checkpoints")
     if found is None:
         raise UserError(
@@ -167,21 +158,3 @@ def _discard(path: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
-
-
-def _lock(file: IO[str], path: Path) -> None:
-    """Refuse a second process. The lock goes with the process, even a killed one."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs in one directory are the user's to avoid
-        return
-    try:
-        # A record lock, which forked children do not share: processes that read images may outlive ours by seconds.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # POSIX allows either
-        raise UserError(
-            f"Another process is running in {path}; wait for it, or choose another output directory.",
-            exit_status=1,
-        ) from error
-    except OSError:  # some network file systems have no locks
-        return

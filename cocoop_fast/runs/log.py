@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cocoop_fast.evaluation.metrics import Metrics
-from cocoop_fast.training.memory import peak_memory
-from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Observer, RunInfo, StepInfo
+from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Means, Observer, RunInfo, StepInfo
 
 
 class RunLog(Observer):
@@ -41,7 +43,7 @@ class RunLog(Observer):
         self._trained_on = trained_on
         self._next_rate = next_rate
         self._device = "cpu"
-        self._means = _Means()
+        self._means = Means()
         _end_torn_line(folder / "metrics.jsonl")
         _end_torn_line(folder / "log.txt")
 
@@ -68,13 +70,13 @@ class RunLog(Observer):
         )
 
     def on_epoch_start(self, epoch: int, epochs: int, first_batch: int, batches: int) -> None:
-        self._means = _Means()
+        self._means = Means()
 
     def on_step(self, info: StepInfo) -> None:
-        mean = self._means.add(time=info.seconds, data=info.data_seconds, loss=info.loss, acc=info.accuracy)
+        self._means.add(time=info.seconds, data=info.data_seconds, loss=info.loss, acc=info.accuracy)
         if info.batch % self._print_freq and info.batches >= self._print_freq:
             return
-        lr = info.lr
+        lr, mean = info.lr, self._means.now()
         if self._next_rate is not None and info.batch == info.batches:
             lr = self._next_rate(info.epoch + 1)
         self._text(
@@ -92,7 +94,7 @@ class RunLog(Observer):
         self._text("Finish training")
         self._text("Finished training")
         self._text(f"Elapsed: {timedelta(seconds=round(seconds))}")
-        self._record("trained", seconds=seconds, peak_memory=peak_memory(self._device))
+        self._record("trained", seconds=seconds, peak_memory=_peak_memory(self._device))
 
     def on_evaluation_end(self, info: EvaluationInfo) -> None:
         folder = self._folder
@@ -122,18 +124,16 @@ def evaluation_text(metrics: Metrics) -> str:
     )
 
 
-class _Means:
-    """Running means over an epoch."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._count = 0
-
-    def add(self, **values: float) -> dict[str, float]:
-        self._count += 1
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        return {name: total / self._count for name, total in self._sums.items()}
+def _peak_memory(device: str) -> int | None:
+    """Bytes at the peak of this process so far: tensors on a GPU, resident memory otherwise; ``None`` if not known."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else 1024 * size
 
 
 def _append(path: Path, text: str) -> None:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar
 
 from cocoop_fast.clip.load import resolve_device, resolve_precision
-from cocoop_fast.config import Method, OptimConfig, Precision, PromptConfig, RunConfig
+from cocoop_fast.config import (
+    DataConfig,
+    Method,
+    OptimConfig,
+    PromptConfig,
+    ResolvedAugment,
+    ResolvedConfig,
+    ResolvedOptim,
+    ResolvedPrompt,
+    RunConfig,
+)
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.errors import UserError
 
 _BATCH_SIZE: dict[Method, int] = {"cocoop": 1, "coop": 32, "meta-nets": 1, "zeroshot": 1, "linear-probe": 1}
 _WITHOUT_EPOCHS: frozenset[Method] = frozenset(["zeroshot", "linear-probe"])
 
+T = TypeVar("T")
 
-def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
+
+def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
     """A configuration in which no ``None`` and no "auto" decides what is computed.
 
     CoCoOp: batches of 1, 10 epochs. CoOp: batches of 32, and 200 epochs for 8 and 16 shots, 100 for 2 and 4,
@@ -31,54 +43,66 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     Raises:
         UserError: bounds of the crop in the wrong order, or a device that is not there.
     """
-    method, optim = config.prompt.method, config.optim
-    epochs = optim.epochs if optim.epochs is not None else _epochs(method, config.data.shots, dataset.name)
-    batch_size = optim.batch_size if optim.batch_size is not None else _BATCH_SIZE[method]
-    scale, flip = config.augment.crop_scale, config.augment.flip
+    method, model, augment, optim = config.prompt.method, config.model, config.augment, config.optim
+    scale = augment.crop_scale
     if scale is not None and scale[0] > scale[1]:
         raise UserError(f"augment.crop_scale is {scale[0]:g} to {scale[1]:g}; give the smaller share first.")
-    return replace(
+    if method in _WITHOUT_EPOCHS:
+        epochs = 0
+    else:
+        epochs = _given(optim.epochs, _epochs(method, config.data.shots, dataset.name))
+    # Seeds lie side by side, as the reference's result parser expects them.
+    own_place = Path("output") / config.data.name / method / f"seed{config.seed}"
+    return _as(
+        ResolvedConfig,
         config,
-        model=replace(
-            config.model,
-            precision=cast(
-                Precision, resolve_precision(config.model.precision, resolve_device(config.model.device))
-            ),
+        model=replace(model, precision=resolve_precision(model.precision, resolve_device(model.device))),
+        prompt=_as(
+            ResolvedPrompt,
+            config.prompt,
+            template=_given(config.prompt.template, _template(config.prompt, dataset)),
         ),
-        prompt=replace(config.prompt, template=_template(config.prompt, dataset)),
-        augment=replace(
-            config.augment,
-            crop_scale=scale if scale is not None else dataset.crop_scale,
-            flip=flip if flip is not None else dataset.flip,
+        augment=_as(
+            ResolvedAugment,
+            augment,
+            crop_scale=_given(scale, dataset.crop_scale),
+            flip=_given(augment.flip, dataset.flip),
         ),
-        optim=replace(
+        optim=_as(
+            ResolvedOptim,
             optim,
-            epochs=0 if method in _WITHOUT_EPOCHS else epochs,
-            batch_size=batch_size,
+            epochs=epochs,
+            batch_size=_given(optim.batch_size, _BATCH_SIZE[method]),
             master_weights=optim.master_weights and not config.reference_compat,
         ),
-        output_dir=config.output_dir or default_output_dir(config),
+        output_dir=_given(config.output_dir, own_place),
     )
-
-
-def _template(prompt: PromptConfig, dataset: Dataset) -> str:
-    """The data set's own template; with an ensemble none on ImageNet, for which the ensemble is made."""
-    if prompt.template is not None:
-        return prompt.template
-    return "" if prompt.ensemble != "none" and dataset.name == "imagenet" else dataset.template
-
-
-def default_output_dir(config: RunConfig) -> Path:
-    """output/<data>/<method>/seed<seed>: seeds side by side, as the reference's result parser expects."""
-    return Path("output") / config.data.name / config.prompt.method / f"seed{config.seed}"
 
 
 def with_method(config: RunConfig, method: Method, output_dir: Path) -> RunConfig:
     """The same experiment by another method: that method's own recipe, in a directory of its own."""
-    own_recipe: OptimConfig = replace(config.optim, batch_size=None, epochs=None)
-    return replace(
-        config, prompt=replace(config.prompt, method=method), optim=own_recipe, output_dir=output_dir
-    )
+    prompt = _as(PromptConfig, config.prompt, method=method)
+    optim = _as(OptimConfig, config.optim, batch_size=None, epochs=None)
+    return _as(RunConfig, config, prompt=prompt, optim=optim, output_dir=output_dir)
+
+
+def with_data(config: RunConfig, data: DataConfig, template: str | None) -> RunConfig:
+    """The same on another data set; ``template`` is the prompt of zero-shot CLIP there (``None``: the data set's own)."""
+    return _as(RunConfig, config, data=data, prompt=_as(PromptConfig, config.prompt, template=template))
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _as(kind: type[T], config: object, **values: Any) -> T:
+    """A configuration, or a part of one, as another kind of the same fields, some of them replaced."""
+    return kind(**{**vars(config), **values})
+
+
+def _template(prompt: PromptConfig, dataset: Dataset) -> str:
+    """The data set's own; with an ensemble none on ImageNet, for which the ensemble is made."""
+    return "" if prompt.ensemble != "none" and dataset.name == "imagenet" else dataset.template
 
 
 def _epochs(method: Method, shots: int, dataset: str) -> int:

@@ -87,8 +87,9 @@ def save(
     model: PromptClassifier,
     optim: OptimConfig,
     optimizer: dict[str, Any],
-    accuracy: float | None,
-    epochs: int | None = None,
+    *,
+    epochs: int,
+    accuracy: float | None = None,
 ) -> Path:
     """Write ``folder/model.pth.tar-<epochs>`` and the text file ``checkpoint``, as the reference's trainer does.
 
@@ -99,16 +100,14 @@ def save(
     Args:
         folder: ``<output>/prompt_learner``.
         model: its prompt learner's whole state is written, the token buffers included if it has them.
-        optim: resolved.
+        optim: the recipe.
         optimizer: a torch state dict.
+        epochs: trained so far.
         accuracy: of the last evaluation, in percent.
-        epochs: trained so far; ``None``: all of them.
 
     Returns:
         The checkpoint's path.
     """
-    if epochs is None:
-        epochs = optim.epochs or 0
     content = {
         "state_dict": OrderedDict(
             (name, tensor.detach().cpu()) for name, tensor in model.prompt_learner.state_dict().items()
@@ -146,10 +145,8 @@ def _momentum(optimizer: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor
     if not isinstance(state, dict) or set(state) != set(range(len(parameters))):
         return None
     found = {}
-    for (name, value), own in zip(
-        parameters.items(), (state[i] for i in range(len(parameters))), strict=True
-    ):
-        buffer = own.get("momentum_buffer") if isinstance(own, dict) else None
+    for i, (name, value) in enumerate(parameters.items()):
+        buffer = state[i].get("momentum_buffer") if isinstance(state[i], dict) else None
         if not isinstance(buffer, Tensor) or buffer.shape != value.shape:
             return None
         found[name] = buffer

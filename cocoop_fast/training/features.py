@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -62,6 +62,7 @@ class ImageFeatures:
         precision: "amp" encodes under autocast.
         device: the model's.
         groups_ahead: groups that are read before the first one is used up; 0: all in the caller's thread and stream.
+        thread: whether a thread reads ahead; ``None``: as the device wants it.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ImageFeatures:
         device: torch.device,
         *,
         groups_ahead: int,
+        thread: bool | None = None,
     ) -> None:
         self._model = model
         self._batches = batches
@@ -80,6 +82,7 @@ class ImageFeatures:
         self._group_size = max(1, IMAGES_AT_ONCE // batches.batch_size)
         self._ahead = groups_ahead * self._group_size
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = groups_ahead > 0 and (self._stream is None if thread is None else thread)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[EncodedBatch]:
         """The batches of a 1-based epoch from ``first_batch`` on.
@@ -90,33 +93,21 @@ class ImageFeatures:
         if self._stream is not None:  # what the encoder reads may have been written on the caller's stream
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         first_of_group = first_batch - first_batch % self._group_size
-        batches = self._batches.epoch(epoch, first_of_group)
-        if self._stream is None and self._ahead:
-            return self._read_ahead(batches, first_of_group, first_batch)
-        return self._encoded(batches, first_of_group, first_batch, self._ahead)
-
-    def _read_ahead(
-        self, batches: Generator[Batch, None, None], first_of_group: int, first_batch: int
-    ) -> Generator[EncodedBatch, None, None]:
-        # The thread ends here, however the epoch does.
-        with closing(in_background(batches, self._ahead)) as read:
-            yield from self._encoded(read, first_of_group, first_batch, 0)
-
-    def _encoded(
-        self, batches: Iterator[Batch], first_of_group: int, first_batch: int, ahead: int
-    ) -> Generator[EncodedBatch, None, None]:
+        batches, ahead = self._batches.epoch(epoch, first_of_group), self._ahead
+        if self._thread:
+            batches, ahead = in_background(batches, ahead), 0
         group: list[Batch] = []
         ready: deque[_Ready] = deque()
-        for number, batch in enumerate(batches, first_of_group):
-            group.append(batch)
-            if len(group) == self._group_size or number + 1 == len(self._batches):
-                skip = max(0, first_batch - (number + 1 - len(group)))
-                ready.extend(self._encode(group)[skip:])
-                group = []
-            while ready and len(ready) + len(group) > ahead:
-                yield self._hand_over(ready.popleft())
-        while ready:
-            yield self._hand_over(ready.popleft())
+        with closing(batches):  # reading ahead stops here, also when the epoch ends early
+            for number, batch in enumerate(batches, first_of_group):
+                group.append(batch)
+                last = number + 1 == len(self._batches)
+                if len(group) == self._group_size or last:
+                    skip = max(0, first_batch - (number + 1 - len(group)))
+                    ready.extend(self._encode(group)[skip:])
+                    group = []
+                while ready and (last or len(ready) + len(group) > ahead):
+                    yield self._hand_over(ready.popleft())
 
     def _encode(self, group: list[Batch]) -> list[_Ready]:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cocoop_fast.config import RunConfig
+from cocoop_fast.config import ResolvedConfig
 from cocoop_fast.evaluation.metrics import Metrics
 
 
@@ -13,7 +16,7 @@ from cocoop_fast.evaluation.metrics import Metrics
 class RunInfo:
     """Known once a method's model is built, before its first step."""
 
-    config: RunConfig  # resolved: no None decides anything
+    config: ResolvedConfig
     output_dir: Path
     classnames: tuple[str, ...]  # trained on
     parameters: int  # learned numbers
@@ -25,9 +28,9 @@ class RunInfo:
     first_step: int  # 0, or the number of steps already done by an earlier, interrupted run
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepInfo:
-    """One optimizer step, just done."""
+    """One optimizer step, just done. The trainer fills in what has a default as it becomes known."""
 
     step: int  # 1-based, over the whole run
     total_steps: int
@@ -35,26 +38,26 @@ class StepInfo:
     epochs: int
     batch: int  # 1-based within the epoch
     batches: int
-    loss: float
-    accuracy: float  # of this batch in training mode, percent
-    lr: float
-    seconds: float  # of this step, waiting for data included
-    data_seconds: float  # of which waiting for data
-    images_per_second: float  # mean over the steps this process has done
-    eta_seconds: float
+    loss: float = math.nan
+    accuracy: float = math.nan  # of this batch in training mode, percent
+    lr: float = 0.0
+    seconds: float = 0.0  # of this step, waiting for data included
+    data_seconds: float = 0.0  # of which waiting for data
+    images_per_second: float = 0.0  # mean over the steps this process has done
+    eta_seconds: float = 0.0
     skipped_steps: int = 0  # of the run before this one: float16 overflowed, or on_nonfinite is skip
     classes_kept: int | None = None  # with optim.prune_mass: backward went through them
     share_left_out: float | None = None  # and this share of the gradient's weights was left out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochInfo:
-    """One epoch, just done. Means are over the steps of this epoch that this process did."""
+    """One epoch, just done. Means are over the steps of this epoch that this process did and did not skip."""
 
     epoch: int
     epochs: int
-    loss: float
-    accuracy: float
+    loss: float = 0.0
+    accuracy: float = 0.0
     lr: float
     seconds: float
     images_per_second: float
@@ -113,47 +116,29 @@ class Observers(Observer):
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
+        for name in vars(Observer):
+            if name.startswith("on_"):
+                setattr(self, name, partial(self._tell, name))
 
-    def on_message(self, text: str) -> None:
+    def _tell(self, name: str, *args: Any) -> None:
         for observer in self._observers:
-            observer.on_message(text)
+            getattr(observer, name)(*args)
 
-    def on_run_start(self, info: RunInfo) -> None:
-        for observer in self._observers:
-            observer.on_run_start(info)
 
-    def on_epoch_start(self, epoch: int, epochs: int, first_batch: int, batches: int) -> None:
-        for observer in self._observers:
-            observer.on_epoch_start(epoch, epochs, first_batch, batches)
+class Means:
+    """Running means of named numbers; ``count`` says of how many."""
 
-    def on_step(self, info: StepInfo) -> None:
-        for observer in self._observers:
-            observer.on_step(info)
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: dict[str, float] = {}
 
-    def on_epoch_end(self, info: EpochInfo) -> None:
-        for observer in self._observers:
-            observer.on_epoch_end(info)
+    def add(self, **values: float | None) -> None:
+        """The same names each time; ``None`` is left out."""
+        self.count += 1
+        for name, value in values.items():
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0.0) + value
 
-    def on_checkpoint(self, path: Path) -> None:
-        for observer in self._observers:
-            observer.on_checkpoint(path)
-
-    def on_training_end(self, seconds: float) -> None:
-        for observer in self._observers:
-            observer.on_training_end(seconds)
-
-    def on_evaluation_start(self, method: str, subset: str, images: int) -> None:
-        for observer in self._observers:
-            observer.on_evaluation_start(method, subset, images)
-
-    def on_evaluation_progress(self, images_done: int, images: int) -> None:
-        for observer in self._observers:
-            observer.on_evaluation_progress(images_done, images)
-
-    def on_evaluation_end(self, info: EvaluationInfo) -> None:
-        for observer in self._observers:
-            observer.on_evaluation_end(info)
-
-    def on_run_end(self, output_dir: Path) -> None:
-        for observer in self._observers:
-            observer.on_run_end(output_dir)
+    def now(self) -> dict[str, float]:
+        """The means by name; empty before anything was added."""
+        return {name: total / self.count for name, total in self._sums.items()}

@@ -38,22 +38,22 @@ class LossScaler:
     Args:
         device: of loss and parameters.
         enabled: if not, the scale is 1 and every step is done.
+
+    Attributes:
+        enabled: gradients that are not finite are no fault, but a scale that was too large.
+        skipped: steps of the run: scales that fell, and what the trainer left out.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self._scaler = torch.amp.GradScaler(device.type, enabled=enabled)
         self._one = torch.ones((), device=device)
         self._observed = self._scaler.get_scale()
-        self.skipped = 0  # steps of the run: scales that fell, and what `skip` was told of
+        self.enabled = self._scaler.is_enabled()
+        self.skipped = 0
 
     def scale(self, loss: Tensor) -> Tensor:
         """The scalar loss times the scale, in float32 at least."""
         return self._scaler.scale(loss)
-
-    @property
-    def enabled(self) -> bool:
-        """Whether gradients that are not finite are no fault, but a scale that was too large."""
-        return self._scaler.is_enabled()
 
     def current(self) -> Tensor:
         """The scale as a scalar on the device."""
@@ -80,10 +80,6 @@ class LossScaler:
                 exit_status=1,
             )
 
-    def skip(self) -> None:
-        """Count a step that was left out altogether."""
-        self.skipped += 1
-
     def settle(self) -> None:
         """Count the last step too. Waits for the device."""
         self.observe(self._scaler.get_scale())
@@ -97,6 +93,6 @@ class LossScaler:
         """The inverse of :meth:`state_dict`. The scale of a state of the other kind (enabled or not) is left alone."""
         self.skipped = state.get("skipped", 0)
         scale = {name: value for name, value in state.items() if name != "skipped"}
-        if scale and self._scaler.is_enabled():
+        if scale and self.enabled:
             self._scaler.load_state_dict(scale)
             self._observed = self._scaler.get_scale()

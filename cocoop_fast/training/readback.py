@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -25,7 +24,7 @@ class Readback(Generic[About]):
 
     def __init__(self, lag: int) -> None:
         self.lag = lag
-        self._pending: deque[_Pending[About]] = deque()
+        self._under_way: deque[tuple[About, Tensor, torch.cuda.Event | None]] = deque()
 
     def push(self, values: Tensor, about: About) -> None:
         """Send a tensor on its way. It may be overwritten afterwards, in stream order.
@@ -37,32 +36,22 @@ class Readback(Generic[About]):
         on_gpu = values.device.type == "cuda"
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu)
         host.copy_(values, non_blocking=True)
-        arrived = None
-        if on_gpu:
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(values.device))
-        self._pending.append(_Pending(about, host, arrived))
+        arrived = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
+        self._under_way.append((about, host, arrived))
 
     def due(self) -> list[tuple[About, list[float]]]:
         """Those that the lag makes readable, oldest first; each is returned once."""
-        return self._take(self.lag)
+        return self._take(len(self._under_way) - self.lag)
 
     def rest(self) -> list[tuple[About, list[float]]]:
         """All that are still under way, oldest first. Waits for the device."""
-        return self._take(0)
+        return self._take(len(self._under_way))
 
-    def _take(self, keep: int) -> list[tuple[About, list[float]]]:
+    def _take(self, count: int) -> list[tuple[About, list[float]]]:
         taken = []
-        while len(self._pending) > keep:
-            one = self._pending.popleft()
-            if one.arrived is not None:
-                one.arrived.synchronize()
-            taken.append((one.about, one.host.tolist()))
+        for _ in range(count):
+            about, host, arrived = self._under_way.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            taken.append((about, host.tolist()))
         return taken
-
-
-@dataclass(frozen=True)
-class _Pending(Generic[About]):
-    about: About
-    host: Tensor
-    arrived: torch.cuda.Event | None

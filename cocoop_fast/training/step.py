@@ -39,8 +39,10 @@ class HasLoss(Protocol):
         """(B, E) and (B,) to the scalar loss and the logits (B, K), detached."""
 
 
-class LossAndGradients:
-    """Forward and backward pass of a model: a :data:`Step`.
+def loss_and_gradients(
+    model: HasLoss, parameters: Sequence[Tensor], precision: str, scaler: LossScaler
+) -> Step:
+    """Forward and backward pass of a model.
 
     Args:
         model: ``loss_and_logits`` is differentiated.
@@ -49,22 +51,10 @@ class LossAndGradients:
         scaler: its scale is read on the device.
     """
 
-    def __init__(
-        self,
-        model: HasLoss,
-        parameters: Sequence[Tensor],
-        precision: str,
-        scaler: LossScaler,
-    ) -> None:
-        self._model = model
-        self._parameters = tuple(parameters)
-        self._precision = precision
-        self._scaler = scaler
-
-    def __call__(self, features: Tensor, label: Tensor) -> StepResult:
-        with autocast(self._precision, features.device):
-            loss, logits = self._model.loss_and_logits(features, label)
-        gradients = torch.autograd.grad(self._scaler.scale(loss), self._parameters, allow_unused=True)
+    def step(features: Tensor, label: Tensor) -> StepResult:
+        with autocast(precision, features.device):
+            loss, logits = model.loss_and_logits(features, label)
+        gradients = torch.autograd.grad(scaler.scale(loss), parameters, allow_unused=True)
         # Scaler and optimizer write into them: autograd may hand out expanded tensors, or one for two parameters.
         own = tuple(
             None if one is None else one.clone(memory_format=torch.contiguous_format) for one in gradients
@@ -72,29 +62,25 @@ class LossAndGradients:
         correct = (logits.argmax(dim=1) == label).sum()
         wide = torch.promote_types(loss.dtype, torch.float32)
         largest = torch.cat([one.flatten() for one in own if one is not None]).abs().max()
-        told = (loss, correct, self._scaler.current(), largest)
+        told = (loss, correct, scaler.current(), largest)
         report = torch.stack([value.detach().to(wide) for value in told])
-        return StepResult(report, own, getattr(self._model, "pruned", None))
+        return StepResult(report, own, getattr(model, "pruned", None))
+
+    return step
 
 
-class RepeatedTogether:
-    """A :data:`Step` that fails on all ranks of a group if memory does not suffice on one: all have to repeat it.
+def repeated_together(step: Step, group: Group) -> Step:
+    """A step that fails on all ranks of a group if memory does not suffice on one: all have to repeat it.
 
     Args:
         step: of a part of the classes.
         group: those that share them.
     """
-
-    def __init__(self, step: Step, group: Group) -> None:
-        self._step = step
-        self._group = group
-
-    def __call__(self, features: Tensor, label: Tensor) -> StepResult:
-        return self._group.all_or_none(lambda: self._step(features, label))
+    return lambda features, label: group.all_or_none(lambda: step(features, label))
 
 
-class SummedOverRanks:
-    """A :data:`Step` of all ranks together, each doing its part of the images and of the classes.
+def summed_over_ranks(step: Step, ranks: Ranks) -> Step:
+    """A step of all ranks together, each doing its part of the images and of the classes.
 
     Every rank gets the result of the whole, with the same bits.
 
@@ -102,20 +88,16 @@ class SummedOverRanks:
         step: this rank's part: the mean loss of its images, and its gradient through its classes.
         ranks: in their grid.
     """
+    everyone, rows = ranks.everyone.size, ranks.images.size
 
-    def __init__(self, step: Step, ranks: Ranks) -> None:
-        self._step = step
-        self._ranks = ranks
-
-    def __call__(self, features: Tensor, label: Tensor) -> StepResult:
-        own = self._step(features, label)
+    def whole(features: Tensor, label: Tensor) -> StepResult:
+        own = step(features, label)
         there = [one for one in own.gradients if one is not None]
         pruned = own.report.new_tensor(astuple(own.pruned) if own.pruned else ())
         parts = (own.report[:2], pruned, *there)
-        sums = self._ranks.everyone.sum(torch.cat([part.flatten().to(own.report.dtype) for part in parts]))
+        sums = ranks.everyone.sum(torch.cat([part.flatten().to(own.report.dtype) for part in parts]))
         told, left_out, *summed = sums.split([part.numel() for part in parts])
 
-        everyone, rows = self._ranks.everyone.size, self._ranks.images.size
         gradients = iter(
             [(one / rows).to(part.dtype).view_as(part) for one, part in zip(summed, there, strict=True)]
         )
@@ -127,3 +109,5 @@ class SummedOverRanks:
             tuple(None if one is None else next(gradients) for one in own.gradients),
             Pruned(round(kept), share) if own.pruned else None,
         )
+
+    return whole

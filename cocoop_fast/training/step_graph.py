@@ -32,7 +32,7 @@ def record_cuda_graph(work: Callable[[], StepResult]) -> tuple[StepResult, Calla
 
     Returns:
         Its result, whose memory has no content yet, and a function that fills it by running the launches again
-        with whatever the inputs' memory then holds.
+        with what the inputs' memory then holds.
     """
     graph = torch.cuda.CUDAGraph()
     # "thread_local": a data loader may pin memory in another thread meanwhile, which is no business of the graph.
@@ -65,39 +65,31 @@ class RecordedSteps:
 
     def __call__(self, features: Tensor, label: Tensor) -> StepResult:
         shape = (features.shape, features.dtype, label.shape)
+        self._seen[shape] += 1
+        if self._seen[shape] > WARM_UP_STEPS and not self._given_up and shape not in self._recordings:
+            self._make(shape, features.clone(), label.clone())
         recording = self._recordings.get(shape)
         if recording is None:
-            if self._given_up or self._seen[shape] < WARM_UP_STEPS:
-                self._seen[shape] += 1
-                return self._step(features, label)
-            recording = self._make(shape, features, label)
-            if recording is None:
-                return self._step(features, label)
+            return self._step(features, label)
         recording.features.copy_(features)
         recording.label.copy_(label)
         recording.replay()
         return recording.result
 
-    def _make(self, shape: Hashable, features: Tensor, label: Tensor) -> _Recording | None:
-        """Record a step of this shape; ``None``, with the reason told, if that cannot be done."""
-        if len(self._recordings) == MOST_GRAPHS:
-            self._give_up(f"there are graphs of {MOST_GRAPHS} batch sizes already")
-            return None
-        features, label = features.clone(), label.clone()
+    def _make(self, shape: Hashable, features: Tensor, label: Tensor) -> None:
+        """Record a step of this shape in the inputs' memory, or give up recording and tell why."""
         try:
+            if len(self._recordings) == MOST_GRAPHS:
+                raise RuntimeError(f"there are graphs of {MOST_GRAPHS} batch sizes already")
             result, replay = self._record(lambda: self._step(features, label))
-        except RuntimeError as error:  # whatever an operation or the driver has against being recorded
-            self._give_up((str(error).strip().splitlines() or [type(error).__name__])[0])
-            return None
-        self._recordings[shape] = _Recording(features, label, result, replay)
-        return self._recordings[shape]
-
-    def _give_up(self, reason: str) -> None:
-        self._given_up = True
-        self._on_message(
-            f"Steps are not recorded as CUDA graphs from here on ({reason}); the result is the same, "
-            "but small steps may be slower."
-        )
+            self._recordings[shape] = _Recording(features, label, result, replay)
+        except RuntimeError as error:  # from an operation or the driver: not everything can be recorded
+            self._given_up = True
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self._on_message(
+                f"Steps are not recorded as CUDA graphs from here on ({reason}); the result is the same, "
+                "but small steps may be slower."
+            )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from cocoop_fast.distributed.ranks import Ranks
@@ -35,9 +35,7 @@ class StopSignals:
             self._previous[one] = previous
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
     def agree(self, ranks: Ranks) -> None:

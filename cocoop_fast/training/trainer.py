@@ -7,29 +7,34 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass
 from functools import partial
-from statistics import fmean
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cocoop_fast.config import OptimConfig
-from cocoop_fast.data.batches import Batch, TrainBatches
+from cocoop_fast.config import ResolvedOptim
+from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.distributed.class_shards import share_classes
 from cocoop_fast.distributed.ranks import ALONE, Ranks
-from cocoop_fast.engine.pruning import Pruned
 from cocoop_fast.errors import UserError, is_out_of_memory
 from cocoop_fast.methods.base import PromptClassifier
 from cocoop_fast.training.features import EncodedBatch, FeatureSource, ImageFeatures
-from cocoop_fast.training.observer import EpochInfo, Observer, StepInfo
+from cocoop_fast.training.observer import EpochInfo, Means, Observer, StepInfo
 from cocoop_fast.training.optimizer import build_optimizer
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
 from cocoop_fast.training.readback import Readback
 from cocoop_fast.training.schedule import learning_rate
-from cocoop_fast.training.step import LossAndGradients, RepeatedTogether, Step, StepResult, SummedOverRanks
-from cocoop_fast.training.step_graph import RecordedSteps
+from cocoop_fast.training.step import (
+    Step,
+    StepResult,
+    loss_and_gradients,
+    repeated_together,
+    summed_over_ranks,
+)
+from cocoop_fast.training.step_graph import Record, RecordedSteps, record_cuda_graph
 from cocoop_fast.training.stop_signals import StopSignals
 
 # On a GPU the host launches steps without waiting for them. So many may be under way before it reads the loss of the
@@ -48,6 +53,21 @@ class Position(NamedTuple):
     batch: int = 0
 
 
+@dataclass(frozen=True)
+class Launching:
+    """How steps go to a device, and how far the host is ahead of it; by default not at all, as on a CPU.
+
+    Args:
+        fused: one kernel updates all parameters, and skips an overflow without asking the host.
+        record: records steps, to be replayed; ``None``: each is launched anew.
+        under_way: steps that may be launched before the report of the oldest is read.
+    """
+
+    fused: bool = False
+    record: Record | None = None
+    under_way: int = 0
+
+
 class Trainer:
     """Trains the prompt learner of a model; works for any model of the interface below.
 
@@ -58,30 +78,38 @@ class Trainer:
     loss is read some steps later. On a CPU, and where steps may have to be skipped, each step is over before the next
     begins.
 
-    A step that runs out of memory is repeated in smaller pieces. What else may befall a run is in docs/robustness.md.
+    A step that runs out of memory is repeated in smaller pieces. Other failures are described in docs/robustness.md.
 
     Args:
         model: on its device, already in its precision.
         batches: what to train on.
-        optim: resolved; ``epochs`` is set.
+        optim: the recipe.
         precision: fp32, fp16, bf16 or amp. fp16 (and amp on a GPU) scale the loss.
         cuda_graph: whether a GPU replays recorded steps.
         observer: is told about each step, in their order.
         ranks: in their grid; the batches have this rank's share of the images.
         features: of the batches; ``None``: see :class:`ImageFeatures`.
+        launching: ``None``: as the device wants it.
+
+    Attributes:
+        features, optimizer, scaler: what it is made of.
+        position: the next step's.
+        rate: the learning rate of a 1-based epoch.
+        seconds: spent training, earlier processes included.
     """
 
     def __init__(
         self,
         model: PromptClassifier,
         batches: TrainBatches,
-        optim: OptimConfig,
+        optim: ResolvedOptim,
         *,
         precision: str = "fp32",
         cuda_graph: bool = True,
         observer: Observer | None = None,
         ranks: Ranks = ALONE,
         features: FeatureSource | None = None,
+        launching: Launching | None = None,
     ) -> None:
         self.model = model
         self.batches = batches
@@ -90,42 +118,42 @@ class Trainer:
         if not optim.master_weights:
             model.prompt_learner.to(model.dtype)
         self._parameters = [p.requires_grad_(True) for p in model.prompt_learner.parameters()]
-        self.device = next(model.parameters()).device
-        on_gpu = self.device.type == "cuda"
-        self.optimizer = build_optimizer(self._parameters, optim, fused=on_gpu)
-        self.scaler = LossScaler(
-            self.device, enabled=needs_loss_scaling(precision, optim.master_weights, self.device)
-        )
-        self._features = features or ImageFeatures(
-            model, batches, precision, self.device, groups_ahead=_GROUPS_AHEAD
+        self.device = device = next(model.parameters()).device
+        if launching is None:
+            on_gpu = Launching(True, record_cuda_graph if cuda_graph else None, _STEPS_UNDER_WAY)
+            launching = on_gpu if device.type == "cuda" else Launching()
+        self.optimizer = build_optimizer(self._parameters, optim, fused=launching.fused)
+        scaled = needs_loss_scaling(precision, optim.master_weights, device)
+        self.scaler = LossScaler(device, enabled=scaled)
+        self.features = features or ImageFeatures(
+            model, batches, precision, device, groups_ahead=_GROUPS_AHEAD
         )
         self._ranks = ranks
         self._shared = share_classes(model, ranks.classes)
-        self._step: Step = LossAndGradients(self._shared, self._parameters, precision, self.scaler)
-        if on_gpu and cuda_graph and self._shared is model:  # what ranks tell each other is not recorded
-            self._step = RecordedSteps(self._step, self.observer.on_message)
+        self._step: Step = loss_and_gradients(self._shared, self._parameters, precision, self.scaler)
+        if launching.record and self._shared is model:  # what ranks tell each other is not recorded
+            self._step = RecordedSteps(self._step, self.observer.on_message, launching.record)
         if ranks.classes.size > 1:
-            self._step = RepeatedTogether(self._step, ranks.classes)
+            self._step = repeated_together(self._step, ranks.classes)
         if ranks.everyone.size > 1:
-            self._step = SummedOverRanks(self._step, ranks)
-        late = on_gpu and optim.on_nonfinite == "stop"
-        self._reports: Readback[_LaunchedStep] = Readback(_STEPS_UNDER_WAY if late else 0)
+            self._step = summed_over_ranks(self._step, ranks)
+        # A step that may have to be skipped is looked at before its parameters change.
+        late = launching.under_way if optim.on_nonfinite == "stop" else 0
+        self._reports: Readback[tuple[StepInfo, Tensor]] = Readback(late)
+        self._images = min(batches.batch_size, len(batches.samples))  # of a step, of all ranks together
+        self._means = Means()  # of the epoch
         self._skipped_in_a_row = 0
         self._short_of_memory = False
         self.position = Position()
-        self.rate: Callable[[int], float] = partial(learning_rate, optim)  # of an epoch
-        self.seconds = 0.0  # spent training, earlier processes included
+        self.rate: Callable[[int], float] = partial(learning_rate, optim)
+        self.seconds = 0.0
 
     @property
     def step(self) -> int:
         """Optimizer steps done, skipped ones included."""
         return (self.position.epoch - 1) * len(self.batches) + self.position.batch
 
-    @property
-    def epochs(self) -> int:
-        return self.optim.epochs or 0
-
-    def fit(self, *, save: Callable[[], None] | None = None, save_every: int = 0) -> None:
+    def fit(self, *, save: Callable[[], None] = lambda: None, save_every: int = 0) -> None:
         """Train from where the run stands to its end.
 
         Args:
@@ -138,17 +166,18 @@ class Trainer:
         Raises:
             UserError: loss or gradient is infinite or not a number, which names the step and its images (on a GPU a
                 few steps more may have been done by then); or parameters are; or float16 gradients always overflow;
-                or an image cannot be read, or memory does not suffice, whatever is tried.
+                or an image cannot be read, or memory does not suffice even for the smallest pieces.
             KeyboardInterrupt: after SIGINT.
             SystemExit: after SIGTERM, with status 0.
         """
         self.model.prompt_learner.train()
-        clock = _Clock(self.seconds, self.step)
+        self._first_step, self._seconds_before = self.step, self.seconds
+        self._started = time.perf_counter()
         # Graphs and kernels go to the current GPU, which need not be the model's.
         gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with gpu, StopSignals() as stop:
-            while self.position.epoch <= self.epochs and stop.agreed is None:
-                self._epoch(clock, save, save_every, stop)
+            while self.position.epoch <= self.optim.epochs and stop.agreed is None:
+                self._epoch(save, save_every, stop)
             if stop.agreed is not None:
                 self.observer.on_message(
                     f"Stopped by {stop.agreed.name} after step {self.step}; the same command goes on from there."
@@ -156,88 +185,81 @@ class Trainer:
         stop.agree(self._ranks)  # a signal since the last step
         stop.raise_received()
 
-    def _epoch(
-        self, clock: _Clock, save: Callable[[], None] | None, save_every: int, stop: StopSignals
-    ) -> None:
+    def _epoch(self, save: Callable[[], None], save_every: int, stop: StopSignals) -> None:
         epoch, first_batch = self.position
-        n_batches = len(self.batches)
+        epochs, n_batches = self.optim.epochs, len(self.batches)
         lr = self.rate(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.observer.on_epoch_start(epoch, self.epochs, first_batch, n_batches)
-        totals = _Totals()
+        self.observer.on_epoch_start(epoch, epochs, first_batch, n_batches)
+        self._means = Means()
 
         def settle_and_save() -> None:
-            self._settle(totals, clock)
-            if save is not None:
-                save()
+            self._settle()
+            save()
 
         epoch_started = mark = time.perf_counter()
-        batches = _until_unreadable(self._features.epoch(epoch, first_batch), settle_and_save)
-        with closing(batches):  # whoever reads ahead ends here, however the epoch does
+        batches = _until_unreadable(self.features.epoch(epoch, first_batch), settle_and_save)
+        with closing(batches):  # reading ahead stops here, also when the epoch ends early
             for encoded in batches:
-                launched = _LaunchedStep(encoded.batch, self.step + 1, epoch, self.position.batch + 1, lr)
-                launched.data_seconds = time.perf_counter() - mark
-                read = self._launch(encoded, launched)
-                last = launched.batch == n_batches
-                self.position = Position(epoch + 1) if last else Position(epoch, launched.batch)
-                self.seconds = clock.total()
-                launched.seconds = time.perf_counter() - mark
+                batch = self.position.batch + 1
+                info = StepInfo(self.step + 1, epochs * n_batches, epoch, epochs, batch, n_batches, lr=lr)
+                info.data_seconds = time.perf_counter() - mark
+                read = self._launch(encoded, info)
+                self.position = Position(epoch + 1) if batch == n_batches else Position(epoch, batch)
+                info.seconds = time.perf_counter() - mark
                 mark = time.perf_counter()
-                for step in read:
-                    self._tell(step, totals, clock)
+                self.seconds = self._seconds_before + mark - self._started
+                self._tell(read)
                 stop.agree(self._ranks)
-                if last:
+                if batch == n_batches:
                     break
                 if stop.agreed is not None:
                     settle_and_save()
                     return
-                if save is not None and save_every and self.step % save_every == 0:
+                if save_every and self.step % save_every == 0:
                     settle_and_save()
-        self._settle(totals, clock)
+        self._settle()
         seconds = time.perf_counter() - epoch_started
         self.observer.on_epoch_end(
             EpochInfo(
                 epoch=epoch,
-                epochs=self.epochs,
-                loss=totals.loss / max(1, totals.steps),  # all may have been skipped
-                accuracy=100.0 * totals.correct / max(1, totals.images),
+                epochs=epochs,
                 lr=lr,
                 seconds=seconds,
-                images_per_second=totals.images / seconds,
-                classes_kept=fmean(p.classes_kept for p in totals.pruned) if totals.pruned else None,
-                share_left_out=fmean(p.share_left_out for p in totals.pruned) if totals.pruned else None,
+                images_per_second=self._means.count * self._images / seconds,
                 skipped_steps=self.scaler.skipped,
+                **self._means.now(),
             )
         )
-        if save is not None:
-            save()
+        save()
 
-    def _launch(self, encoded: EncodedBatch, launched: _LaunchedStep) -> list[_LaunchedStep]:
+    def _launch(self, encoded: EncodedBatch, info: StepInfo) -> list[StepInfo]:
         """Do one step; return those whose results could be read by now, this one if nothing is under way.
 
         They are looked at before the parameters change: without steps under way, a broken loss leaves no trace.
         """
-        if not self._reports.lag:  # otherwise their loss will tell
+        one_by_one = not self._reports.lag
+        if one_by_one:  # otherwise their loss will tell
             broken = ~encoded.features.isfinite().all(dim=1)
             if self._ranks.highest(int(broken.any())):
-                self._refuse("The image features are NaN or infinite", launched, encoded.batch.sample[broken])
+                self._refuse("The image features are NaN or infinite", info, encoded.batch.sample[broken])
                 return []
-        result = self._compute(encoded, launched)
-        launched.pruned = result.pruned
-        self._reports.push(result.report, launched)
-        read = [self._checked(step, *values) for step, values in self._reports.due()]
-        if launched.skipped:
+        result = self._compute(encoded, info)
+        if result.pruned is not None:
+            info.classes_kept, info.share_left_out = astuple(result.pruned)
+        self._reports.push(result.report, (info, encoded.batch.sample))
+        read = self._accepted(self._reports.due())
+        if one_by_one and not read:
             return []
         for parameter, gradient in zip(self._parameters, result.gradients, strict=True):
             parameter.grad = gradient
         self.scaler.step(self.optimizer)
         return read
 
-    def _settle(self, totals: _Totals, clock: _Clock) -> None:
+    def _settle(self) -> None:
         """Wait for all steps under way, and look at their results and what they made of the parameters."""
-        for step, values in self._reports.rest():
-            self._tell(self._checked(step, *values), totals, clock)
+        self._tell(self._accepted(self._reports.rest()))
         self.scaler.settle()
         if not all(parameter.isfinite().all() for parameter in self._parameters):
             raise UserError(
@@ -246,7 +268,7 @@ class Trainer:
                 exit_status=1,
             )
 
-    def _compute(self, encoded: EncodedBatch, launched: _LaunchedStep) -> StepResult:
+    def _compute(self, encoded: EncodedBatch, info: StepInfo) -> StepResult:
         """Loss and gradients, in smaller and smaller pieces while memory does not suffice."""
         while True:
             try:
@@ -254,19 +276,20 @@ class Trainer:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-            self._make_room(launched)  # out here, where nothing refers to the failed step's tensors any more
+            # Out here, where nothing refers to the failed step's tensors any more.
+            self._make_room(info.step, len(encoded.label))
 
-    def _make_room(self, step: _LaunchedStep) -> None:
+    def _make_room(self, step: int, images: int) -> None:
         gc.collect()
         advice = "use a smaller batch size, or give the process more memory"
         lower = getattr(self._shared, "lower_memory", None)
         try:
             if lower is None:
                 raise UserError("nothing here can be computed in pieces")
-            lower(len(step.images.label))
+            lower(images)
         except UserError as error:
             raise UserError(
-                f"The memory is used up at step {step.number}, however small the pieces of a step ({error}); {advice}.",
+                f"The memory is used up at step {step}, however small the pieces of a step ({error}); {advice}.",
                 exit_status=1,
             ) from error
         if self.device.type == "cuda":  # what the engine and the failed step held goes back to the device
@@ -274,36 +297,36 @@ class Trainer:
         if not self._short_of_memory:
             self._short_of_memory = True
             self.observer.on_message(
-                f"The memory was used up at step {step.number}. It is repeated, and steps go on, in smaller pieces, which "
+                f"The memory was used up at step {step}. It is repeated, and steps go on, in smaller pieces, which "
                 "takes longer and changes nothing but rounding."
             )
 
-    def _checked(
-        self, step: _LaunchedStep, loss: float, correct: float, scale: float, gradient: float
-    ) -> _LaunchedStep:
-        if not math.isfinite(loss):
-            self._refuse(f"The loss became {loss}", step)
-            return step
-        if not (math.isfinite(gradient) or self.scaler.enabled):
-            self._refuse(f"The gradient became {gradient}, although the loss is {loss:.4g},", step)
-            return step
-        self._skipped_in_a_row = 0
-        self.scaler.observe(scale)
-        step.loss, step.correct, step.skipped_steps = loss, int(correct), self.scaler.skipped
-        return step
+    def _accepted(self, reports: list[tuple[tuple[StepInfo, Tensor], list[float]]]) -> list[StepInfo]:
+        """Note what steps reported; those whose numbers are not finite are refused."""
+        accepted = []
+        for (info, samples), (loss, correct, scale, gradient) in reports:
+            if not math.isfinite(loss):
+                self._refuse(f"The loss became {loss}", info, samples)
+            elif not (math.isfinite(gradient) or self.scaler.enabled):
+                fault = f"The gradient became {gradient}, although the loss is {loss:.4g},"
+                self._refuse(fault, info, samples)
+            else:
+                self._skipped_in_a_row = 0
+                self.scaler.observe(scale)
+                info.loss, info.accuracy = loss, 100.0 * correct / self._images
+                info.skipped_steps = self.scaler.skipped
+                accepted.append(info)
+        return accepted
 
-    def _refuse(self, fault: str, step: _LaunchedStep, samples: Tensor | None = None) -> None:
+    def _refuse(self, fault: str, info: StepInfo, samples: Tensor) -> None:
         """Skip a step that is not to change the parameters, or end the run, as is configured.
 
         Args:
-            samples: those of the step that are known to be at fault; ``None``: any.
+            samples: of the step, those that may be at fault.
         """
-        own = step.images.sample if samples is None else samples
-        everybodys = dict.fromkeys(
-            i for one in self._ranks.everyone.gather_objects(own.tolist()) for i in one
-        )
-        images = self.batches.describe(torch.tensor([*everybodys]))
-        what = f"{fault} at step {step.number} (epoch {step.epoch}), on {images}"
+        everybodys = self._ranks.everyone.gather_objects(samples.tolist())
+        images = self.batches.describe(torch.tensor([*dict.fromkeys(chain.from_iterable(everybodys))]))
+        what = f"{fault} at step {info.step} (epoch {info.epoch}), on {images}"
         advice = "try a lower learning rate, or precision fp32"
         if self.optim.on_nonfinite == "stop":
             raise UserError(
@@ -315,73 +338,22 @@ class Trainer:
                 f"{what}, and so it was in the {_MOST_SKIPPED_IN_A_ROW - 1} steps before; {advice}.",
                 exit_status=1,
             )
-        step.skipped = True
-        self.scaler.skip()
+        self.scaler.skipped += 1
         self.observer.on_message(f"{what}; the step is skipped.")
 
-    def _tell(self, step: _LaunchedStep, totals: _Totals, clock: _Clock) -> None:
-        images, total_steps = (
-            len(step.images.label) * self._ranks.images.size,
-            self.epochs * len(self.batches),
-        )
-        totals.add(step.loss, step.correct, images, step.pruned)
-        steps_per_second = clock.rate(self.step)
-        self.observer.on_step(
-            StepInfo(
-                step=step.number,
-                total_steps=total_steps,
-                epoch=step.epoch,
-                epochs=self.epochs,
-                batch=step.batch,
-                batches=len(self.batches),
-                loss=step.loss,
-                accuracy=100.0 * step.correct / images,
-                lr=step.lr,
-                seconds=step.seconds,
-                data_seconds=step.data_seconds,
-                images_per_second=steps_per_second * images,
-                eta_seconds=(total_steps - self.step) / steps_per_second,
-                skipped_steps=step.skipped_steps,
-                classes_kept=step.pruned.classes_kept if step.pruned else None,
-                share_left_out=step.pruned.share_left_out if step.pruned else None,
+    def _tell(self, steps: list[StepInfo]) -> None:
+        """Add what is known of steps by now, and tell the observer."""
+        for info in steps:
+            steps_per_second = (self.step - self._first_step) / (time.perf_counter() - self._started)
+            info.images_per_second = steps_per_second * self._images
+            info.eta_seconds = (info.total_steps - self.step) / steps_per_second
+            self._means.add(
+                loss=info.loss,
+                accuracy=info.accuracy,
+                classes_kept=info.classes_kept,
+                share_left_out=info.share_left_out,
             )
-        )
-
-
-@dataclass
-class _LaunchedStep:
-    """What the host knows of a step when it launches it, and what it reads later."""
-
-    images: Batch
-    number: int  # 1-based, over the whole run
-    epoch: int
-    batch: int  # 1-based within the epoch
-    lr: float
-    data_seconds: float = 0.0  # the host waited for data
-    seconds: float = 0.0  # from the step before to this one
-    loss: float = 0.0
-    correct: int = 0
-    skipped_steps: int = 0
-    skipped: bool = False  # this one
-    pruned: Pruned | None = None
-
-
-@dataclass
-class _Totals:
-    """Sums over the steps of an epoch."""
-
-    steps: int = 0
-    loss: float = 0.0
-    correct: int = 0
-    images: int = 0
-    pruned: list[Pruned] = field(default_factory=list)
-
-    def add(self, loss: float, correct: int, images: int, pruned: Pruned | None) -> None:
-        self.steps += 1
-        self.pruned += [] if pruned is None else [pruned]
-        self.loss += loss
-        self.correct += correct
-        self.images += images
+            self.observer.on_step(info)
 
 
 def _until_unreadable(
@@ -393,20 +365,3 @@ def _until_unreadable(
     except UserError:
         rescue()
         raise
-
-
-class _Clock:
-    """Time and steps since this process began to train, on top of those of earlier processes."""
-
-    def __init__(self, seconds_before: float, first_step: int) -> None:
-        self._seconds_before = seconds_before
-        self._first_step = first_step
-        self._start = time.perf_counter()
-
-    def total(self) -> float:
-        """Seconds spent training, earlier processes included."""
-        return self._seconds_before + time.perf_counter() - self._start
-
-    def rate(self, step: int) -> float:
-        """Mean steps per second of this process."""
-        return (step - self._first_step) / (time.perf_counter() - self._start)

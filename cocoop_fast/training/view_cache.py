@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.data.batches import Batch, TrainBatches
-from cocoop_fast.evaluation.feature_key import feature_key
+from cocoop_fast.evaluation.feature_cache import feature_key
 from cocoop_fast.files.tensors import TensorFiles, Tensors
 from cocoop_fast.methods.base import PromptClassifier
 from cocoop_fast.training.features import IMAGES_AT_ONCE, EncodedBatch, encode
@@ -62,14 +62,12 @@ class CachedViews:
     def _view(self, view: int) -> Tensor:
         """(n, E) features of all samples on the CPU, mapped from their file."""
         if view not in self._opened:
-            name, key = f"view{view + 1}", self._key(view)
-            self._opened[view] = self._files.find_or_make(name, key, lambda: self._encode(view))["image"]
+            batches = self._batches
+            draws = (batches.transform, batches.seed, view)
+            key = feature_key(self._clip, batches.dataset, batches.samples, draws)
+            tensors = self._files.find_or_make(f"view{view + 1}", key, lambda: self._encode(view))
+            self._opened[view] = tensors["image"]
         return self._opened[view]
-
-    def _key(self, view: int) -> str:
-        batches = self._batches
-        draws = (batches.transform, batches.seed, view)
-        return feature_key(self._clip, batches.dataset, batches.samples, draws)
 
     def _encode(self, view: int) -> Tensors:
         parts = [

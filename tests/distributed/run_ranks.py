@@ -28,7 +28,7 @@ from cocoop_fast.distributed.class_shards import share_classes
 from cocoop_fast.distributed.launch import join
 from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.errors import UserError
-from cocoop_fast.experiments import experiment
+from cocoop_fast.experiments import experiment, shared
 from cocoop_fast.methods import build_model
 from cocoop_fast.training.observer import Observer, StepInfo
 from cocoop_fast.training.trainer import Trainer
@@ -76,8 +76,7 @@ def train(ranks: Ranks, job: dict[str, Any]) -> Any:
 def evaluate(ranks: Ranks, job: dict[str, Any]) -> Any:
     """Evaluate a run directory."""
     return {
-        name: one.to_mapping()
-        for name, one in experiment.evaluate_run(Path(job["output"]), ranks=ranks).items()
+        name: vars(one) for name, one in experiment.evaluate_run(Path(job["output"]), ranks=ranks).items()
     }
 
 
@@ -183,10 +182,8 @@ def main() -> int:
     torch.set_num_threads(1)
     clip, digits = loaded_tiny_clip(), load_few_test_images(tiny_config(Path()).data)
     digits.read(digits.train[0])  # imports what reads them
-    experiment.load_clip = lambda config: replace(
-        clip, device=torch.device(config.device.replace("auto", "cpu"))
-    )
-    experiment.load_dataset = lambda config: digits
+    shared.load_clip = lambda config: replace(clip, device=torch.device(config.device.replace("auto", "cpu")))
+    shared.load_dataset = lambda config: digits
     if "RANK" in os.environ:
         return one_rank(work)
     folder = Path(sys.argv[1]).parent

@@ -160,7 +160,7 @@ def test_only_the_first_rank_writes(alone, launched, folder):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_evaluation_shared_out(alone, launched, ranks, monkeypatch):
     use_tiny_clip(monkeypatch)
-    expected = {name: one.to_mapping() for name, one in experiment.evaluate_run(alone / "classes").items()}
+    expected = {name: vars(one) for name, one in experiment.evaluate_run(alone / "classes").items()}
     assert launched[ranks][3] == json.loads(json.dumps(expected))
 
 

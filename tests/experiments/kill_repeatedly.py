@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tiny_runs import load_few_test_images, loaded_tiny_clip, tiny_config
 
-from cocoop_fast.experiments import experiment
+from cocoop_fast.experiments import experiment, shared
 from cocoop_fast.runs import checkpoint
 from cocoop_fast.training.observer import Observer, StepInfo
 
@@ -66,8 +66,8 @@ def main(output: Path, kills: int, epochs: int) -> None:
     clip = loaded_tiny_clip()
     digits = load_few_test_images(tiny_config(output).data)
     digits.read(digits.train[0])  # imports what reads them
-    experiment.load_clip = lambda config: clip
-    experiment.load_dataset = lambda config: digits
+    shared.load_clip = lambda config: clip
+    shared.load_dataset = lambda config: digits
     finish(output / "whole", epochs)
     saved = 0
     for kill in range(kills):

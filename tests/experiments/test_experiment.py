@@ -12,8 +12,8 @@ from tiny_runs import StopAfter, tiny_config, use_tiny_clip, write_images
 from cocoop_fast import UserError
 from cocoop_fast.data import load_dataset
 from cocoop_fast.evaluation.metrics import harmonic_mean
-from cocoop_fast.experiments import experiment
 from cocoop_fast.experiments.experiment import evaluate_reference, evaluate_run, run
+from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.runs import checkpoint
 from cocoop_fast.runs.directory import read_run
 from cocoop_fast.training.observer import Observer
@@ -175,19 +175,14 @@ def test_a_killed_evaluation_is_repeated_without_training(tmp_path):
 
 def test_comparing_methods(tmp_path):
     config = tiny_config(tmp_path, data__shots=1)
-    encoded = []
-    original = experiment.encode_test_images
-
-    def counted(*args, **kwargs):
-        encoded.append(1)
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "encode_test_images", counted)
-        # CoOp's own recipe on one shot is 50 epochs of one batch: quick here.
-        results = run(config, compare=("zeroshot", "coop", "cocoop"))
+    encoded, shared = [], Shared()
+    encoder = shared.clip(config.model).model.visual
+    encoder.register_forward_hook(lambda module, images, features: encoded.append(len(images[0])))
+    # CoOp's own recipe on one shot is 50 epochs of one batch: quick here.
+    results = run(config, compare=("zeroshot", "coop", "cocoop"), shared=shared)
     assert [row.method for row in results.rows] == ["cocoop", "zeroshot", "coop"]
-    assert len(encoded) == 2  # base and new, once for all methods
+    epochs, test_images = 2 + 50, 54
+    assert sum(encoded) == epochs * 5 + test_images  # those once for all methods
     assert [row.output_dir for row in results.rows] == [tmp_path, tmp_path / "zeroshot", tmp_path / "coop"]
     kept = json.loads((tmp_path / "results.json").read_text())
     assert [row["method"] for row in kept["rows"]] == ["cocoop", "zeroshot", "coop"]
@@ -327,14 +322,14 @@ def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, fields, com
     assert not output.exists()
 
 
-def test_a_name_of_the_new_classes_that_cannot_be_encoded_is_found_before_training(tmp_path, monkeypatch):
-    def with_a_long_name(config):
-        dataset = load_dataset(config)
-        return replace(dataset, classnames=(*dataset.classnames[:9], "word " * 90))
+def test_a_name_of_the_new_classes_that_cannot_be_encoded_is_found_before_training(tmp_path):
+    class WithALongName(Shared):
+        def dataset(self, config):
+            dataset = super().dataset(config)
+            return replace(dataset, classnames=(*dataset.classnames[:9], "word " * 90))
 
-    monkeypatch.setattr(experiment, "load_dataset", with_a_long_name)
     with pytest.raises(UserError, match="prompt of class 4, 'word word"):
-        run(tiny_config(tmp_path / "run"))
+        run(tiny_config(tmp_path / "run"), shared=WithALongName())
     assert not (tmp_path / "run").exists()
 
 

@@ -67,9 +67,9 @@ def test_new_class_names(run_dir, tmp_path):
 
 def test_more_images_than_a_batch(run_dir, tmp_path):
     paths = write_images(tmp_path, 5)
-    predictor = Predictor.from_run(run_dir)
-    predictor._batch_size = 2
-    for one, other in zip(predictor.predict(paths), Predictor.from_run(run_dir).predict(paths), strict=True):
+    whole = Predictor.from_run(run_dir)
+    in_parts = Predictor(whole.model, whole.clip, whole.classnames, batch_size=2)
+    for one, other in zip(in_parts.predict(paths), whole.predict(paths), strict=True):
         assert [name for name, _ in one] == [name for name, _ in other]
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import StopAfter, loaded_tiny_clip, tiny_config, use_tiny_clip
+from tiny_runs import StopAfter, tiny_config, use_tiny_clip
 
 from cocoop_fast import UserError, cli
-from cocoop_fast.experiments import experiment, reference_import
+from cocoop_fast.experiments import experiment
 from cocoop_fast.experiments.reference_import import export_checkpoint, import_checkpoint
 from cocoop_fast.runs import checkpoint, reference_checkpoint
 from cocoop_fast.runs.directory import read_run
@@ -21,7 +21,6 @@ from cocoop_fast.training.observer import Observer
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     use_tiny_clip(monkeypatch)
-    monkeypatch.setattr(reference_import, "load_clip", loaded_tiny_clip)
 
 
 class Steps(Observer):

@@ -15,7 +15,7 @@ from cocoop_fast.config import OptimConfig, PromptConfig
 from cocoop_fast.methods import build_model
 from cocoop_fast.training.features import ImageFeatures
 from cocoop_fast.training.precision import LossScaler
-from cocoop_fast.training.step import LossAndGradients
+from cocoop_fast.training.step import loss_and_gradients
 from cocoop_fast.training.step_graph import WARM_UP_STEPS, RecordedSteps
 from cocoop_fast.training.trainer import Trainer
 
@@ -37,7 +37,7 @@ def gpu_model(precision="fp32", method="cocoop", device=GPU):
 
 def plain_step(model, precision):
     scaler = LossScaler(GPU, enabled=precision in ("fp16", "amp"))
-    return LossAndGradients(model, list(model.prompt_learner.parameters()), precision, scaler)
+    return loss_and_gradients(model, list(model.prompt_learner.parameters()), precision, scaler)
 
 
 @PRECISIONS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from tiny_models import IMAGE_SIZE, tiny_clip
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import DataConfig, ModelConfig, RunConfig, from_mapping
 from cocoop_fast.data import Dataset, load_dataset
-from cocoop_fast.experiments import experiment, predict, shared
+from cocoop_fast.experiments import shared
+from cocoop_fast.runs.directory import read_run
 from cocoop_fast.training.observer import Observer
 
 
@@ -38,10 +40,7 @@ def load_few_test_images(config: DataConfig) -> Dataset:
 
 
 def use_tiny_clip(monkeypatch: Any) -> None:
-    """Let experiments and predictors load the tiny CLIP, and test on few images."""
-    monkeypatch.setattr(experiment, "load_clip", loaded_tiny_clip)
-    monkeypatch.setattr(predict, "load_clip", loaded_tiny_clip)
-    monkeypatch.setattr(experiment, "load_dataset", load_few_test_images)
+    """Let everything load the tiny CLIP, and test on few images."""
     monkeypatch.setattr(shared, "load_clip", loaded_tiny_clip)
     monkeypatch.setattr(shared, "load_dataset", load_few_test_images)
 
@@ -65,6 +64,30 @@ class StopAfter(Observer):
         self.steps -= 1
         if self.steps == 0:
             raise KeyboardInterrupt
+
+
+class At(Observer):
+    """Does something after one step, and remembers what was said."""
+
+    def __init__(self, step: int, action: Callable[[], object]) -> None:
+        self.step, self.action, self.messages, self.steps = step, action, [], []
+
+    def on_message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def on_step(self, info: Any) -> None:
+        self.steps.append(info.step)
+        if info.step == self.step:
+            self.action()
+
+
+def assert_same_ends(one: Path, other: Path) -> None:
+    """The learned parameters, and the optimizer with its momentum, bit for bit."""
+    (_, a), (_, b) = read_run(one), read_run(other)
+    assert a.step == b.step and a.parameters.keys() == b.parameters.keys()
+    assert all(torch.equal(a.parameters[name], b.parameters[name]) for name in a.parameters)
+    for ours, theirs in zip(a.optimizer["state"].values(), b.optimizer["state"].values(), strict=True):
+        assert torch.equal(ours["momentum_buffer"], theirs["momentum_buffer"])
 
 
 def write_images(folder: Path, count: int, seed: int = 0, suffix: str = ".png", size: int = 24) -> list[Path]:

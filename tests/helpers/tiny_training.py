@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Container
 from dataclasses import replace
+from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from tiny_models import tiny_clip
 from tiny_runs import loaded_tiny_clip
 from torch import nn
 
-from cocoop_fast.config import Method, PromptConfig
+from cocoop_fast.config import Method, PromptConfig, ResolvedOptim
 from cocoop_fast.data import Dataset, Sample
 from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.data.transforms import Normalize, TrainTransform
@@ -62,6 +66,55 @@ def large_model() -> nn.Module:
     return build_model(PromptConfig(), names, clip)
 
 
+def recipe(**fields: Any) -> ResolvedOptim:
+    """One epoch of the paper's recipe if nothing else is said."""
+    return ResolvedOptim(**{"epochs": 1, "batch_size": 1, **fields})
+
+
+class Wrapped(nn.Module):
+    """A model that does something to the loss of each step, as ``compute(loss_and_logits, features, label)`` says."""
+
+    def __init__(self, model: nn.Module, compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__()
+        self.model, self.compute = model, compute
+        self.prompt_learner, self.image_encoder = model.prompt_learner, model.image_encoder
+        self.dtype = model.dtype
+        self.lower_memory = model.lower_memory
+
+    def loss_and_logits(
+        self, features: torch.Tensor, label: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.compute(self.model.loss_and_logits, features, label)
+
+
+def broken(model: nn.Module, steps: Container[int], where: str = "loss", value: float = math.nan) -> Wrapped:
+    """The model, but the loss, or a gradient, of some 1-based steps is not finite."""
+    numbers = count(1)
+
+    def compute(loss_and_logits, features, label):
+        loss, logits = loss_and_logits(features, label)
+        if next(numbers) in steps:
+            if where == "loss":
+                return loss + value, logits
+            loss.register_hook(lambda gradient: gradient * value)
+        return loss, logits
+
+    return Wrapped(model, compute)
+
+
+def replayed_by_running(work):
+    """Records a step as a GPU does: its result has its memory now, and its content after each replay."""
+    result = work()
+
+    def replay():
+        fresh = work()
+        result.report.copy_(fresh.report)
+        for memory, value in zip(result.gradients, fresh.gradients, strict=True):
+            memory.copy_(value)
+
+    return result, replay
+
+
 def run_out_of_memory(
     monkeypatch: pytest.MonkeyPatch, model: nn.Module, error: Exception, times: int
 ) -> None:
@@ -80,7 +133,10 @@ def run_out_of_memory(
 
 class Recorder(Observer):
     def __init__(self):
-        self.steps, self.epochs, self.calls = [], [], []
+        self.steps, self.epochs, self.calls, self.messages = [], [], [], []
+
+    def on_message(self, text):
+        self.messages.append(text)
 
     def on_epoch_start(self, epoch, epochs, first_batch, batches):
         self.calls.append((epoch, epochs, first_batch, batches))

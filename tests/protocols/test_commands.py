@@ -9,7 +9,7 @@ from tiny_protocols import folders
 from tiny_runs import use_tiny_clip
 
 from cocoop_fast import cli
-from cocoop_fast.experiments import experiment
+from cocoop_fast.experiments import shared
 from cocoop_fast.protocols import run_cell
 
 SHORT = ("--shots", "2", "optim.epochs", "1")
@@ -89,14 +89,14 @@ def test_folders_of_one_s_own(tmp_path, capsys, tiny):
 
 
 def test_failures_are_listed_at_the_end(tmp_path, capsys, monkeypatch, tiny):
-    original = experiment.build_model
+    original = shared.build_model
 
     def broken(prompt, *rest, **options):
         if prompt.method == "coop":
             raise RuntimeError("no\nluck")
         return original(prompt, *rest, **options)
 
-    monkeypatch.setattr(experiment, "build_model", broken)
+    monkeypatch.setattr(shared, "build_model", broken)
     call = [
         "run",
         "base2new",

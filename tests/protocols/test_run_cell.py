@@ -14,7 +14,7 @@ from cocoop_fast import UserError
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data import load_dataset
 from cocoop_fast.evaluation.metrics import harmonic_mean
-from cocoop_fast.experiments import experiment as experiment_module
+from cocoop_fast.experiments import material, shared
 from cocoop_fast.experiments.experiment import evaluate_run, run
 from cocoop_fast.protocols.cells import changed_cells, make_cells, refuse_changed
 from cocoop_fast.protocols.table import make_table
@@ -31,13 +31,13 @@ def tiny(monkeypatch):
 def encoded(monkeypatch):
     """How many test images each call of the encoder got."""
     counts = []
-    original = experiment_module.encode_test_images
+    original = material.encode_test_images
 
     def counted(model, clip, dataset, **options):
         counts.append(len(dataset.test))
         return original(model, clip, dataset, **options)
 
-    monkeypatch.setattr(experiment_module, "encode_test_images", counted)
+    monkeypatch.setattr(material, "encode_test_images", counted)
     return counts
 
 
@@ -164,14 +164,14 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path):
 
 
 def test_an_unexpected_failure_is_one_cell_s_too(tmp_path, monkeypatch):
-    original = experiment_module.build_model
+    original = shared.build_model
 
     def broken(prompt, *rest, **options):
         if prompt.method == "zeroshot":
             raise RuntimeError("out of luck")
         return original(prompt, *rest, **options)
 
-    monkeypatch.setattr(experiment_module, "build_model", broken)
+    monkeypatch.setattr(shared, "build_model", broken)
     outcomes = run_all(small_experiment(tmp_path, seeds=(1,)))
     assert [(o.status, o.error) for o in outcomes] == [
         ("failed", "RuntimeError: out of luck"),
@@ -220,7 +220,7 @@ def test_a_damaged_test_result_is_measured_again(tmp_path):
 
 
 def changed(experiment):
-    return changed_cells(make_cells(experiment), experiment_module.load_dataset)
+    return changed_cells(make_cells(experiment), shared.load_dataset)
 
 
 def test_a_changed_configuration_is_refused_or_redone(tmp_path):
@@ -311,21 +311,20 @@ def test_what_is_learned_a_class_is_tested_on_no_other_class(tmp_path, method):
 
 def test_zero_shot_takes_the_target_s_template_unless_one_was_given(tmp_path, monkeypatch):
     seen = []
-    original = experiment_module.build_model
+    original = shared.build_model
     monkeypatch.setattr(
-        experiment_module,
+        shared,
         "build_model",
         lambda prompt, *a, **k: seen.append(prompt.template) or original(prompt, *a, **k),
     )
     own = "a photo of a {}, a type of test."
-    few = experiment_module.load_dataset
+    few = shared.load_dataset
 
     def with_template(config):
         dataset = few(config)
         return replace(dataset, template=own) if config.root == tmp_path / "two" else dataset
 
-    monkeypatch.setattr(experiment_module, "load_dataset", with_template)
-    monkeypatch.setattr("cocoop_fast.experiments.shared.load_dataset", with_template)
+    monkeypatch.setattr(shared, "load_dataset", with_template)
     data = folders(tmp_path, "one", "two")
     experiment = small_experiment(
         tmp_path,

@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import tiny_config
 
 from cocoop_fast import UserError
-from cocoop_fast.config import DataConfig, from_mapping, load_yaml
+from cocoop_fast.config import DataConfig, load_yaml, resolved_from_mapping
 from cocoop_fast.data import load_dataset
 from cocoop_fast.runs.directory import open_run, read_run
 from cocoop_fast.runs.recipe import resolve
@@ -25,7 +25,7 @@ def config(path, **fields):
 def test_the_configuration_is_kept_in_full(tmp_path):
     wanted = config(tmp_path / "deep" / "run", optim__lr=1e-5)
     with open_run(wanted) as directory:
-        assert from_mapping(load_yaml(directory.path / "config.yaml")) == wanted
+        assert resolved_from_mapping(load_yaml(directory.path / "config.yaml")) == wanted
         assert directory.results() is None
         directory.write_results({"rows": [1]})
         assert directory.results() == {"rows": [1]}

@@ -101,7 +101,7 @@ def test_what_was_learned_over_a_float16_model_is_written(tmp_path, master_weigh
     with torch.no_grad():
         for parameter in model.prompt_learner.parameters():
             parameter.add_(torch.randn_like(parameter))
-    path = reference_checkpoint.save(tmp_path, model, OptimConfig(epochs=10), {}, 50.0)
+    path = reference_checkpoint.save(tmp_path, model, OptimConfig(epochs=10), {}, epochs=10, accuracy=50.0)
     written = torch.load(path, weights_only=True)["state_dict"]
     assert written["ctx"].dtype == (torch.float32 if master_weights else torch.float16)
     assert written["token_prefix"].dtype == torch.float16
@@ -234,7 +234,9 @@ def test_what_we_write_the_reference_reads(tmp_path, model):
     """The calls that the reference's trainer makes on such a file."""
     optim = OptimConfig(epochs=10, batch_size=1)
     optimizer = torch.optim.SGD(model.prompt_learner.parameters(), lr=0.002, momentum=0.9)
-    path = reference_checkpoint.save(tmp_path, model, optim, optimizer.state_dict(), 81.25)
+    path = reference_checkpoint.save(
+        tmp_path, model, optim, optimizer.state_dict(), epochs=optim.epochs, accuracy=81.25
+    )
     assert (tmp_path / "checkpoint").read_text() == "model.pth.tar-10\n"
     for safe in (True, False):
         content = torch.load(path, weights_only=safe)
@@ -258,5 +260,5 @@ def test_a_module_without_token_buffers_can_be_written(tmp_path):
     model = nn.Module()
     model.prompt_learner = nn.Module()
     model.prompt_learner.ctx = nn.Parameter(torch.ones(4, 8))
-    reference_checkpoint.save(tmp_path, model, OptimConfig(epochs=2), {}, None)
+    reference_checkpoint.save(tmp_path, model, OptimConfig(epochs=2), {}, epochs=2)
     assert torch.equal(reference_checkpoint.load(tmp_path).parameters["ctx"], torch.ones(4, 8))

@@ -10,7 +10,7 @@ from cocoop_fast.training.background import in_background
 
 
 def looking_ahead():
-    return [thread for thread in threading.enumerate() if thread.name == "look-ahead"]
+    return [thread for thread in threading.enumerate() if "look-ahead" in thread.name]
 
 
 def numbers(n, closed=None, fault=None):

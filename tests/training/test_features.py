@@ -20,16 +20,8 @@ def features_of(batch_size, groups_ahead, *, images=23, first_batch=0, precision
     torch.manual_seed(0)
     model = fast_model()
     batches = make_batches(images, batch_size)
-    source = ImageFeatures(model, batches, precision, CPU, groups_ahead=groups_ahead)
-    encoded = source.epoch(1, first_batch) if thread else as_on_a_gpu(source, first_batch)
-    return list(encoded), batches, model
-
-
-def as_on_a_gpu(source, first_batch=0):
-    """Ahead in the caller's thread; there a stream of its own lets it overlap with the steps."""
-    first_of_group = first_batch - first_batch % source._group_size
-    batches = source._batches.epoch(1, first_of_group)
-    return source._encoded(batches, first_of_group, first_batch, source._ahead)
+    source = ImageFeatures(model, batches, precision, CPU, groups_ahead=groups_ahead, thread=thread)
+    return list(source.epoch(1, first_batch)), batches, model
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 40])
@@ -58,58 +50,56 @@ def test_from_any_batch_on(groups_ahead, first_batch):
 class Diary(nn.Module):
     """An image encoder that writes down when it runs."""
 
-    def __init__(self, encoder, diary):
+    def __init__(self, encoder):
         super().__init__()
-        self.encoder, self.diary = encoder, diary
+        self.encoder = encoder
 
     def forward(self, image):
-        self.diary.append(f"encode {len(image)}")
+        DIARY.append(f"encode {len(image)}")
         return self.encoder(image)
 
 
-@pytest.fixture
-def diary(monkeypatch):
-    """What is read and encoded, in the order in which it happens."""
-    entries, read = [], TrainBatches.epoch
-
-    def reading(self, *position):
-        for batch in read(self, *position):
-            entries.append("read")
+class DiaryBatches(TrainBatches):
+    def epoch(self, *position):
+        for batch in super().epoch(*position):
+            DIARY.append("read")
             yield batch
 
-    monkeypatch.setattr(TrainBatches, "epoch", reading)
-    return entries
+
+DIARY = []  # what is read and encoded, in the order in which it happens
 
 
-def source_of(diary):
-    """128 images two by two, in groups of 8 batches."""
+def source_of_128_images(**ahead):
+    """Two by two, in groups of 8 batches."""
+    DIARY.clear()
     model = fast_model()
-    model.image_encoder = Diary(model.image_encoder, diary)
-    return ImageFeatures(model, make_batches(128, 2), "fp32", CPU, groups_ahead=2)
+    model.image_encoder = Diary(model.image_encoder)
+    batches = DiaryBatches(**vars(make_batches(128, 2)))
+    return ImageFeatures(model, batches, "fp32", CPU, groups_ahead=2, **ahead)
 
 
-def test_on_a_gpu_the_encoder_is_a_group_ahead_and_images_are_read_between_the_steps(diary):
-    source = source_of(diary)
-    for number, _ in enumerate(as_on_a_gpu(source)):
-        diary.append(f"step {number}")
+def test_on_a_gpu_the_encoder_is_a_group_ahead_and_images_are_read_between_the_steps():
+    """In the caller's thread; there a stream of its own lets the encoder overlap with the steps."""
+    for number, _ in enumerate(source_of_128_images(thread=False).epoch(1)):
+        DIARY.append(f"step {number}")
     encoded_before = {
-        number: diary[: diary.index(f"step {number}")].count("encode 16") for number in range(64)
+        number: DIARY[: DIARY.index(f"step {number}")].count("encode 16") for number in range(64)
     }
     assert [encoded_before[number] for number in (0, 7, 8, 15, 16, 63)] == [2, 3, 3, 4, 4, 8]
-    steps = [entry for entry in diary if entry != "encode 16"]
+    steps = [entry for entry in DIARY if entry != "encode 16"]
     assert steps[:17] == ["read"] * 17 and steps[17:21] == ["step 0", "read", "step 1", "read"]
 
 
-def test_on_a_cpu_a_thread_reads_while_a_step_runs(diary):
-    epoch = source_of(diary).epoch(1)
+def test_on_a_cpu_a_thread_reads_while_a_step_runs():
+    epoch = source_of_128_images().epoch(1)
     next(epoch)
     # The first step is not over, and two more groups are read.
-    wait_for(lambda: diary.count("read") >= 8 + 16)
+    wait_for(lambda: DIARY.count("read") >= 8 + 16)
     time.sleep(0.05)
-    assert diary.count("read") <= 8 + 16 + 1  # but not the whole epoch
-    assert diary.count("encode 16") == 1
+    assert DIARY.count("read") <= 8 + 16 + 1  # but not the whole epoch
+    assert DIARY.count("encode 16") == 1
     epoch.close()
-    assert "look-ahead" not in [thread.name for thread in threading.enumerate()]
+    assert not [thread for thread in threading.enumerate() if "look-ahead" in thread.name]
 
 
 def wait_for(condition):

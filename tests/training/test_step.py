@@ -7,21 +7,19 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 import torch
 from tiny_runs import loaded_tiny_clip
-from tiny_training import NAMES, clip_model, fast_model, make_batches
+from tiny_training import NAMES, Recorder, clip_model, make_batches, recipe, replayed_by_running
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cocoop_fast import ClassTree
-from cocoop_fast.config import OptimConfig, PromptConfig
+from cocoop_fast.config import PromptConfig
 from cocoop_fast.engine.torch_tower import TorchTower
 from cocoop_fast.methods import build_model
 from cocoop_fast.ops import head
 from cocoop_fast.training.features import EncodedBatch
 from cocoop_fast.training.optimizer import build_optimizer
 from cocoop_fast.training.precision import LossScaler
-from cocoop_fast.training.readback import Readback
-from cocoop_fast.training.step import LossAndGradients, StepResult
-from cocoop_fast.training.step_graph import RecordedSteps
-from cocoop_fast.training.trainer import Trainer, _LaunchedStep
+from cocoop_fast.training.step import loss_and_gradients
+from cocoop_fast.training.trainer import Launching, Trainer
 
 META = torch.device("meta")
 
@@ -68,7 +66,7 @@ def test_forward_and_backward_read_nothing(monkeypatch, method, dtype):
     monkeypatch.setattr(head, "select_backend", lambda *_: model.tree_encoder.backend)
     clip.to(META), model.to(META)
     parameters = list(model.prompt_learner.parameters())
-    step = LossAndGradients(model, parameters, "fp32", LossScaler(META, enabled=True))
+    step = loss_and_gradients(model, parameters, "fp32", LossScaler(META, enabled=True))
     report, gradients, _ = step(features.to(META), label.to(META))
     assert report.device == META and report.shape == (4,) and report.dtype == torch.float32
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -81,7 +79,7 @@ def test_forward_and_backward_read_nothing(monkeypatch, method, dtype):
 
 def scaled_run(*, fused):
     parameter = torch.nn.Parameter(torch.ones(4))
-    optimizer = build_optimizer([parameter], OptimConfig(), fused=fused)
+    optimizer = build_optimizer([parameter], recipe(), fused=fused)
     scaler = LossScaler(torch.device("cpu"), enabled=True)
     (parameter.grad,) = torch.autograd.grad(scaler.scale(parameter.square().sum()), [parameter])
     return optimizer, scaler
@@ -105,7 +103,7 @@ def test_gradients_are_nobody_elses_memory():
             loss = expanded.sum() + (first + second).square().sum()
             return loss, features
 
-    step = LossAndGradients(
+    step = loss_and_gradients(
         Sums(), [expanded, first, second], "fp32", LossScaler(torch.device("cpu"), enabled=False)
     )
     gradients = step(torch.ones(1, 2), torch.tensor([0])).gradients
@@ -114,29 +112,54 @@ def test_gradients_are_nobody_elses_memory():
     assert [gradient.tolist() for gradient in gradients] == [[2.0] * 3, [8.0] * 3, [8.0] * 3]
 
 
-def test_the_loop_around_a_step_reads_only_what_is_old():
-    """A trainer as it is on a GPU, but for its device: a recorded step, a fused optimizer, results read late."""
+class Linear(torch.nn.Module):
+    """A model whose loss reads nothing on a CPU either."""
+
+    dtype = torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.image_encoder, self.prompt_learner = torch.nn.Identity(), torch.nn.Linear(8, 3)
+
+    def loss_and_logits(self, features, label):
+        logits = self.prompt_learner(features)
+        return torch.nn.functional.cross_entropy(logits, label), logits.detach()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_loop_around_a_step_reads_only_what_is_old(fused):
+    """A trainer as it is on a GPU, but for its device: recorded steps, a fused optimizer, results read late."""
+    told_before, recorder, batches = [], Recorder(), make_batches(20, 2)
+
+    class Watched:
+        def epoch(self, epoch, first_batch=0):
+            read = list(batches.epoch(epoch, first_batch))
+            with NoReading():  # also while the loop has a batch
+                for batch in read:
+                    told_before.append(len(recorder.steps))
+                    yield EncodedBatch(batch, torch.ones(2, 8), batch.label)
+
     trainer = Trainer(
-        fast_model(dtype=torch.float16), make_batches(10, 2), OptimConfig(epochs=1), precision="fp16"
+        Linear(),
+        batches,
+        recipe(),
+        precision="fp16",
+        observer=recorder,
+        features=Watched(),
+        launching=Launching(fused, replayed_by_running, under_way=2),
     )
-    parameters = list(trainer.model.prompt_learner.parameters())
-    trainer.optimizer = build_optimizer(parameters, trainer.optim, fused=True)
-    trainer._reports = Readback(2)
+    if fused:
+        trainer.fit()
+        assert told_before == [0, 0, 0, 1, 2, 3, 4, 5, 6, 7] and len(recorder.steps) == 10
+        assert recorder.messages == []  # all could be recorded
+    else:
+        with pytest.raises(AssertionError, match="the host reads a value"):
+            trainer.fit()
 
-    def record(work):
-        return work(), lambda: None
 
-    def step(features, label):
-        report = torch.stack(
-            [torch.tensor(0.5), torch.tensor(1.0), trainer.scaler.current(), torch.tensor(0.1)]
-        )
-        return StepResult(report, tuple(torch.zeros_like(p) for p in parameters))
-
-    trainer._step = RecordedSteps(step, pytest.fail, record)
-    batch = next(iter(trainer.batches.epoch(1)))
-    encoded = EncodedBatch(batch, torch.randn(2, 64), batch.label)
-    read = []
-    with NoReading():
-        for number in range(1, 9):
-            read += trainer._launch(encoded, _LaunchedStep(batch, number, 1, number, 0.1))
-    assert [step.number for step in read] == [1, 2, 3, 4, 5, 6] and read[0].loss == 0.5
+def test_the_report_has_the_gradients_largest_value():
+    model = Linear()
+    scaler = LossScaler(torch.device("cpu"), enabled=False)
+    step = loss_and_gradients(model, list(model.parameters()), "fp32", scaler)
+    result = step(torch.randn(2, 8), torch.tensor([0, 2]))
+    assert result.report[3] == max(one.abs().max() for one in result.gradients) > 0

@@ -8,14 +8,20 @@ import pytest
 import torch
 from comparison import assert_close
 from tiny_runs import StopAfter
-from tiny_training import NAMES, Recorder, clip_model, fast_model, make_batches
+from tiny_training import (
+    NAMES,
+    Recorder,
+    broken,
+    clip_model,
+    fast_model,
+    make_batches,
+    recipe,
+    replayed_by_running,
+)
 
 from cocoop_fast import UserError
-from cocoop_fast.config import OptimConfig
 from cocoop_fast.reference import DensePromptedCLIP
-from cocoop_fast.training.readback import Readback
-from cocoop_fast.training.step_graph import RecordedSteps
-from cocoop_fast.training.trainer import Position, Trainer
+from cocoop_fast.training.trainer import Launching, Position, Trainer
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
@@ -23,7 +29,7 @@ from cocoop_fast.training.trainer import Position, Trainer
 def test_trajectory_is_that_of_the_dense_model(method, batch_size, dtype, tolerance):
     """Over 200 steps, warm-up, momentum and weight decay included, from one initial state."""
     images = 20 * batch_size
-    optim = OptimConfig(epochs=10, lr=0.01)
+    optim = recipe(epochs=10, lr=0.01)
     fast = fast_model(method, dtype)
     dense = DensePromptedCLIP(clip_model(dtype), NAMES, conditional=method == "cocoop")
     start = {name: value.clone() for name, value in fast.prompt_learner.named_parameters()}
@@ -54,7 +60,7 @@ def state(trainer):
 def test_resuming_is_exact(batch_size, stop):
     """Stopped after any step, in an epoch or at its end, and continued in a new trainer."""
     images = 10 * batch_size  # ten batches an epoch
-    optim = OptimConfig(epochs=2, lr=0.01)
+    optim = recipe(epochs=2, lr=0.01)
     whole = Trainer(fast_model(), make_batches(images, batch_size), optim)
     assert len(whole.batches) == 10
     whole.fit()
@@ -74,7 +80,7 @@ def test_resuming_is_exact(batch_size, stop):
 
 
 def test_saving_moments():
-    trainer = Trainer(fast_model(), make_batches(10, 1), OptimConfig(epochs=2))
+    trainer = Trainer(fast_model(), make_batches(10, 1), recipe(epochs=2))
     positions = []
     trainer.fit(save=lambda: positions.append(trainer.position), save_every=4)
     assert positions == [(1, 4), (1, 8), (2, 0), (2, 2), (2, 6), (3, 0)]  # the end of an epoch once
@@ -82,7 +88,7 @@ def test_saving_moments():
 
 def test_what_the_observer_hears():
     recorder = Recorder()
-    Trainer(fast_model(), make_batches(30, 3), OptimConfig(epochs=3, lr=0.01), observer=recorder).fit()
+    Trainer(fast_model(), make_batches(30, 3), recipe(epochs=3, lr=0.01), observer=recorder).fit()
     assert recorder.calls == [(1, 3, 0, 10), (2, 3, 0, 10), (3, 3, 0, 10)]
     assert [step.step for step in recorder.steps] == list(range(1, 31))
     assert [step.lr for step in recorder.steps[::10]] == [1e-5, 0.01, pytest.approx(0.0075)]
@@ -96,7 +102,7 @@ def test_what_the_observer_hears():
 def test_only_the_prompt_learner_changes():
     model = fast_model()
     before = {name: value.clone() for name, value in model.image_encoder.state_dict().items()}
-    Trainer(model, make_batches(10, 1), OptimConfig(epochs=1)).fit()
+    Trainer(model, make_batches(10, 1), recipe(epochs=1)).fit()
     assert model.prompt_learner.training and not model.image_encoder.training
     assert all(torch.equal(value, before[name]) for name, value in model.image_encoder.state_dict().items())
 
@@ -107,9 +113,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def train(precision="fp32", *, observer=None, **optim):
     """24 images in batches of two, for as many epochs as ``optim`` says."""
     model = fast_model(dtype=DTYPES.get(precision, torch.float32))
-    trainer = Trainer(
-        model, make_batches(24, 2), OptimConfig(**optim), precision=precision, observer=observer
-    )
+    trainer = Trainer(model, make_batches(24, 2), recipe(**optim), precision=precision, observer=observer)
     trainer.fit()
     return trainer
 
@@ -152,7 +156,7 @@ def test_steps_that_overflow_are_skipped_counted_and_told():
 
 
 def test_resuming_with_loss_scaling_is_exact():
-    optim = OptimConfig(epochs=2, lr=0.02)
+    optim = recipe(epochs=2, lr=0.02)
 
     def new_trainer(observer=None):
         model = fast_model(dtype=torch.float16)
@@ -179,18 +183,12 @@ def test_resuming_with_loss_scaling_is_exact():
         assert torch.equal(ours, theirs)
 
 
-def late(trainer, steps=3):
-    """The trainer with results read ``steps`` steps late, as on a GPU."""
-    trainer._reports = Readback(steps)
-    return trainer
-
-
 def test_a_loss_that_is_not_finite_stops_the_run():
     model = fast_model()
     with torch.no_grad():
         model.prompt_learner.ctx[0, 0] = math.nan
     before = [p.detach().clone() for p in model.prompt_learner.meta_net.parameters()]
-    trainer = Trainer(model, make_batches(10, 1), OptimConfig(epochs=1))
+    trainer = Trainer(model, make_batches(10, 1), recipe(epochs=1))
     with pytest.raises(
         UserError, match=r"The loss became nan at step 1 \(epoch 1\), on \d+; try a lower"
     ) as error:
@@ -204,75 +202,47 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 @pytest.mark.parametrize("save_every", [0, 1, 4])
 def test_a_broken_loss_that_is_read_late_is_named_rightly_and_never_saved(save_every, lag):
     """Step 13 of 30, the third of the second epoch, breaks."""
-    recorder, saved, calls = Recorder(), [], []
-    trainer = late(
-        Trainer(fast_model(), make_batches(20, 2), OptimConfig(epochs=3), observer=recorder), steps=lag
-    )
-    step = trainer._step
-
-    def breaking(features, label):
-        calls.append(label)
-        result = step(features, label)
-        if len(calls) == 13:
-            result.report[0] = math.inf
-        return result
-
-    trainer._step = breaking
+    recorder, saved = Recorder(), []
+    model = broken(fast_model(), {13}, value=math.inf)
+    launching = Launching(under_way=lag)
+    trainer = Trainer(model, make_batches(20, 2), recipe(epochs=3), observer=recorder, launching=launching)
     images = trainer.batches.describe(list(trainer.batches.epoch(2))[2].sample)
     with pytest.raises(UserError, match=rf"became inf at step 13 \(epoch 2\), on {images}; try a lower"):
         trainer.fit(save=lambda: saved.append(trainer.step), save_every=save_every)
     assert saved == {0: [10], 1: [*range(1, 13)], 4: [4, 8, 10, 12]}[save_every]
     assert [step.step for step in recorder.steps] == list(range(1, 13))
-    assert len(calls) <= 13 + lag
+    assert trainer.step <= 12 + lag
 
 
 def test_parameters_that_are_not_finite_are_not_saved():
-    """A gradient that breaks leaves no trace in the loss before the next step."""
-    trainer, saved = Trainer(fast_model(), make_batches(20, 2), OptimConfig(epochs=3)), []
-    step = trainer._step
+    """What breaks after a step's loss was computed leaves no trace in it."""
 
-    def breaking(features, label):
-        result = step(features, label)
-        if trainer.step == 3:
-            result.gradients[0][0, 0] = math.nan
-        return result
+    class Breaks(Recorder):
+        def on_step(self, info):
+            if info.step == 4:
+                trainer.model.prompt_learner.ctx.data[0, 0] = math.nan
 
-    trainer._step = breaking
+    trainer, saved = Trainer(fast_model(), make_batches(20, 2), recipe(epochs=3), observer=Breaks()), []
     with pytest.raises(UserError, match="parameters are not finite after step 4, although") as error:
         trainer.fit(save=lambda: saved.append(trainer.step), save_every=2)
     assert saved == [2] and error.value.exit_status == 1
 
 
-def replayed_by_running(work):
-    """Records as a GPU does: the result has its memory now, and its content after each replay."""
-    result = work()
-
-    def replay():
-        fresh = work()
-        result.report.copy_(fresh.report)
-        for memory, value in zip(result.gradients, fresh.gradients, strict=True):
-            memory.copy_(value)
-
-    return result, replay
-
-
 @pytest.mark.parametrize(("method", "batch_size"), [("cocoop", 1), ("coop", 3)])
 def test_recorded_steps_and_late_results_change_nothing(method, batch_size):
-    optim, told = OptimConfig(epochs=3, lr=0.01), {}
+    optim, told = recipe(epochs=3, lr=0.01), {}
     runs = {}
-    for as_on_a_gpu in (False, True):
+    for launching in (Launching(), Launching(record=replayed_by_running, under_way=3)):
         recorder = Recorder()
-        trainer = Trainer(
-            fast_model(method), make_batches(10 * batch_size, batch_size), optim, observer=recorder
-        )
-        if as_on_a_gpu:
-            late(trainer)._step = RecordedSteps(trainer._step, pytest.fail, replayed_by_running)
+        batches = make_batches(10 * batch_size, batch_size)
+        trainer = Trainer(fast_model(method), batches, optim, observer=recorder, launching=launching)
         trainer.fit()
-        runs[as_on_a_gpu] = state(trainer)
-        told[as_on_a_gpu] = [
+        assert recorder.messages == []  # all could be recorded
+        runs[launching.under_way] = state(trainer)
+        told[launching.under_way] = [
             [(s.step, s.epoch, s.batch, s.loss, s.accuracy, s.lr) for s in recorder.steps],
             [(e.epoch, e.loss, e.accuracy, e.lr) for e in recorder.epochs],
         ]
-    assert told[True] == told[False]
-    for ours, theirs in zip(runs[True], runs[False], strict=True):
+    assert told[3] == told[0]
+    for ours, theirs in zip(runs[3], runs[0], strict=True):
         assert torch.equal(ours, theirs)
