@@ -10,9 +10,7 @@ from cocoop_fast.clip.load import resolve_device, resolve_precision
 from cocoop_fast.config import Method, OptimConfig, Precision, PromptConfig, RunConfig
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.errors import UserError
-
-_BATCH_SIZE: dict[Method, int] = {"cocoop": 1, "coop": 32, "meta-nets": 1, "zeroshot": 1, "linear-probe": 1}
-_WITHOUT_EPOCHS: frozenset[Method] = frozenset(["zeroshot", "linear-probe"])
+from cocoop_fast.methods.records import METHODS
 
 
 def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -31,9 +29,10 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     Raises:
         UserError: bounds of the crop in the wrong order, or a device that is not there.
     """
-    method, optim = config.prompt.method, config.optim
-    epochs = optim.epochs if optim.epochs is not None else _epochs(method, config.data.shots, dataset.name)
-    batch_size = optim.batch_size if optim.batch_size is not None else _BATCH_SIZE[method]
+    method, optim = METHODS[config.prompt.method], config.optim
+    epochs = method.epochs if method.epochs is not None else _epochs(config.data.shots, dataset.name)
+    if epochs and optim.epochs is not None:  # what has no steps has no epochs
+        epochs = optim.epochs
     scale, flip = config.augment.crop_scale, config.augment.flip
     if scale is not None and scale[0] > scale[1]:
         raise UserError(f"augment.crop_scale is {scale[0]:g} to {scale[1]:g}; give the smaller share first.")
@@ -53,8 +52,8 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
         ),
         optim=replace(
             optim,
-            epochs=0 if method in _WITHOUT_EPOCHS else epochs,
-            batch_size=batch_size,
+            epochs=epochs,
+            batch_size=optim.batch_size or method.batch_size,
             master_weights=optim.master_weights and not config.reference_compat,
         ),
         output_dir=config.output_dir or default_output_dir(config),
@@ -81,9 +80,8 @@ def with_method(config: RunConfig, method: Method, output_dir: Path) -> RunConfi
     )
 
 
-def _epochs(method: Method, shots: int, dataset: str) -> int:
-    if method in ("cocoop", "meta-nets"):
-        return 10
+def _epochs(shots: int, dataset: str) -> int:
+    """CoOp's."""
     if dataset == "imagenet":
         return 50
     if shots >= 8:
