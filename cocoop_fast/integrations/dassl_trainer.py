@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from torch import Tensor
 from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast
-from cocoop_fast.methods.base import LearnedPromptCLIP
 from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.methods.coop import CoOp
-from cocoop_fast.runs.reference_checkpoint import token_buffers
+from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
 from cocoop_fast.training.step import LossAndGradients, Step
 from cocoop_fast.training.step_graph import RecordedSteps
@@ -63,8 +63,8 @@ class FastTrainer:
 
         print("Building custom CLIP (cocoop_fast)")
         clip_model.to(self.device).requires_grad_(False)
-        self.model = self.method.build(cfg, self.dm.dataset.classnames, clip_model)
-        learner: Any = self.model.prompt_learner
+        self.model = self.method.model(cfg, self.dm.dataset.classnames, clip_model)
+        learner = self.model.prompt_learner
         print(f"Number of context words (tokens): {learner.n_ctx}")
         if cfg.MODEL.INIT_WEIGHTS:
             load_pretrained_weights(learner, cfg.MODEL.INIT_WEIGHTS)
@@ -120,13 +120,14 @@ class FastTrainer:
         return load(cfg)
 
 
-class _CoOpWithBuffers(CoOp):
-    """CoOp whose state dict also has the reference's token buffers, so that its strict resume reads it."""
+class _SavingLearner(ContextLearner):
+    """CoOp's, whose state dict also has the reference's token buffers, so that its strict resume reads it."""
 
-    def __init__(self, cfg: Any, classnames: Any, clip_model: ClipModel) -> None:
-        super().__init__(cfg, classnames, clip_model)
-        for name, value in token_buffers(self.prompt_learner, clip_model).items():
-            self.prompt_learner.register_buffer(name, value)
+    saves_tokens = True
+
+
+class _SavingCoOp(CoOp):
+    learner = _SavingLearner
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,17 @@ class Method:
     """A trainer that is replaced."""
 
     section: str  # of its options in cfg.TRAINER
-    build: Callable[[Any, Any, ClipModel], LearnedPromptCLIP]
+    model: type[CoOp]
     logged: tuple[str, ...]  # by a training step, as the reference does
 
 
 FAST_TRAINERS = {
     "CoCoOp": Method("COCOOP", CustomCLIP, ("loss",)),
-    "CoOp": Method("COOP", _CoOpWithBuffers, ("loss", "acc")),
+    "CoOp": Method("COOP", _SavingCoOp, ("loss", "acc")),
 }
 
 
+@cache
 def fast_trainer(name: str, replaced: type) -> type:
     """The class to use instead of a trainer that is registered as ``name``, one of ``FAST_TRAINERS``."""
     own = {"method": FAST_TRAINERS[name], "replaced": replaced, "__doc__": FastTrainer.__doc__}
