@@ -91,11 +91,10 @@ def load_clip(config: ModelConfig) -> LoadedClip:
     if precision in _LOW_PRECISION:
         to_low_precision(model, _LOW_PRECISION[precision])
     model = model.to(device).eval().requires_grad_(False)
-    size = model.visual.image_size
     return LoadedClip(
         model=model,
         name=config.name,
-        image_size=int(size[0] if isinstance(size, (tuple, list)) else size),
+        image_size=FrozenCLIP(model).image_size,
         mean=tuple(getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN),
         std=tuple(getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD),
         device=device,

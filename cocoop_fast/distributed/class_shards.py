@@ -8,7 +8,6 @@ step is B x K logits.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,10 +86,12 @@ class ClassShards:
         return loss, logits
 
     def _logits(self, image_features: Tensor) -> Tensor:
-        """(B, K) of all classes, in float32 at least."""
+        """(B, K) of all classes, in float32 at least. Those of other ranks' classes are numbers without a gradient."""
         own = self._group.all_or_none(partial(self._own_logits, image_features))
-        logits: Tensor = _Gathered.apply(own, self)
-        return logits
+        sizes = [len(share) for share in self._shares]
+        parts = self._group.gather(F.pad(own.detach(), (0, max(sizes) - own.shape[1])))
+        columns = torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
+        return columns[:, self._place.to(own.device)].index_copy(1, self._own.to(own.device), own)
 
     def _own_logits(self, image_features: Tensor) -> Tensor:
         """(B, n) of this rank's classes."""
@@ -98,17 +99,6 @@ class ClassShards:
         text = text if text.ndim == 3 else text[None]
         own = cosine_logits_ref(image_features, text, self._model.logit_scale)
         return own.to(torch.promote_types(own.dtype, torch.float32))
-
-    def gathered(self, own: Tensor) -> Tensor:
-        """The logits (B, n) of each rank's n classes to those of all classes (B, K)."""
-        sizes = [len(share) for share in self._shares]
-        parts = self._group.gather(F.pad(own, (0, max(sizes) - own.shape[1])))
-        columns = [part[:, :size] for part, size in zip(parts, sizes, strict=True)]
-        return torch.cat(columns, dim=1)[:, self._place.to(own.device)]
-
-    def own_columns(self, grad: Tensor) -> Tensor:
-        """(B, K) to the columns (B, n) of this rank's classes."""
-        return grad[:, self._own.to(grad.device)]
 
 
 def balanced_shares(tree: ClassTree, parts: int) -> list[Tensor]:
@@ -136,17 +126,3 @@ def balanced_shares(tree: ClassTree, parts: int) -> list[Tensor]:
     part_of_leaf = torch.bucketize(torch.arange(leaves), torch.tensor(first, dtype=torch.int64), right=True)
     part_of_class = part_of_leaf[tree.leaf_of_class]
     return [(part_of_class == part).nonzero()[:, 0] for part in range(parts)]
-
-
-class _Gathered(torch.autograd.Function):
-    """Logits of one's own classes to those of all; backward, the columns of one's own."""
-
-    @staticmethod
-    def forward(node: Any, own: Tensor, shards: ClassShards) -> Tensor:
-        node.shards = shards
-        return shards.gathered(own)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(node: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return node.shards.own_columns(grad), None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,7 +15,6 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast
 from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.methods.coop import CoOp
-from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
 from cocoop_fast.training.step import LossAndGradients, Step
 from cocoop_fast.training.step_graph import RecordedSteps
@@ -33,8 +31,9 @@ class FastTrainer:
     the run; one GPU is used, however many there are.
     """
 
-    method: Method
     replaced: type
+    fast_model: type[CoOp]
+    logged: tuple[str, ...]
 
     cfg: Any
     dm: Any
@@ -54,7 +53,7 @@ class FastTrainer:
         cfg = self.cfg
         print(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME})")
         clip_model = self._load_clip(cfg)
-        self.precision: str = getattr(cfg.TRAINER, self.method.section).PREC
+        self.precision: str = getattr(cfg.TRAINER, self.fast_model.learner.section).PREC
         if self.precision == "fp16" and self.device.type == "cpu":
             print("PREC fp16 is computed in fp32 on a CPU")
             self.precision = "fp32"
@@ -63,8 +62,9 @@ class FastTrainer:
 
         print("Building custom CLIP (cocoop_fast)")
         clip_model.to(self.device).requires_grad_(False)
-        self.model = self.method.model(cfg, self.dm.dataset.classnames, clip_model)
+        self.model = self.fast_model(cfg, self.dm.dataset.classnames, clip_model)
         learner = self.model.prompt_learner
+        learner.saves_tokens = True  # so that the reference's strict resume reads what is written here
         print(f"Number of context words (tokens): {learner.n_ctx}")
         if cfg.MODEL.INIT_WEIGHTS:
             load_pretrained_weights(learner, cfg.MODEL.INIT_WEIGHTS)
@@ -101,7 +101,7 @@ class FastTrainer:
         if self.batch_idx + 1 == self.num_batches:
             self.update_lr()
         summary = {"loss": loss, "acc": 100.0 * correct / len(label)}
-        return {name: summary[name] for name in self.method.logged}
+        return {name: summary[name] for name in self.logged}
 
     def after_train(self) -> None:
         """Test. Both wordings of the end are written: result parsers wait for the one or the other."""
@@ -120,33 +120,16 @@ class FastTrainer:
         return load(cfg)
 
 
-class _SavingLearner(ContextLearner):
-    """CoOp's, whose state dict also has the reference's token buffers, so that its strict resume reads it."""
-
-    saves_tokens = True
-
-
-class _SavingCoOp(CoOp):
-    learner = _SavingLearner
-
-
-@dataclass(frozen=True)
-class Method:
-    """A trainer that is replaced."""
-
-    section: str  # of its options in cfg.TRAINER
-    model: type[CoOp]
-    logged: tuple[str, ...]  # by a training step, as the reference does
-
-
-FAST_TRAINERS = {
-    "CoCoOp": Method("COCOOP", CustomCLIP, ("loss",)),
-    "CoOp": Method("COOP", _SavingCoOp, ("loss", "acc")),
+# By the name of the trainer that is replaced: its model, and what it logs of a step.
+FAST_TRAINERS: dict[str, tuple[type[CoOp], tuple[str, ...]]] = {
+    "CoCoOp": (CustomCLIP, ("loss",)),
+    "CoOp": (CoOp, ("loss", "acc")),
 }
 
 
 @cache
 def fast_trainer(name: str, replaced: type) -> type:
     """The class to use instead of a trainer that is registered as ``name``, one of ``FAST_TRAINERS``."""
-    own = {"method": FAST_TRAINERS[name], "replaced": replaced, "__doc__": FastTrainer.__doc__}
+    model, logged = FAST_TRAINERS[name]
+    own = {"fast_model": model, "logged": logged, "replaced": replaced, "__doc__": FastTrainer.__doc__}
     return type(replaced.__name__, (FastTrainer, replaced), own)

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP, text_module
 from cocoop_fast.config import ClassPosition
 from cocoop_fast.engine.constants import finish_block, project, qkv_rows
 from cocoop_fast.engine.contexts import dense_contexts
 from cocoop_fast.errors import UserError
+from cocoop_fast.methods.base import EngineOptions
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.ops.assemble_prompts import assemble_dense_ref
@@ -147,7 +149,7 @@ class CustomCLIP(CoOp):
         cfg: see :class:`PromptLearner`.
         classnames: K class names.
         clip_model: an open_clip or OpenAI CLIP with a causal, EOT-pooled text tower.
-        backend, memory_budget, prune_mass: see :class:`LearnedPromptCLIP`.
+        engine: backend, memory_budget and prune_mass of :class:`LearnedPromptCLIP`.
 
     Raises:
         UserError: an unsupported model, class list or backend, or a budget or tau out of range.
@@ -157,18 +159,9 @@ class CustomCLIP(CoOp):
     prompt_learner: PromptLearner
 
     def __init__(
-        self,
-        cfg: Any,
-        classnames: Sequence[str],
-        clip_model: ClipModel,
-        *,
-        backend: str = "auto",
-        memory_budget: int | str | None = None,
-        prune_mass: float = 0.0,
+        self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel, **engine: Unpack[EngineOptions]
     ) -> None:
-        super().__init__(
-            cfg, classnames, clip_model, backend=backend, memory_budget=memory_budget, prune_mass=prune_mass
-        )
+        super().__init__(cfg, classnames, clip_model, **engine)
         self.text_encoder = TextEncoder(clip_model)
 
     @property

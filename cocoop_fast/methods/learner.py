@@ -121,7 +121,8 @@ class ContextLearner(Learner):
         else:  # drawn on the CPU in float32, so that a seed means the same context on every device
             classes = (self.n_cls,) if self._class_specific else ()
             ctx = nn.init.normal_(torch.empty(*classes, self.n_ctx, self._frozen.width), std=0.02)
-        return ctx.to(weights.device, master_dtype(weights.dtype), copy=True)
+        # A training step is far smaller than what float16 or bfloat16 can add to a number of usual size.
+        return ctx.to(weights.device, torch.promote_types(weights.dtype, torch.float32), copy=True)
 
     def _check_options(self, image_size: int) -> None:
         if image_size != self._frozen.image_size:
@@ -183,11 +184,3 @@ class ContextLearner(Learner):
                     f"The state dict's `{name}` is of other class names or another CLIP; this learner's own are kept.",
                     stacklevel=2,
                 )
-
-
-def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a learner's parameters are kept in for a model that computes in `dtype`: float32 at least.
-
-    A training step is far smaller than what float16 or bfloat16 can add to a weight of usual size.
-    """
-    return torch.promote_types(dtype, torch.float32)

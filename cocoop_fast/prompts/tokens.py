@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip.tokenizer import encode, tokenizer
+from cocoop_fast.data.dataset import prompt_name
 from cocoop_fast.errors import UserError
 
 
@@ -22,11 +23,6 @@ class TokenizedPrompts:
     name_lens: list[int]  # tokens of each name alone
 
 
-def spell(name: str) -> str:
-    """A class name, or the words of a context, as it stands in a prompt: an underscore counts as a space."""
-    return str(name).replace("_", " ")
-
-
 def spell_names(classnames: Sequence[str]) -> list[str]:
     """The names as they stand in a prompt.
 
@@ -35,7 +31,7 @@ def spell_names(classnames: Sequence[str]) -> list[str]:
     """
     if isinstance(classnames, str) or not len(classnames):
         raise UserError(f"The class list must be a non-empty list of names, got {classnames!r}.")
-    names = [spell(name) for name in classnames]
+    names = [prompt_name(str(name)) for name in classnames]
     for k, name in enumerate(names):
         if not encode(name):
             raise UserError(f"Class {k} has an empty name; give every class at least one word.")
@@ -53,7 +49,7 @@ def tokenize_prompts(
     Raises:
         UserError: no classes, an empty name, or a prompt that does not fit the context length.
     """
-    prefix = spell(ctx_init).strip()
+    prefix = prompt_name(ctx_init)
     if prefix:
         n_ctx = len(encode(prefix))
     elif n_ctx < 1:
@@ -61,7 +57,7 @@ def tokenize_prompts(
     else:
         prefix = " ".join(["X"] * n_ctx)
     tokens = tokenize_names(classnames, before=f"{prefix} ", after=".", context_length=context_length)
-    return TokenizedPrompts(tokens, n_ctx, [len(encode(spell(name))) for name in classnames])
+    return TokenizedPrompts(tokens, n_ctx, [len(encode(name)) for name in spell_names(classnames)])
 
 
 def tokenize_names(classnames: Sequence[str], *, before: str, after: str, context_length: int = 77) -> Tensor:
@@ -113,7 +109,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], names: Sequence[str], context_
 
 def warn_of_unknown_words(classnames: Sequence[str], known: frozenset[int]) -> None:
     """Warn of classes whose name has a token that the model was not trained on."""
-    unknown = [repr(_shorten(name)) for name in classnames if not known.issuperset(encode(spell(name)))]
+    unknown = [repr(_shorten(name)) for name in spell_names(classnames) if not known.issuperset(encode(name))]
     if unknown:
         warnings.warn(
             f"The model never saw the words of {_some(unknown)}: what it says of such classes means little.",
