@@ -79,11 +79,8 @@ def load_demo_clip(path: Path = ASSET) -> CLIP:
     token_ids = weights.pop(_TOKEN_IDS, torch.empty(0)).long()
     rows = weights.pop(_TOKEN_WEIGHT, torch.empty(0))
     vocab, width = _TEXT["vocab_size"], _TEXT["width"]
-    if (
-        len(token_ids) == 0
-        or rows.shape != (len(token_ids), width)
-        or not 0 <= token_ids.min() <= token_ids.max() < vocab
-    ):
+    n = len(token_ids)
+    if n == 0 or rows.shape != (n, width) or not 0 <= token_ids.min() <= token_ids.max() < vocab:
         raise _unusable(path, "cannot be loaded (its token rows do not fit the vocabulary)")
     generator = torch.Generator().manual_seed(_FILL_SEED)
     table = torch.randn(vocab, width, generator=generator) * rows.std()

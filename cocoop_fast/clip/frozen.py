@@ -218,9 +218,8 @@ def _check_supported(clip_model: ClipModel, text: Any) -> None:
             "use a CLIP model with a causal text mask."
         )
     for block in blocks:
-        if not isinstance(getattr(block, "attn", None), nn.MultiheadAttention) or not hasattr(
-            block.mlp, "gelu"
-        ):
+        attention = getattr(block, "attn", None)
+        if not isinstance(attention, nn.MultiheadAttention) or not hasattr(block.mlp, "gelu"):
             raise UserError(
                 f"The text tower of {kind} has blocks of type {type(block).__name__}, which are not CLIP's "
                 "pre-norm attention blocks; use a standard CLIP text tower."

@@ -33,9 +33,7 @@ class LoadedClip:
     std: tuple[float, float, float]
     device: torch.device
     precision: str  # fp32, fp16, bf16 or amp
-    known_tokens: frozenset[int] | None = (
-        None  # the only tokens that were trained on; None: the whole vocabulary
-    )
+    known_tokens: frozenset[int] | None = None  # all that were trained on; None: the whole vocabulary
 
 
 def resolve_device(text: str) -> torch.device:
@@ -112,7 +110,7 @@ def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
         return create_clip(name, pretrained)
     except (
         Exception
-    ) as error:  # any reader's failure (pickle, zip, shapes, network) is the user's weights failing
+    ) as error:  # whatever the reader's failure (pickle, zip, shapes, network), the weights are bad
         reason = " ".join(str(error).split()) or type(error).__name__
         what = f"The weights '{pretrained}' of model '{name}'" if pretrained else f"The model '{name}'"
         raise UserError(

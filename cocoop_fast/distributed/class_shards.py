@@ -27,11 +27,8 @@ def share_classes(model: PromptClassifier, group: Group) -> PromptClassifier | C
     Raises:
         UserError: more ranks than distinct prompts.
     """
-    if group.size == 1 or not isinstance(
-        model, LearnedPromptCLIP
-    ):  # the others have nothing to learn in steps
-        return model
-    return ClassShards(model, group)
+    # Other models have nothing to learn in steps.
+    return ClassShards(model, group) if group.size > 1 and isinstance(model, LearnedPromptCLIP) else model
 
 
 class ClassShards:

@@ -164,22 +164,25 @@ class Ranks:
             classes = replace(classes, handle=cast(dist.ProcessGroup, handles[row]))
         return replace(self, images=Group(row, rows), classes=classes)
 
-    def own_device(self, configured: str) -> str:
+    def own_device(self, configured: str, gpus: int | None = None) -> str:
         """The device of this rank where a configuration says "auto", "cpu", "cuda" or "cuda:N".
+
+        Args:
+            gpus: of this machine; None: as many as torch finds.
 
         Raises:
             UserError: the ranks of this machine would have to share a GPU.
         """
         if self.local_size == 1 or configured == "cpu":
             return configured
-        if configured == "auto" and not torch.cuda.is_available():
+        gpus = torch.cuda.device_count() if gpus is None else gpus
+        if configured == "auto" and not gpus:
             return "cpu"
         if configured not in ("auto", "cuda"):
             raise UserError(
                 f"The device '{configured}' is one, and there are {self.local_size} ranks on this machine; use "
                 "--device cuda, which gives each a GPU of its own."
             )
-        gpus = torch.cuda.device_count()
         if self.local_size > gpus:
             raise UserError(
                 f"{self.local_size} ranks were started on a machine with {gpus} GPUs; start as many as there are, or "

@@ -65,7 +65,7 @@ class ContextLearner(Learner):
 
     section = "COOP"
     saves_tokens = (
-        False  # whether state dicts have `token_prefix` and `token_suffix`; they are loaded without, too
+        False  # `token_prefix` and `token_suffix` in state dicts; they are loaded without them, too
     )
 
     def __init__(self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel) -> None:
