@@ -23,7 +23,7 @@ GO_ON = "run the same command again to go on from the last checkpoint"
 class Group:
     """Processes that share a piece of work; by default this one alone.
 
-    All members call the same methods in the same order.
+    All members call the same methods in the same order. Each raises a UserError if another member has ended.
 
     Args:
         index: the place of this process, in 0 .. size - 1.
@@ -36,11 +36,7 @@ class Group:
     handle: dist.ProcessGroup | None = None
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Everybody's tensors, which have one shape and dtype, in the members' order.
-
-        Raises:
-            UserError: another member has ended.
-        """
+        """Everybody's tensors, which have one shape and dtype, in the members' order."""
         if self.size == 1:
             return [tensor]
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
@@ -60,7 +56,6 @@ class Group:
 
         Raises:
             MemoryError: it did not with one of them; with a group of one, what `work` raised.
-            UserError: another member has ended.
         """
         if self.size == 1:
             return work()
@@ -76,11 +71,7 @@ class Group:
         raise MemoryError("a process that shares the work has no memory left")
 
     def gather_objects(self, value: T) -> list[T]:
-        """Everybody's values, which need no common type, in the members' order.
-
-        Raises:
-            UserError: another member has ended.
-        """
+        """Everybody's values, which need no common type, in the members' order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -120,11 +111,7 @@ class Ranks:
         return self.everyone.index == 0
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first rank makes, for all.
-
-        Raises:
-            UserError: another rank has ended.
-        """
+        """What the first rank makes, for all."""
         values: list[Any] = [make() if self.is_first else None]
         if self.everyone.size > 1:
             with _with_the_others():

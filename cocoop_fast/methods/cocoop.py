@@ -48,19 +48,13 @@ class MetaNet(nn.Sequential):
 
 
 class PromptLearner(ContextLearner):
-    """Drop-in for the reference's ``trainers.cocoop.PromptLearner``.
+    """Drop-in for the reference's ``trainers.cocoop.PromptLearner``: a :class:`ContextLearner` with a Meta-Net.
 
-    Args:
-        cfg: any object with ``TRAINER.COCOOP.N_CTX``, ``.CTX_INIT`` and ``INPUT.SIZE``.
-        classnames: K names; an underscore counts as a space.
-        clip_model: an open_clip or OpenAI CLIP.
-
-    Attributes: those of :class:`ContextLearner`, in the reference's state-dict format, and ``meta_net``. (The
+    Its options are in ``cfg.TRAINER.COCOOP``. Its state dict has the reference's format, with ``meta_net``. (The
     reference has the parameters in float16 for a float16 model; its state dicts load.)
 
     Raises:
-        UserError: an empty class list or name, a prompt longer than the context length, or a cfg whose
-            image size is not the model's.
+        UserError: as :class:`ContextLearner`, or image features too short for a Meta-Net.
     """
 
     section = "COCOOP"
