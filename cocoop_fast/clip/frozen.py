@@ -139,8 +139,7 @@ class FrozenCLIP:
         self._text = text_module(clip_model)
         _check_supported(clip_model, self._text)
         self._resblocks = tuple(self._text.transformer.resblocks)
-        self._snapshot: TextWeights | None = None
-        self._fingerprint: tuple[tuple[int, int], ...] = ()
+        self._last_read: tuple[Any, TextWeights] | None = None
         self.heads: int = self._resblocks[0].attn.num_heads
         self.layers = len(self._resblocks)
         self.activation = _activation(self._resblocks[0].mlp.gelu)
@@ -156,18 +155,17 @@ class FrozenCLIP:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the weights are read again, from the copied model."""
-        return {**self.__dict__, "_snapshot": None}
-
-    def fingerprint(self) -> tuple[tuple[int, int], ...]:
-        """Changes whenever a text weight was moved, cast, loaded or modified in place (but not through `.data`)."""
-        return tuple((p.data_ptr(), version_of(p)) for p in self._parameters())
+        return {**self.__dict__, "_last_read": None}
 
     def text_weights(self) -> TextWeights:
-        """The current weights, by role. The same object is returned until a weight changes."""
-        fingerprint = self.fingerprint()
-        if self._snapshot is None or fingerprint != self._fingerprint:
-            self._snapshot, self._fingerprint = self._read_weights(), fingerprint
-        return self._snapshot
+        """The current weights, by role.
+
+        The same object is returned until a weight is moved, cast, loaded or modified in place (but not through `.data`).
+        """
+        versions = [(p.data_ptr(), version_of(p)) for p in self._parameters()]
+        if self._last_read is None or self._last_read[0] != versions:
+            self._last_read = versions, self._read_weights()
+        return self._last_read[1]
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         yield self._text.positional_embedding

@@ -1,8 +1,7 @@
 """The classes of a model shared out among ranks: each encodes its own part of the class tree.
 
 The logits of all classes are gathered, so every rank has the loss and its gradient by every logit. Each goes backward
-through the classes that it encoded: the sum of what the ranks find is the gradient. What they tell each other in a
-step is B x K logits.
+through the classes that it encoded: the gradient is the sum over the ranks. They exchange B x K logits a step.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from cocoop_fast.prompts.tree import ClassTree
 
 
 def share_classes(model: PromptClassifier, group: Group) -> PromptClassifier | ClassShards:
-    """What computes the model's loss: the model, or all ranks of a group together.
+    """The model, or, in a group of several ranks, what computes its loss on all of them together.
 
     Raises:
         UserError: more ranks than distinct prompts.
@@ -63,7 +62,7 @@ class ClassShards:
         self._encode.lower_memory(batch)
 
     def _pruned(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Everybody chooses the same classes, and goes backward through those of them that are its own."""
+        """Every rank chooses the same classes, and goes backward through those of them that are its own."""
         model = self._model
         with torch.no_grad():
             logits = self._logits(image_features)

@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, and what they tell each other. Alone, nothing here costs anything."""
+"""Which of a run's processes this one is, and how they exchange values. With one process, nothing here costs anything."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Group:
     handle: dist.ProcessGroup | None = None
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Everybody's tensors, which have one shape and dtype, in the members' order."""
+        """The tensors of all members, which have one shape and dtype, in the members' order."""
         if self.size == 1:
             return [tensor]
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        with _with_the_others():
+        with _collective():
             dist.all_gather(parts, tensor.contiguous(), group=self.handle)
         return parts
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Their sum, added up in the members' order: everybody gets the same bits, each time."""
+        """The sum of their tensors, added up in the members' order: every member gets the same bits, each time."""
         total, *others = self.gather(tensor)
         for other in others:
             total = total + other
@@ -71,11 +71,11 @@ class Group:
         raise MemoryError("a process that shares the work has no memory left")
 
     def gather_objects(self, value: T) -> list[T]:
-        """Everybody's values, which need no common type, in the members' order."""
+        """The values of all members, which need no common type, in the members' order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _with_the_others():
+        with _collective():
             dist.all_gather_object(values, value, group=self.handle)
         return cast("list[T]", values)
 
@@ -114,7 +114,7 @@ class Ranks:
         """What the first rank makes, for all."""
         values: list[Any] = [make() if self.is_first else None]
         if self.everyone.size > 1:
-            with _with_the_others():
+            with _collective():
                 dist.broadcast_object_list(values, src=0)
         return cast(T, values[0])
 
@@ -213,8 +213,8 @@ def grid(ranks: int, shard: ShardBy, batch_size: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _with_the_others() -> Iterator[None]:
-    """A conversation that fails because somebody has left fails with a sentence."""
+def _collective() -> Iterator[None]:
+    """Of a collective operation that fails, since a member has left: a sentence instead of torch's error."""
     try:
         yield
     except RuntimeError as error:  # torch's own, and those of its libraries
