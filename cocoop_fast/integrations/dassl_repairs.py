@@ -42,7 +42,11 @@ def _warmup() -> Any:
 
 
 def repair_constructor() -> str | None:
-    """The first repair, if it is needed; a line about it."""
+    """Repair 1 in this module's list, if it is needed.
+
+    Returns:
+        A line for the user; None if there was nothing to repair. So do the others.
+    """
     try:
         _warmup()
     except TypeError:
@@ -52,7 +56,7 @@ def repair_constructor() -> str | None:
 
 
 def repair_resume() -> str | None:
-    """The second, once the scheduler can be built."""
+    """Repair 2, if it is needed. The scheduler has to be one that can be built."""
     if not any(isinstance(value, LRScheduler) for value in _warmup().state_dict().values()):
         return None
     base = _schedulers()._BaseWarmupScheduler
@@ -95,7 +99,7 @@ def _set_position(scheduler: Any, state: Mapping[str, Any]) -> None:
 
 
 def read_safely() -> str:
-    """The third."""
+    """Repair 3, which is always needed."""
     dassls_own = importlib.import_module("dassl.utils.torchtools").load_checkpoint
 
     def load_checkpoint(fpath: Any) -> Any:

@@ -21,7 +21,7 @@ from cocoop_fast.training.step_graph import RecordedSteps
 
 
 class FastTrainer:
-    """What precedes a trainer of CoOp's repository among the bases of ours.
+    """The first base of a fast trainer; the second is the trainer of CoOp's repository that it replaces.
 
     From Dassl's ``SimpleTrainer`` and the trainer replaced come ``check_cfg``, ``parse_batch_train``, ``load_model``,
     ``model_inference``, the loop and the evaluation; B images, K classes.
