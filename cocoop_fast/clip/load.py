@@ -48,11 +48,10 @@ def resolve_device(text: str) -> torch.device:
         device = torch.device(text)
     except RuntimeError as error:
         raise UserError(f"The device '{text}' is unknown; use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UserError(f"The device '{text}' is not there ({count} GPUs found); use --device cpu.")
-    elif device.type != "cpu":
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"The device '{text}' is not there ({gpus} GPUs found); use --device cpu.")
+    if device.type not in ("cpu", "cuda"):
         raise UserError(f"The device '{text}' is not supported; use auto, cpu, cuda or cuda:N.")
     return device
 

@@ -7,7 +7,6 @@ other row is one row of work a context.
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -42,10 +41,9 @@ class RowPaths:
     @classmethod
     def of(cls, rows: Tensor, fixed: Tensor) -> RowPaths:
         flat = rows.flatten()
-        place = torch.empty(int(flat.max()) + 1 if len(flat) else 0, dtype=torch.int64)
-        places = torch.arange(len(flat)).flip(0)
-        present = flat.flip(0) >= 0
-        place[flat.flip(0)[present]] = places[present]
+        place = torch.zeros(int(flat.max()) + 1 if len(flat) else 0, dtype=torch.int64)
+        present = (flat >= 0).nonzero()[:, 0]
+        place.scatter_reduce_(0, flat[present], present, "amin", include_self=False)
         return cls(rows, fixed, place)
 
     def to(self, device: torch.device) -> RowPaths:
@@ -168,10 +166,9 @@ class ClassTree:
         Args:
             nodes: (n,) int64, ascending; with each node also its ancestors.
         """
-        part = copy(self)
-        for name in vars(self):
-            if isinstance(getattr(ClassTree, name, None), cached_property):
-                del vars(part)[name]
+        part = ClassTree.__new__(ClassTree)
+        for name in ("n_slots", "class_specific", "sos", "n_ctx", "constants"):
+            setattr(part, name, getattr(self, name))
         number = torch.full((len(self) + 1,), -1)  # the entry behind the last is for -1
         number[nodes] = torch.arange(len(nodes))
         for name in ("token", "slot", "depth", "above"):
