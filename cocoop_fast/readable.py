@@ -1,16 +1,8 @@
-"""Names, and amounts with a unit, as people read them."""
+"""Amounts with a unit, as people read them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-METHOD_TITLES = {
-    "zeroshot": "zero-shot CLIP",
-    "coop": "CoOp",
-    "cocoop": "CoCoOp",
-    "meta-nets": "M Meta-Nets",
-    "linear-probe": "linear probe",
-}  # in the order of the paper's tables
 
 
 def readable_seconds(seconds: float) -> str:

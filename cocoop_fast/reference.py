@@ -16,6 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def prompt_names(classnames: Sequence[str]) -> list[str]:
+    """Class names as they enter a prompt: an underscore is a space."""
+    return [name.replace("_", " ") for name in classnames]
+
+
 def encode_prompts(
     clip_model: Any,
     prompts: Tensor,
@@ -141,19 +146,18 @@ class DensePromptedCLIP(nn.Module):
         self.clip_model: Any = clip_model
         n_ctx = len(ctx_init.split()) if ctx_init else n_ctx
         words = ctx_init or " ".join(["X"] * n_ctx)
-        names = [name.replace("_", " ") for name in classnames]
+        names = prompt_names(classnames)
         self.tokens = open_clip.tokenize([f"{words} {name}." for name in names])
         self.name_lens = [int(row.argmax()) - 1 for row in open_clip.tokenize(names)]
         self.class_position = class_position
         dtype = clip_model.ln_final.weight.dtype
         with torch.no_grad():
             self.embedding = clip_model.token_embedding(self.tokens).to(dtype)  # (K, L, d)
-        shape = (len(names), n_ctx) if class_specific else (n_ctx,)
-        ctx = (
-            self.embedding[0, 1 : 1 + n_ctx]
-            if ctx_init
-            else 0.02 * torch.randn(*shape, self.embedding.shape[2])
-        )
+        if ctx_init:
+            ctx = self.embedding[0, 1 : 1 + n_ctx]
+        else:
+            classes = (len(names),) if class_specific else ()
+            ctx = 0.02 * torch.randn(*classes, n_ctx, self.embedding.shape[2])
         embed_dim = clip_model.text_projection.shape[1] if conditional else None
         self.prompt_learner = DenseLearner(ctx.to(dtype), embed_dim, n_ctx if meta_nets else 1)
         self.image_encoder: nn.Module = clip_model.visual
@@ -196,7 +200,7 @@ def zero_shot_logits(
     template: str = "a photo of a {}.",
 ) -> Tensor:
     """Zero-shot CLIP: (B, E) image features to logits (B, K)."""
-    tokens = open_clip.tokenize([template.format(name.replace("_", " ")) for name in classnames])
+    tokens = open_clip.tokenize([template.format(name) for name in prompt_names(classnames)])
     text = encode_prompts(clip_model, clip_model.token_embedding(tokens).to(image_features.dtype), tokens)
     text = text / text.norm(dim=-1, keepdim=True)
     image_features = image_features / image_features.norm(dim=-1, keepdim=True)

@@ -96,10 +96,13 @@ def build(
         merged.setdefault("prompt.ctx_init", "")  # contexts of single classes begin from random vectors
     warnings.extend(_context_length(merged))
     config = from_mapping(_nest(merged, "the configuration"))
-    if config.optim.epochs == 0 and config.prompt.method not in ("zeroshot", "linear-probe"):
-        raise UserError(
-            f"`optim.epochs` is 0, but {config.prompt.method} has to learn; --method zeroshot does not."
-        )
+    if config.optim.epochs == 0:
+        from cocoop_fast.methods.records import METHODS  # needs torch
+
+        if METHODS[config.prompt.method].epochs != 0:
+            raise UserError(
+                f"`optim.epochs` is 0, but {config.prompt.method} has to learn; --method zeroshot does not."
+            )
     return Configuration(config, frozenset(merged), tuple(dict.fromkeys(warnings)))
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from cocoop_fast.cli import configuration, options, output
 from cocoop_fast.cli.options import Given
 from cocoop_fast.errors import UserError
-from cocoop_fast.readable import METHOD_TITLES
 
 if TYPE_CHECKING:
     from cocoop_fast.config import Method
@@ -98,16 +97,18 @@ def methods_to_compare(
 
 
 def _print(results: Results) -> None:
+    from cocoop_fast.methods.records import METHODS as records  # needs torch, as a run does
+
     output.print_table(
         ["Method", "Base", "New", "H", "All", "Seed", "Trained in"],
         [
             [
-                METHOD_TITLES.get(row.method, row.method),
+                records[row.method].title,
                 *(output.shown(value) for value in (row.base, row.new, row.h, row.all)),
                 str(row.seed),
                 output.shown(row.train_seconds or None, "{:.1f} s".format),
             ]
-            for row in sorted(results.rows, key=lambda row: list(METHOD_TITLES).index(row.method))
+            for row in sorted(results.rows, key=lambda row: list(records).index(row.method))
         ],
     )
     if any(row.h is not None for row in results.rows):

@@ -79,12 +79,9 @@ def load_demo_clip(path: Path = ASSET) -> CLIP:
     token_ids = weights.pop(_TOKEN_IDS, torch.empty(0)).long()
     rows = weights.pop(_TOKEN_WEIGHT, torch.empty(0))
     vocab, width = _TEXT["vocab_size"], _TEXT["width"]
-    if (
-        len(token_ids) == 0
-        or rows.shape != (len(token_ids), width)
-        or not 0 <= token_ids.min() <= token_ids.max() < vocab
-    ):
-        raise _damaged(path, "its token rows do not fit the vocabulary")
+    n = len(token_ids)
+    if n == 0 or rows.shape != (n, width) or not 0 <= token_ids.min() <= token_ids.max() < vocab:
+        raise _unusable(path, "cannot be loaded (its token rows do not fit the vocabulary)")
     generator = torch.Generator().manual_seed(_FILL_SEED)
     table = torch.randn(vocab, width, generator=generator) * rows.std()
     table[token_ids] = rows
@@ -94,7 +91,7 @@ def load_demo_clip(path: Path = ASSET) -> CLIP:
     try:
         model.load_state_dict({**weights, _TOKEN_WEIGHT: table})
     except RuntimeError as error:
-        raise _damaged(path, "its weights are those of another architecture") from error
+        raise _unusable(path, "cannot be loaded (its weights are those of another architecture)") from error
     return model.eval()
 
 
@@ -113,21 +110,15 @@ def known_token_ids(path: Path = ASSET) -> frozenset[int]:
 def _read(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of the asset; floating point ones as float32."""
     if not Path(path).is_file():
-        raise UserError(
-            f"the demo model {path} is missing: reinstall cocoop_fast or run tools/pretrain_demo_clip.py",
-            exit_status=1,
-        )
+        raise _unusable(path, "is missing")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+        raise _unusable(path, f"cannot be loaded ({error})") from error
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
-def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"the demo model {path} cannot be loaded ({reason}): reinstall cocoop_fast or run "
-        "tools/pretrain_demo_clip.py",
-        exit_status=1,
-    )
+def _unusable(path: Path, why: str) -> UserError:
+    remedy = "reinstall cocoop_fast or run tools/pretrain_demo_clip.py"
+    return UserError(f"the demo model {path} {why}: {remedy}", exit_status=1)

@@ -6,12 +6,13 @@ Nothing here changes a weight, a mode or a gradient flag of the model it looks a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from cocoop_fast.errors import UserError
 
@@ -21,19 +22,41 @@ ClipModel: TypeAlias = Any
 
 
 @dataclass(frozen=True, eq=False)
-class Affine:
+class _Weights:
+    """The base of dataclasses that hold tensors, each other, and numbers."""
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
+        """A copy on a device, or of a dtype."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(moved, value))
+            return value.to(device, dtype) if isinstance(value, (Tensor, _Weights)) else value
+
+        return type(self)(**{one.name: moved(getattr(self, one.name)) for one in fields(self)})
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Tensor):
+                    yield part
+                elif isinstance(part, _Weights):
+                    yield from part.tensors()
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(_Weights):
     """Weight and bias of a linear layer, (out, in) and (out,), or of a LayerNorm, (d,) and (d,)."""
 
     weight: Tensor
     bias: Tensor
     eps: float = 0.0  # LayerNorm only
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Affine:
-        return Affine(self.weight.to(device, dtype), self.bias.to(device, dtype), self.eps)
-
 
 @dataclass(frozen=True, eq=False)
-class TextBlock:
+class TextBlock(_Weights):
     """Weights of one pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
     ln_1: Affine
@@ -43,12 +66,9 @@ class TextBlock:
     fc: Affine  # (4d, d)
     proj: Affine  # (d, 4d)
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TextBlock:
-        return TextBlock(**{one.name: getattr(self, one.name).to(device, dtype) for one in fields(self)})
-
 
 @dataclass(frozen=True, eq=False)
-class TextWeights:
+class TextWeights(_Weights):
     """Detached tensors of a causal, EOT-pooled text transformer. They share the model's storage.
 
     Shapes: V vocabulary, L context length, d width, E embedding.
@@ -96,26 +116,7 @@ class TextWeights:
 
     @cached_property
     def _tensors(self) -> list[Tensor]:
-        found, rest = [], [getattr(self, one.name) for one in fields(self)]
-        for part in rest:
-            if isinstance(part, Tensor):
-                found.append(part)
-            elif isinstance(part, tuple):
-                rest.extend(part)
-            elif is_dataclass(part):
-                rest.extend(getattr(part, one.name) for one in fields(part))
-        return found
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TextWeights:
-        """Copies on a device, or of a dtype."""
-        return replace(
-            self,
-            token_embedding=self.token_embedding.to(device, dtype),
-            positional_embedding=self.positional_embedding.to(device, dtype),
-            blocks=tuple(block.to(device, dtype) for block in self.blocks),
-            ln_final=self.ln_final.to(device, dtype),
-            projection=self.projection.to(device, dtype),
-        )
+        return list(self.tensors())
 
 
 def version_of(tensor: Tensor) -> int:
@@ -138,8 +139,7 @@ class FrozenCLIP:
         self._text = text_module(clip_model)
         _check_supported(clip_model, self._text)
         self._resblocks = tuple(self._text.transformer.resblocks)
-        self._snapshot: TextWeights | None = None
-        self._fingerprint: tuple[tuple[int, int], ...] = ()
+        self._last_read: tuple[Any, TextWeights] | None = None
         self.heads: int = self._resblocks[0].attn.num_heads
         self.layers = len(self._resblocks)
         self.activation = _activation(self._resblocks[0].mlp.gelu)
@@ -155,18 +155,17 @@ class FrozenCLIP:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the weights are read again, from the copied model."""
-        return {**self.__dict__, "_snapshot": None}
-
-    def fingerprint(self) -> tuple[tuple[int, int], ...]:
-        """Changes whenever a text weight was moved, cast, loaded or modified in place (but not through `.data`)."""
-        return tuple((p.data_ptr(), version_of(p)) for p in self._parameters())
+        return {**self.__dict__, "_last_read": None}
 
     def text_weights(self) -> TextWeights:
-        """The current weights, by role. The same object is returned until a weight changes."""
-        fingerprint = self.fingerprint()
-        if self._snapshot is None or fingerprint != self._fingerprint:
-            self._snapshot, self._fingerprint = self._read_weights(), fingerprint
-        return self._snapshot
+        """The current weights, by role.
+
+        The same object is returned until a weight is moved, cast, loaded or modified in place (but not through `.data`).
+        """
+        versions = [(p.data_ptr(), version_of(p)) for p in self._parameters()]
+        if self._last_read is None or self._last_read[0] != versions:
+            self._last_read = versions, self._read_weights()
+        return self._last_read[1]
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         yield self._text.positional_embedding
@@ -217,9 +216,8 @@ def _check_supported(clip_model: ClipModel, text: Any) -> None:
             "use a CLIP model with a causal text mask."
         )
     for block in blocks:
-        if not isinstance(getattr(block, "attn", None), nn.MultiheadAttention) or not hasattr(
-            block.mlp, "gelu"
-        ):
+        attention = getattr(block, "attn", None)
+        if not isinstance(attention, nn.MultiheadAttention) or not hasattr(block.mlp, "gelu"):
             raise UserError(
                 f"The text tower of {kind} has blocks of type {type(block).__name__}, which are not CLIP's "
                 "pre-norm attention blocks; use a standard CLIP text tower."

@@ -33,9 +33,7 @@ class LoadedClip:
     std: tuple[float, float, float]
     device: torch.device
     precision: str  # fp32, fp16, bf16 or amp
-    known_tokens: frozenset[int] | None = (
-        None  # the only tokens that were trained on; None: the whole vocabulary
-    )
+    known_tokens: frozenset[int] | None = None  # all that were trained on; None: the whole vocabulary
 
 
 def resolve_device(text: str) -> torch.device:
@@ -50,11 +48,10 @@ def resolve_device(text: str) -> torch.device:
         device = torch.device(text)
     except RuntimeError as error:
         raise UserError(f"The device '{text}' is unknown; use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UserError(f"The device '{text}' is not there ({count} GPUs found); use --device cpu.")
-    elif device.type != "cpu":
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"The device '{text}' is not there ({gpus} GPUs found); use --device cpu.")
+    if device.type not in ("cpu", "cuda"):
         raise UserError(f"The device '{text}' is not supported; use auto, cpu, cuda or cuda:N.")
     return device
 
@@ -91,11 +88,10 @@ def load_clip(config: ModelConfig) -> LoadedClip:
     if precision in _LOW_PRECISION:
         to_low_precision(model, _LOW_PRECISION[precision])
     model = model.to(device).eval().requires_grad_(False)
-    size = model.visual.image_size
     return LoadedClip(
         model=model,
         name=config.name,
-        image_size=int(size[0] if isinstance(size, (tuple, list)) else size),
+        image_size=FrozenCLIP(model).image_size,
         mean=tuple(getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN),
         std=tuple(getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD),
         device=device,
@@ -113,7 +109,7 @@ def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
         return create_clip(name, pretrained)
     except (
         Exception
-    ) as error:  # any reader's failure (pickle, zip, shapes, network) is the user's weights failing
+    ) as error:  # whatever the reader's failure (pickle, zip, shapes, network), the weights are bad
         reason = " ".join(str(error).split()) or type(error).__name__
         what = f"The weights '{pretrained}' of model '{name}'" if pretrained else f"The model '{name}'"
         raise UserError(

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer."""
+"""CLIP's byte-pair tokenizer; OpenAI's and open_clip's models share it."""
 
 from __future__ import annotations
 
@@ -9,5 +9,11 @@ from open_clip.tokenizer import SimpleTokenizer
 
 @lru_cache(maxsize=1)
 def tokenizer() -> SimpleTokenizer:
-    """CLIP's byte-pair tokenizer; OpenAI's and open_clip's models share it."""
+    """The tokenizer itself: its vocabulary and special tokens."""
     return SimpleTokenizer()
+
+
+@lru_cache(maxsize=1 << 16)  # of ImageNet-22k the names and their prompts; some 20 MB
+def encode(text: str) -> tuple[int, ...]:
+    """Token ids of a text, without start and end of text. Kept, since cleaning the text takes most of the time."""
+    return tuple(tokenizer().encode(text))

@@ -30,31 +30,22 @@ def create_clip(name: str, pretrained: str | None) -> nn.Module:
     Raises:
         Exception: of any kind, if the weights cannot be had or are not those of the architecture.
     """
-    if pretrained is None:
-        return open_clip.create_model(name, require_pretrained=True)
-    if pretrained.startswith(HUB):
+    if pretrained is not None and pretrained.startswith(HUB):
         pretrained = download_pretrained_from_hf(pretrained.removeprefix(HUB))
-    if not Path(pretrained).is_file():
-        return open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
-    state = _openai_or_script_state(Path(pretrained))
+    state = None if pretrained is None else _openai_or_script_state(Path(pretrained))
     if state is None:
         return open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
     by_openai = _OPENAI_SIZES <= state.keys()
     model = open_clip.create_model(name, pretrained=None, force_quick_gelu=by_openai)
-    model.load_state_dict(
-        {
-            key: value
-            for key, value in state.items()
-            # A script holds the causal mask like a weight; every model makes its own.
-            if key not in _OPENAI_SIZES and key.rsplit(".", 1)[-1] != "attn_mask"
-        }
-    )
+    # A script holds the causal mask like a weight; every model makes its own.
+    others = [key for key in state if key in _OPENAI_SIZES or key.split(".")[-1] == "attn_mask"]
+    model.load_state_dict({key: value for key, value in state.items() if key not in others})
     return model
 
 
 def _openai_or_script_state(path: Path) -> dict[str, Tensor] | None:
-    """The state dict of a file that open_clip does not read itself; None for all others."""
-    if path.suffix == ".safetensors":
+    """The state dict of a file that open_clip does not read itself; None for all others, and for what is no file."""
+    if not path.is_file() or path.suffix == ".safetensors":
         return None
     if is_script_archive(path):
         return script_state_dict(path)

@@ -1,14 +1,12 @@
 """The classes of a model shared out among ranks: each encodes its own part of the class tree.
 
 The logits of all classes are gathered, so every rank has the loss and its gradient by every logit. Each goes backward
-through the classes that it encoded: the sum of what the ranks find is the gradient. What they tell each other in a
-step is B x K logits.
+through the classes that it encoded: the gradient is the sum over the ranks. They exchange B x K logits a step.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +21,13 @@ from cocoop_fast.prompts.tree import ClassTree
 
 
 def share_classes(model: PromptClassifier, group: Group) -> PromptClassifier | ClassShards:
-    """What computes the model's loss: the model, or all ranks of a group together.
+    """The model, or, in a group of several ranks, what computes its loss on all of them together.
 
     Raises:
         UserError: more ranks than distinct prompts.
     """
-    if group.size == 1 or not isinstance(
-        model, LearnedPromptCLIP
-    ):  # the others have nothing to learn in steps
-        return model
-    return ClassShards(model, group)
+    # Other models have nothing to learn in steps.
+    return ClassShards(model, group) if group.size > 1 and isinstance(model, LearnedPromptCLIP) else model
 
 
 class ClassShards:
@@ -67,7 +62,7 @@ class ClassShards:
         self._encode.lower_memory(batch)
 
     def _pruned(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Everybody chooses the same classes, and goes backward through those of them that are its own."""
+        """Every rank chooses the same classes, and goes backward through those of them that are its own."""
         model = self._model
         with torch.no_grad():
             logits = self._logits(image_features)
@@ -87,10 +82,12 @@ class ClassShards:
         return loss, logits
 
     def _logits(self, image_features: Tensor) -> Tensor:
-        """(B, K) of all classes, in float32 at least."""
+        """(B, K) of all classes, in float32 at least. Those of other ranks' classes are numbers without a gradient."""
         own = self._group.all_or_none(partial(self._own_logits, image_features))
-        logits: Tensor = _Gathered.apply(own, self)
-        return logits
+        sizes = [len(share) for share in self._shares]
+        parts = self._group.gather(F.pad(own.detach(), (0, max(sizes) - own.shape[1])))
+        columns = torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
+        return columns[:, self._place.to(own.device)].index_copy(1, self._own.to(own.device), own)
 
     def _own_logits(self, image_features: Tensor) -> Tensor:
         """(B, n) of this rank's classes."""
@@ -98,17 +95,6 @@ class ClassShards:
         text = text if text.ndim == 3 else text[None]
         own = cosine_logits_ref(image_features, text, self._model.logit_scale)
         return own.to(torch.promote_types(own.dtype, torch.float32))
-
-    def gathered(self, own: Tensor) -> Tensor:
-        """The logits (B, n) of each rank's n classes to those of all classes (B, K)."""
-        sizes = [len(share) for share in self._shares]
-        parts = self._group.gather(F.pad(own, (0, max(sizes) - own.shape[1])))
-        columns = [part[:, :size] for part, size in zip(parts, sizes, strict=True)]
-        return torch.cat(columns, dim=1)[:, self._place.to(own.device)]
-
-    def own_columns(self, grad: Tensor) -> Tensor:
-        """(B, K) to the columns (B, n) of this rank's classes."""
-        return grad[:, self._own.to(grad.device)]
 
 
 def balanced_shares(tree: ClassTree, parts: int) -> list[Tensor]:
@@ -136,17 +122,3 @@ def balanced_shares(tree: ClassTree, parts: int) -> list[Tensor]:
     part_of_leaf = torch.bucketize(torch.arange(leaves), torch.tensor(first, dtype=torch.int64), right=True)
     part_of_class = part_of_leaf[tree.leaf_of_class]
     return [(part_of_class == part).nonzero()[:, 0] for part in range(parts)]
-
-
-class _Gathered(torch.autograd.Function):
-    """Logits of one's own classes to those of all; backward, the columns of one's own."""
-
-    @staticmethod
-    def forward(node: Any, own: Tensor, shards: ClassShards) -> Tensor:
-        node.shards = shards
-        return shards.gathered(own)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(node: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return node.shards.own_columns(grad), None

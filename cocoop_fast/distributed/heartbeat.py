@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Sequence
 
 from torch.distributed import Store
 
@@ -55,13 +54,12 @@ class Heartbeat:
         heard, missed = [0] * len(self._others), [0] * len(self._others)
         while not self._done.wait(INTERVAL):
             try:
-                beats = self._exchange()
+                self._store.add(str(self._rank), 1)
+                beats = [self._store.add(str(other), 0) for other in self._others]
                 failure = self._store.get(_FAILURE).decode() if self._store.check([_FAILURE]) else None
             except RuntimeError:
                 failure = "the process that the ranks meet through has ended"
-                if self._done.wait(
-                    MISSED_BEATS * INTERVAL / 4
-                ):  # at the end of a run that is as it should be
+                if self._done.wait(MISSED_BEATS * INTERVAL / 4):  # at the end of a run all is well
                     return
             else:
                 missed = [
@@ -70,20 +68,11 @@ class Heartbeat:
                 heard = beats
                 silent = [rank for rank, m in zip(self._others, missed, strict=True) if m > MISSED_BEATS]
                 if silent and failure is None:
-                    failure = f"{_names(silent)} not been heard of for {MISSED_BEATS * INTERVAL:.0f} seconds"
+                    names = ", ".join(f"rank {rank}" for rank in silent)
+                    have = "has" if len(silent) == 1 else "have"
+                    failure = f"{names} {have} not been heard of for {MISSED_BEATS * INTERVAL:.0f} seconds"
             if failure is not None:
                 print(
                     f"error: {failure}, so rank {self._rank} ends too; {GO_ON}.", file=sys.stderr, flush=True
                 )
                 os._exit(1)  # the main thread may be in a collective that never ends
-
-    def _exchange(self) -> list[int]:
-        """Beat once, and count the others' beats so far."""
-        self._store.add(str(self._rank), 1)
-        return [self._store.add(str(other), 0) for other in self._others]
-
-
-def _names(ranks: Sequence[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} has"
-    return f"ranks {', '.join(map(str, ranks))} have"

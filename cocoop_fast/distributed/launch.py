@@ -16,9 +16,7 @@ from cocoop_fast.errors import UserError
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 
-# All ranks have to arrive within this time; then, how long one may be busy while others wait for it. Whether it is
-# still alive is not told by this, but by its heartbeat.
-_ARRIVAL = timedelta(minutes=5)
+# How long a rank may be busy while others wait for it. Whether it is still alive, its heartbeat tells.
 _PATIENCE = timedelta(minutes=30)
 
 
@@ -28,8 +26,11 @@ def launched_ranks() -> int:
 
 
 @contextmanager
-def join() -> Iterator[Ranks]:
+def join(arrival: timedelta = timedelta(minutes=5)) -> Iterator[Ranks]:
     """The ranks of this run, which end together; this process alone if nothing started several.
+
+    Args:
+        arrival: within which all ranks have to come.
 
     Raises:
         UserError: not all of them have come.
@@ -38,10 +39,10 @@ def join() -> Iterator[Ranks]:
         yield Ranks()
         return
     try:
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=_ARRIVAL))
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=arrival))
         attempt = os.environ.get(
             "TORCHELASTIC_RESTART_COUNT", "0"
-        )  # torchrun keeps its store from one to the next
+        )  # torchrun keeps its store between attempts
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore(f"collectives/{attempt}", store),
@@ -50,7 +51,7 @@ def join() -> Iterator[Ranks]:
             timeout=_PATIENCE,
         )
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        own_connection = dist.TCPStore(address, port, is_master=False, timeout=_ARRIVAL)
+        own_connection = dist.TCPStore(address, port, is_master=False, timeout=arrival)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"The {launched_ranks()} ranks of this run did not find each other ({' '.join(str(error).split())[:200]}); "
@@ -66,10 +67,7 @@ def join() -> Iterator[Ranks]:
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
         )
         everyone.gather_objects(None)  # nobody leaves while another one may still want something
-    except (
-        KeyboardInterrupt,
-        SystemExit,
-    ):  # which the others have agreed to; else they find this rank silent
+    except (KeyboardInterrupt, SystemExit):  # the others have agreed to it, or will find this rank silent
         heartbeat.stop()
         raise
     except BaseException as error:

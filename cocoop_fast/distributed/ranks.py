@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, and what they tell each other. Alone, nothing here costs anything."""
+"""Which of a run's processes this one is, and how they exchange values. With one process, nothing here costs anything."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GO_ON = "run the same command again to go on from the last checkpoint"
 class Group:
     """Processes that share a piece of work; by default this one alone.
 
-    All members call the same methods in the same order.
+    All members call the same methods in the same order. Each raises a UserError if another member has ended.
 
     Args:
         index: the place of this process, in 0 .. size - 1.
@@ -36,20 +36,16 @@ class Group:
     handle: dist.ProcessGroup | None = None
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Everybody's tensors, which have one shape and dtype, in the members' order.
-
-        Raises:
-            UserError: another member has ended.
-        """
+        """The tensors of all members, which have one shape and dtype, in the members' order."""
         if self.size == 1:
             return [tensor]
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        with _with_the_others():
+        with _collective():
             dist.all_gather(parts, tensor.contiguous(), group=self.handle)
         return parts
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Their sum, added up in the members' order: everybody gets the same bits, each time."""
+        """The sum of their tensors, added up in the members' order: every member gets the same bits, each time."""
         total, *others = self.gather(tensor)
         for other in others:
             total = total + other
@@ -60,7 +56,6 @@ class Group:
 
         Raises:
             MemoryError: it did not with one of them; with a group of one, what `work` raised.
-            UserError: another member has ended.
         """
         if self.size == 1:
             return work()
@@ -76,15 +71,11 @@ class Group:
         raise MemoryError("a process that shares the work has no memory left")
 
     def gather_objects(self, value: T) -> list[T]:
-        """Everybody's values, which need no common type, in the members' order.
-
-        Raises:
-            UserError: another member has ended.
-        """
+        """The values of all members, which need no common type, in the members' order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _with_the_others():
+        with _collective():
             dist.all_gather_object(values, value, group=self.handle)
         return cast("list[T]", values)
 
@@ -120,21 +111,15 @@ class Ranks:
         return self.everyone.index == 0
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first rank makes, for all.
-
-        Raises:
-            UserError: another rank has ended.
-        """
+        """What the first rank makes, for all."""
         values: list[Any] = [make() if self.is_first else None]
         if self.everyone.size > 1:
-            with _with_the_others():
+            with _collective():
                 dist.broadcast_object_list(values, src=0)
         return cast(T, values[0])
 
     def highest(self, value: int) -> int:
         """The highest of the ranks' values."""
-        if self.everyone.size == 1:
-            return value
         return int(torch.stack(self.everyone.gather(torch.tensor(value))).max())
 
     def check_alike(self, what: str, value: object) -> None:
@@ -166,22 +151,25 @@ class Ranks:
             classes = replace(classes, handle=cast(dist.ProcessGroup, handles[row]))
         return replace(self, images=Group(row, rows), classes=classes)
 
-    def own_device(self, configured: str) -> str:
+    def own_device(self, configured: str, gpus: int | None = None) -> str:
         """The device of this rank where a configuration says "auto", "cpu", "cuda" or "cuda:N".
+
+        Args:
+            gpus: of this machine; None: as many as torch finds.
 
         Raises:
             UserError: the ranks of this machine would have to share a GPU.
         """
         if self.local_size == 1 or configured == "cpu":
             return configured
-        if configured == "auto" and not torch.cuda.is_available():
+        gpus = torch.cuda.device_count() if gpus is None else gpus
+        if configured == "auto" and not gpus:
             return "cpu"
         if configured not in ("auto", "cuda"):
             raise UserError(
                 f"The device '{configured}' is one, and there are {self.local_size} ranks on this machine; use "
                 "--device cuda, which gives each a GPU of its own."
             )
-        gpus = torch.cuda.device_count()
         if self.local_size > gpus:
             raise UserError(
                 f"{self.local_size} ranks were started on a machine with {gpus} GPUs; start as many as there are, or "
@@ -225,8 +213,8 @@ def grid(ranks: int, shard: ShardBy, batch_size: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _with_the_others() -> Iterator[None]:
-    """A conversation that fails because somebody has left fails with a sentence."""
+def _collective() -> Iterator[None]:
+    """Of a collective operation that fails, since a member has left: a sentence instead of torch's error."""
     try:
         yield
     except RuntimeError as error:  # torch's own, and those of its libraries

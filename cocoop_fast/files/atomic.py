@@ -1,4 +1,4 @@
-"""Write a file so that it is there whole or not at all, whenever the power fails."""
+"""Write a file so that it is there whole or not at all, even after a crash or a power failure."""
 
 from __future__ import annotations
 

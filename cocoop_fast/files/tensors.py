@@ -1,7 +1,7 @@
-"""Tensors that are expensive to make, kept in files that are never read unless they are what was asked for.
+"""Tensors that are expensive to make, kept in files that are read only if they are what was asked for.
 
-The name of a file has a digest of all that decides its content: what is stale is therefore never found. A digest of the
-content itself lies inside: what is torn or altered is noticed, said, and made again.
+A file's name has a digest of all that decides its content, so a stale file is never found. Its header has a digest of
+the content itself: a damaged or altered file is noticed, reported, and made again.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ import math
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,28 +111,11 @@ class InertObject:
     def extend(self, _: Any) -> None: ...
 
 
-class _Function:
-    """A function that a pickle may call but not modify."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable[..., Tensor]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> Tensor:
-        return self._call(*args)
-
-    def __setstate__(self, _: Any) -> None:
-        raise pickle.UnpicklingError("a function has no state")
-
-
-@dataclass(frozen=True)
-class _StorageType:
-    dtype: torch.dtype
-
-
 class _Unpickler(pickle.Unpickler):
-    """Reads a torch archive's ``data.pkl``. It imports nothing: names map to the few values below."""
+    """Reads a torch archive's ``data.pkl``. It imports nothing: names map to the few values below.
+
+    Functions and classes are made anew each time, since a pickle may set attributes on them.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, pickled: str) -> None:
         super().__init__(io.BytesIO(archive.read(pickled)))
@@ -144,22 +126,22 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Function(_rebuild_tensor)
+            return lambda *args: _rebuild_tensor(*args)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _Function(_rebuild_parameter)
+            return lambda tensor, *_: tensor
         if module == "torch" and name in _DTYPES:
-            return _StorageType(_DTYPES[name])
-        return type(name, (InertObject,), {})  # a new class each time: a pickle may set attributes on it
+            return _DTYPES[name]
+        return type(name, (InertObject,), {})
 
     def persistent_load(self, pid: Any) -> Tensor:
         """("storage", type, key, device, length) to a flat tensor, on the CPU wherever it was saved."""
         kind, storage_type, key, _, length = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
+        if kind != "storage" or not isinstance(storage_type, torch.dtype):
             raise pickle.UnpicklingError(f"unknown storage {kind!r}")
         raw = bytearray(self._archive.read(f"{self._folder}data/{key}"))
         if not raw:
-            return torch.empty(0, dtype=storage_type.dtype)
-        return torch.frombuffer(raw, dtype=storage_type.dtype, count=length)
+            return torch.empty(0, dtype=storage_type)
+        return torch.frombuffer(raw, dtype=storage_type, count=length)
 
 
 def _rebuild_tensor(
@@ -169,7 +151,3 @@ def _rebuild_tensor(
     if math.prod(size) > storage.numel():
         raise pickle.UnpicklingError("a tensor is larger than its storage")
     return storage.as_strided(size, stride, offset).contiguous()
-
-
-def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
-    return data

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cocoop_fast.errors import UserError
 from cocoop_fast.integrations.dassl_repairs import repair_dassl
@@ -41,39 +40,24 @@ def patch_dassl() -> tuple[str, ...]:
     if hasattr(TRAINER_REGISTRY, _PATCHED):
         return ()
     setattr(TRAINER_REGISTRY, _PATCHED, True)
-    TRAINER_REGISTRY.get = _faster(TRAINER_REGISTRY.get)
+    get = TRAINER_REGISTRY.get
+    TRAINER_REGISTRY.get = lambda name: fast_trainer(name, get(name)) if name in FAST_TRAINERS else get(name)
     return (*(f"trainer {name}: computed by cocoop_fast" for name in FAST_TRAINERS), *repair_dassl())
 
 
-def _faster(get: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A registry's lookup that finds our trainer where it would find one of those we replace."""
-    made: dict[type, type] = {}
-
-    def lookup(name: str) -> Any:
-        found = get(name)
-        if name not in FAST_TRAINERS:
-            return found
-        if found not in made:
-            made[found] = fast_trainer(name, found)
-        return made[found]
-
-    return lookup
-
-
-def main() -> None:
-    """Run the script that the command line names, as ``python SCRIPT ARGUMENTS`` would."""
-    if len(sys.argv) < 2:
+def main(arguments: Sequence[str]) -> None:
+    """Run a script, as ``python SCRIPT ARGUMENTS`` would."""
+    if not arguments:
         print("usage: python -m cocoop_fast.integrations.dassl SCRIPT [ARGUMENTS]", file=sys.stderr)
         raise SystemExit(2)
-    script = Path(sys.argv[1])
-    sys.argv = sys.argv[1:]
-    sys.path[0] = str(script.resolve().parent)
+    sys.argv = [*arguments]
+    sys.path[0] = str(Path(arguments[0]).resolve().parent)
     for line in patch_dassl():
         print(f"cocoop_fast: {line}", file=sys.stderr)
-    runpy.run_path(str(script), run_name="__main__")
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
 else:
     patch_dassl()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +26,42 @@ _POSITION = ("last_epoch", "_step_count", "_last_lr")
 
 def repair_dassl() -> tuple[str, ...]:
     """Repair what needs it in the Dassl that is imported; one line for each repair."""
-    schedulers = importlib.import_module("dassl.optim.lr_scheduler")
-    torchtools = importlib.import_module("dassl.utils.torchtools")
-    base = schedulers._BaseWarmupScheduler
-    done = []
-    if not _can_be_built(schedulers.ConstantWarmupScheduler):
-        base.__init__ = _init_warmup
-        done.append("warm-up scheduler: built without `verbose`, which this PyTorch does not take")
-    if _saves_an_object(schedulers.ConstantWarmupScheduler):
-        base.state_dict = _warmup_state
-        base.load_state_dict = _load_warmup_state
-        done.append("resume: the learning rate goes on along its schedule")
-    _replace_everywhere(torchtools.load_checkpoint, _safe_load(torchtools.load_checkpoint))
-    done.append("load_checkpoint: files are read without running code in them")
-    return tuple(done)
+    return tuple(line for line in (repair_constructor(), repair_resume(), read_safely()) if line is not None)
 
 
 # -- the warm-up scheduler ---------------------------------------------------------------------------------------
 
 
-def _make(warmup: Any) -> Any:
+def _schedulers() -> Any:
+    return importlib.import_module("dassl.optim.lr_scheduler")
+
+
+def _warmup() -> Any:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    return warmup(optimizer, CosineAnnealingLR(optimizer, 1), 1, 0.1)
+    return _schedulers().ConstantWarmupScheduler(optimizer, CosineAnnealingLR(optimizer, 1), 1, 0.1)
 
 
-def _can_be_built(warmup: Any) -> bool:
+def repair_constructor() -> str | None:
+    """Repair 1 in this module's list, if it is needed.
+
+    Returns:
+        A line for the user; None if there was nothing to repair. So do the others.
+    """
     try:
-        _make(warmup)
+        _warmup()
     except TypeError:
-        return False
-    return True
+        _schedulers()._BaseWarmupScheduler.__init__ = _init_warmup
+        return "warm-up scheduler: built without `verbose`, which this PyTorch does not take"
+    return None
 
 
-def _saves_an_object(warmup: Any) -> bool:
-    return any(isinstance(value, LRScheduler) for value in _make(warmup).state_dict().values())
+def repair_resume() -> str | None:
+    """Repair 2, if it is needed. The scheduler has to be one that can be built."""
+    if not any(isinstance(value, LRScheduler) for value in _warmup().state_dict().values()):
+        return None
+    base = _schedulers()._BaseWarmupScheduler
+    base.state_dict, base.load_state_dict = _warmup_state, _load_warmup_state
+    return "resume: the learning rate goes on along its schedule"
 
 
 def _init_warmup(
@@ -96,16 +98,20 @@ def _set_position(scheduler: Any, state: Mapping[str, Any]) -> None:
 # -- reading files -----------------------------------------------------------------------------------------------
 
 
-def _safe_load(load_checkpoint: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def load(fpath: Any) -> Any:
+def read_safely() -> str:
+    """Repair 3, which is always needed."""
+    dassls_own = importlib.import_module("dassl.utils.torchtools").load_checkpoint
+
+    def load_checkpoint(fpath: Any) -> Any:
         """A checkpoint, on the CPU: whoever loads a state dict from it moves it."""
         if fpath is None or not Path(fpath).is_file():
-            return load_checkpoint(fpath)  # for its own messages
+            return dassls_own(fpath)  # for its own messages
         if zipfile.is_zipfile(fpath):
             return read_archive(Path(fpath))
         return torch.load(fpath, map_location="cpu", weights_only=True)  # PyTorch's format before 1.6
 
-    return load
+    _replace_everywhere(dassls_own, load_checkpoint)
+    return "load_checkpoint: files are read without running code in them"
 
 
 def _replace_everywhere(old: Any, new: Any) -> None:

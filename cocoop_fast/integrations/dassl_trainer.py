@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,17 +13,15 @@ from torch import Tensor
 from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast
-from cocoop_fast.methods.base import LearnedPromptCLIP
 from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.methods.coop import CoOp
-from cocoop_fast.runs.reference_checkpoint import token_buffers
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
 from cocoop_fast.training.step import Step, loss_and_gradients
 from cocoop_fast.training.step_graph import RecordedSteps
 
 
 class FastTrainer:
-    """What precedes a trainer of CoOp's repository among the bases of ours.
+    """The first base of a fast trainer; the second is the trainer of CoOp's repository that it replaces.
 
     From Dassl's ``SimpleTrainer`` and the trainer replaced come ``check_cfg``, ``parse_batch_train``, ``load_model``,
     ``model_inference``, the loop and the evaluation; B images, K classes.
@@ -33,8 +31,9 @@ class FastTrainer:
     the run; one GPU is used, however many there are.
     """
 
-    method: Method
     replaced: type
+    fast_model: type[CoOp]
+    logged: tuple[str, ...]
 
     cfg: Any
     dm: Any
@@ -54,7 +53,7 @@ class FastTrainer:
         cfg = self.cfg
         print(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME})")
         clip_model = self._load_clip(cfg)
-        self.precision: str = getattr(cfg.TRAINER, self.method.section).PREC
+        self.precision: str = getattr(cfg.TRAINER, self.fast_model.learner.section).PREC
         if self.precision == "fp16" and self.device.type == "cpu":
             print("PREC fp16 is computed in fp32 on a CPU")
             self.precision = "fp32"
@@ -63,8 +62,9 @@ class FastTrainer:
 
         print("Building custom CLIP (cocoop_fast)")
         clip_model.to(self.device).requires_grad_(False)
-        self.model = self.method.build(cfg, self.dm.dataset.classnames, clip_model)
-        learner: Any = self.model.prompt_learner
+        self.model = self.fast_model(cfg, self.dm.dataset.classnames, clip_model)
+        learner = self.model.prompt_learner
+        learner.saves_tokens = True  # so that the reference's strict resume reads what is written here
         print(f"Number of context words (tokens): {learner.n_ctx}")
         if cfg.MODEL.INIT_WEIGHTS:
             load_pretrained_weights(learner, cfg.MODEL.INIT_WEIGHTS)
@@ -101,7 +101,7 @@ class FastTrainer:
         if self.batch_idx + 1 == self.num_batches:
             self.update_lr()
         summary = {"loss": loss, "acc": 100.0 * correct / len(label)}
-        return {name: summary[name] for name in self.method.logged}
+        return {name: summary[name] for name in self.logged}
 
     def after_train(self) -> None:
         """Test. Both wordings of the end are written: result parsers wait for the one or the other."""
@@ -120,31 +120,16 @@ class FastTrainer:
         return load(cfg)
 
 
-class _CoOpWithBuffers(CoOp):
-    """CoOp whose state dict also has the reference's token buffers, so that its strict resume reads it."""
-
-    def __init__(self, cfg: Any, classnames: Any, clip_model: ClipModel) -> None:
-        super().__init__(cfg, classnames, clip_model)
-        for name, value in token_buffers(self.prompt_learner, clip_model).items():
-            self.prompt_learner.register_buffer(name, value)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A trainer that is replaced."""
-
-    section: str  # of its options in cfg.TRAINER
-    build: Callable[[Any, Any, ClipModel], LearnedPromptCLIP]
-    logged: tuple[str, ...]  # by a training step, as the reference does
-
-
-FAST_TRAINERS = {
-    "CoCoOp": Method("COCOOP", CustomCLIP, ("loss",)),
-    "CoOp": Method("COOP", _CoOpWithBuffers, ("loss", "acc")),
+# By the name of the trainer that is replaced: its model, and what it logs of a step.
+FAST_TRAINERS: dict[str, tuple[type[CoOp], tuple[str, ...]]] = {
+    "CoCoOp": (CustomCLIP, ("loss",)),
+    "CoOp": (CoOp, ("loss", "acc")),
 }
 
 
+@cache
 def fast_trainer(name: str, replaced: type) -> type:
     """The class to use instead of a trainer that is registered as ``name``, one of ``FAST_TRAINERS``."""
-    own = {"method": FAST_TRAINERS[name], "replaced": replaced, "__doc__": FastTrainer.__doc__}
+    model, logged = FAST_TRAINERS[name]
+    own = {"fast_model": model, "logged": logged, "replaced": replaced, "__doc__": FastTrainer.__doc__}
     return type(replaced.__name__, (FastTrainer, replaced), own)

@@ -18,11 +18,11 @@ from cocoop_fast.prompts.tree import ClassTree
 
 
 class EngineOptions(TypedDict, total=False):
-    """How text is computed; the same for every learned prompt."""
+    """How text is computed: the options of :class:`LearnedPromptCLIP`."""
 
-    backend: str  # "auto", or a backend of `cocoop_fast.ops.table`
-    memory_budget: int | str | None  # see `cocoop_fast.engine.pieces`
-    prune_mass: float  # tau of `cocoop_fast.engine.pruning`; 0 is exact
+    backend: str
+    memory_budget: int | str | None
+    prune_mass: float
 
 
 class PromptClassifier(Protocol):
@@ -119,43 +119,44 @@ class PromptedCLIP(nn.Module):
 
     def logits(self, image_features: Tensor) -> Tensor:
         """Scaled cosines (B, K) of image features (B, E) with the text features of their prompts."""
-        self._check_features(image_features)
-        image_features = self._normalise(image_features)
+        image_features = self.checked(image_features)
         return cosine_logits_ref(image_features, self.text_features(image_features), self.logit_scale)
 
-    def checked(self, image_features: Tensor, label: Tensor) -> Tensor:
-        """Unit-length image features, after a look at them and the labels."""
-        self._check_features(image_features)
-        self._check_labels(label, len(image_features))
-        return self._normalise(image_features)
+    def checked(self, image_features: Tensor, label: Tensor | None = None) -> Tensor:
+        """Unit-length image features (B, E) of the model's dtype, after a look at them and the labels (B,).
 
-    def _normalise(self, image_features: Tensor) -> Tensor:
+        Raises:
+            UserError: see :meth:`forward_features`.
+        """
+        self.check(image_features, label)
         image_features = image_features.to(self.dtype)
         return image_features / image_features.norm(dim=-1, keepdim=True)
 
-    def _check_features(self, features: Tensor) -> None:
-        if features.ndim != 2 or features.shape[1] != self.embed_dim:
+    def check(self, image_features: Tensor, label: Tensor | None = None) -> None:
+        """Raises a UserError if features or labels are not of this model."""
+        if image_features.ndim != 2 or image_features.shape[1] != self.embed_dim:
             raise UserError(
-                f"`image_features` must be (B, E) with E = {self.embed_dim}, got {tuple(features.shape)}; "
+                f"`image_features` must be (B, E) with E = {self.embed_dim}, got {tuple(image_features.shape)}; "
                 "encode the images with this model's image encoder."
             )
-        read = features.device.type == "cpu" or not torch.is_grad_enabled()  # evaluation may wait for a GPU
-        if read and not torch.isfinite(features).all():
-            bad = int((~torch.isfinite(features)).any(dim=1).nonzero()[0])
+        # Evaluation may wait for a GPU.
+        read = image_features.device.type == "cpu" or not torch.is_grad_enabled()
+        if read and not torch.isfinite(image_features).all():
+            bad = int((~torch.isfinite(image_features)).any(dim=1).nonzero()[0])
             raise UserError(f"`image_features` has NaN or infinite values in row {bad}; check that image.")
-
-    def _check_labels(self, label: Tensor, batch: int) -> None:
-        if tuple(label.shape) != (batch,) or label.is_floating_point():
-            raise UserError(
-                f"`label` must be ({batch},) integers, got {label.dtype} of {tuple(label.shape)}."
-            )
-        if label.device.type != "cpu" or not batch:
+        if label is None:
             return
-        if not (0 <= int(label.min()) and int(label.max()) < self.n_classes):
+        if label.shape != image_features.shape[:1] or label.is_floating_point():
             raise UserError(
-                f"`label` must lie in 0..{self.n_classes - 1}, got {int(label.min())}..{int(label.max())}; "
-                "the labels must index the class list."
+                f"`label` must be ({len(image_features)},) integers, got {label.dtype} of {tuple(label.shape)}."
             )
+        if label.device.type == "cpu" and len(label):
+            lowest, highest = int(label.min()), int(label.max())
+            if lowest < 0 or highest >= self.n_classes:
+                raise UserError(
+                    f"`label` must lie in 0..{self.n_classes - 1}, got {lowest}..{highest}; "
+                    "the labels must index the class list."
+                )
 
 
 class LearnedPromptCLIP(PromptedCLIP):

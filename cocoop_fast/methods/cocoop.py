@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -14,14 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP, text_module
 from cocoop_fast.config import ClassPosition
 from cocoop_fast.engine.constants import finish_block, project, qkv_rows
-from cocoop_fast.engine.contexts import Contexts, ShiftedContext, dense_contexts
+from cocoop_fast.engine.contexts import dense_contexts
 from cocoop_fast.errors import UserError
-from cocoop_fast.methods.base import LearnedPromptCLIP
-from cocoop_fast.methods.learner import ContextLearner, master_dtype
+from cocoop_fast.methods.base import EngineOptions
+from cocoop_fast.methods.coop import CoOp
+from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.ops.assemble_prompts import assemble_dense_ref
 from cocoop_fast.ops.table import select_backend
 
@@ -47,38 +48,25 @@ class MetaNet(nn.Sequential):
 
 
 class PromptLearner(ContextLearner):
-    """Drop-in for the reference's ``trainers.cocoop.PromptLearner``.
+    """Drop-in for the reference's ``trainers.cocoop.PromptLearner``: a :class:`ContextLearner` with a Meta-Net.
 
-    Args:
-        cfg: any object with ``TRAINER.COCOOP.N_CTX``, ``.CTX_INIT`` and ``INPUT.SIZE``.
-        classnames: K names; an underscore counts as a space.
-        clip_model: an open_clip or OpenAI CLIP.
-
-    Attributes: ``ctx`` (M, d) and ``meta_net``, the parameters, in float32 for a float16 or bfloat16 model too (the
-    reference has them in float16, and its state dicts load); ``n_cls``, ``n_ctx``, ``tokenized_prompts`` (K, L),
-    ``name_lens``. ``token_prefix`` (K, 1, d) and ``token_suffix`` (K, L - 1 - M, d), which the reference keeps as
-    buffers, are made when they are asked for; state dicts have them, and are loaded with or without them.
+    Its options are in ``cfg.TRAINER.COCOOP``. Its state dict has the reference's format, with ``meta_net``. (The
+    reference has the parameters in float16 for a float16 model; its state dicts load.)
 
     Raises:
-        UserError: an empty class list or name, a prompt longer than the context length, or a cfg whose
-            image size is not the model's.
+        UserError: as :class:`ContextLearner`, or image features too short for a Meta-Net.
     """
 
     section = "COCOOP"
+    saves_tokens = True
 
     def __init__(self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel) -> None:
         super().__init__(cfg, classnames, clip_model)
-        weights = self._frozen.text_weights()
-        self.meta_net = MetaNet(self._frozen.embed_dim, self._frozen.width)
-        self.meta_net.to(weights.device, master_dtype(weights.dtype))
+        self.meta_net = MetaNet(self._frozen.embed_dim, self._frozen.width).to(self.ctx)
 
-    def contexts(self, image_features: Tensor) -> Contexts:
-        """v_m(x) = v_m + h_theta(x): from (B, E) unit-length image features, in parts.
-
-        With class-specific contexts the sum, (B, K, M, d): one shift for all of them.
-        """
-        shift = self.meta_net(image_features.to(self.ctx.dtype))
-        return self.ctx + shift[:, None, None] if self.ctx.ndim == 3 else ShiftedContext(self.ctx, shift)
+    def shift(self, image_features: Tensor) -> Tensor:
+        """h_theta(x): (B, E) to (B, d), the same for all context vectors."""
+        return self.meta_net(image_features)
 
     def forward(self, im_features: Tensor) -> Tensor:
         """The reference's output: (B, E) image features to dense prompts (B, K, L, d), of the model's dtype."""
@@ -96,52 +84,6 @@ class PromptLearner(ContextLearner):
         prompts = prefix.new_empty(len(context), k, length, d)
         load().assemble_dense(context.contiguous(), prefix.contiguous(), suffix.contiguous(), prompts)
         return prompts
-
-    @property
-    def token_prefix(self) -> Tensor:
-        """(K, 1, d) embeddings of the start-of-text token."""
-        return self._embedded(slice(0, 1))
-
-    @property
-    def token_suffix(self) -> Tensor:
-        """(K, L - 1 - M, d) embeddings of the class names, full stop, end-of-text token and padding."""
-        return self._embedded(slice(1 + self.n_ctx, None))
-
-    @torch.no_grad()
-    def _embedded(self, places: slice) -> Tensor:
-        weights = self._frozen.text_weights()
-        tokens = self.tokenized_prompts[:, places].to(weights.device)
-        return weights.token_embedding[tokens].to(weights.dtype)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}token_prefix"] = self.token_prefix
-        destination[f"{prefix}token_suffix"] = self.token_suffix
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        _, unexpected, errors = lists
-        for name in ("token_prefix", "token_suffix"):
-            key = prefix + name
-            if key in unexpected:
-                unexpected.remove(key)
-            if key in state_dict:
-                self._compare(name, state_dict[key], errors)
-
-    def _compare(self, name: str, there: Tensor, errors: list[str]) -> None:
-        """Constants of CLIP and the class names are not loaded; but they should be the same."""
-        here: Tensor = getattr(self, name)
-        if there.shape != here.shape:
-            errors.append(
-                f"`{name}` is of other classes or another context: {tuple(there.shape)} there, {tuple(here.shape)} here."
-            )
-        elif not torch.allclose(there.to(here), here, rtol=1e-2, atol=1e-3):
-            warnings.warn(
-                f"The state dict's `{name}` is of other class names or another CLIP; this learner's own are kept.",
-                stacklevel=2,
-            )
 
 
 class TextEncoder(nn.Module):
@@ -194,38 +136,26 @@ class TextEncoder(nn.Module):
         return project(x[torch.arange(len(x), device=x.device), ends], weights)
 
 
-class CustomCLIP(LearnedPromptCLIP):
+class CustomCLIP(CoOp):
     """CoCoOp. Drop-in for the reference's ``trainers.cocoop.CustomCLIP``.
 
     Args:
         cfg: see :class:`PromptLearner`.
         classnames: K class names.
         clip_model: an open_clip or OpenAI CLIP with a causal, EOT-pooled text tower.
-        backend, memory_budget, prune_mass: see :class:`LearnedPromptCLIP`.
+        engine: backend, memory_budget and prune_mass of :class:`LearnedPromptCLIP`.
 
     Raises:
         UserError: an unsupported model, class list or backend, or a budget or tau out of range.
     """
 
+    learner = PromptLearner
     prompt_learner: PromptLearner
 
     def __init__(
-        self,
-        cfg: Any,
-        classnames: Sequence[str],
-        clip_model: ClipModel,
-        *,
-        backend: str = "auto",
-        memory_budget: int | str | None = None,
-        prune_mass: float = 0.0,
+        self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel, **engine: Unpack[EngineOptions]
     ) -> None:
-        super().__init__(
-            clip_model,
-            PromptLearner(cfg, classnames, clip_model),
-            backend=backend,
-            memory_budget=memory_budget,
-            prune_mass=prune_mass,
-        )
+        super().__init__(cfg, classnames, clip_model, **engine)
         self.text_encoder = TextEncoder(clip_model)
 
     @property

@@ -15,16 +15,23 @@ from cocoop_fast.methods.learner import ContextLearner
 class CoOp(LearnedPromptCLIP):
     """CoOp with a context for all classes or for each, and the class name after, amid or before it.
 
-    The context does not depend on the image, so a batch needs one pass over the class tree.
+    The context does not depend on the image, so a batch needs one pass over the class tree. The methods that shift it
+    by the image are subclasses with another learner.
 
     Args:
         cfg: with the options of :class:`ContextLearner` in ``TRAINER.COOP``.
-        classnames, clip_model, engine: as for :class:`cocoop_fast.CustomCLIP`.
+        classnames: K class names.
+        clip_model: an open_clip or OpenAI CLIP with a causal, EOT-pooled text tower.
+        engine: backend, memory_budget and prune_mass of :class:`LearnedPromptCLIP`.
+
+    Raises:
+        UserError: an unsupported model, class list or backend, or a budget or tau out of range.
     """
 
+    learner: type[ContextLearner] = ContextLearner
     prompt_learner: ContextLearner
 
     def __init__(
         self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel, **engine: Unpack[EngineOptions]
     ) -> None:
-        super().__init__(clip_model, ContextLearner(cfg, classnames, clip_model), **engine)
+        super().__init__(clip_model, self.learner(cfg, classnames, clip_model), **engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
 from cocoop_fast.config import ClassPosition
-from cocoop_fast.engine.contexts import Contexts
+from cocoop_fast.engine.contexts import Contexts, ShiftedContext
 from cocoop_fast.errors import UserError
 from cocoop_fast.prompts.layout import PromptLayout, layout_at
 from cocoop_fast.prompts.tokens import tokenize_prompts
@@ -54,6 +55,8 @@ class ContextLearner(Learner):
 
     Attributes: the parameter ``ctx``, (M, d) or (K, M, d) if each class has its own, in float32 for a float16 or
     bfloat16 model too; ``n_cls``, ``n_ctx``, ``tokenized_prompts`` (K, L), ``name_lens`` and ``layout``.
+    ``token_prefix`` (K, 1, d) and ``token_suffix`` (K, L - 1 - M, d), which the reference keeps as buffers, are made
+    when they are asked for.
 
     Raises:
         UserError: an empty class list or name, a prompt longer than the context length, class-specific contexts
@@ -61,22 +64,34 @@ class ContextLearner(Learner):
     """
 
     section = "COOP"
+    saves_tokens = (
+        False  # `token_prefix` and `token_suffix` in state dicts; they are loaded without them, too
+    )
 
     def __init__(self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel) -> None:
         super().__init__()
         self._frozen = FrozenCLIP(clip_model)
-        _check_image_size(cfg, self._frozen)
         options = getattr(cfg.TRAINER, self.section)
         self._ctx_init: str = options.CTX_INIT
         self._class_specific = bool(getattr(options, "CSC", False))
         self._class_position: ClassPosition = getattr(options, "CLASS_TOKEN_POSITION", "end")
-        self._check_options()
+        self._check_options(cfg.INPUT.SIZE[0])
         self.n_ctx: int = options.N_CTX
         self._read(classnames)
         self.ctx = nn.Parameter(self._first_context())
 
     def contexts(self, image_features: Tensor) -> Contexts:
-        return self.ctx
+        """v_m(x) = v_m + h_m(x), in these two parts; with class-specific contexts the sum, (B, K, M, d)."""
+        shift = self.shift(image_features.to(self.ctx.dtype))
+        if shift is None:
+            return self.ctx
+        if not self._class_specific:
+            return ShiftedContext(self.ctx, shift)
+        return self.ctx + (shift[:, None] if shift.ndim == 3 else shift[:, None, None])
+
+    def shift(self, image_features: Tensor) -> Tensor | None:
+        """h_m(x): from (B, E) features to (B, d), or (B, M, d) where each vector has its own; None: there is none."""
+        return None
 
     def set_classnames(self, classnames: Sequence[str]) -> None:
         if self._class_specific and len(classnames) != self.n_cls:
@@ -106,9 +121,14 @@ class ContextLearner(Learner):
         else:  # drawn on the CPU in float32, so that a seed means the same context on every device
             classes = (self.n_cls,) if self._class_specific else ()
             ctx = nn.init.normal_(torch.empty(*classes, self.n_ctx, self._frozen.width), std=0.02)
-        return ctx.to(weights.device, master_dtype(weights.dtype), copy=True)
+        # A training step is far smaller than what float16 or bfloat16 can add to a number of usual size.
+        return ctx.to(weights.device, torch.promote_types(weights.dtype, torch.float32), copy=True)
 
-    def _check_options(self) -> None:
+    def _check_options(self, image_size: int) -> None:
+        if image_size != self._frozen.image_size:
+            raise UserError(
+                f"cfg.INPUT.SIZE is {image_size} pixels, but the image tower expects {self._frozen.image_size}."
+            )
         if self._class_position not in get_args(ClassPosition):
             raise UserError(
                 f"The class position is {self._class_position!r}; choose end, middle or front of the context."
@@ -119,16 +139,48 @@ class ContextLearner(Learner):
                 "ctx_init, or let all classes share the context (no csc)."
             )
 
+    @property
+    def token_prefix(self) -> Tensor:
+        """(K, 1, d) embeddings of the start-of-text token."""
+        return self._embedded(slice(0, 1))
 
-def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a learner's parameters are kept in for a model that computes in `dtype`: float32 at least.
+    @property
+    def token_suffix(self) -> Tensor:
+        """(K, L - 1 - M, d) embeddings of the class names, full stop, end-of-text token and padding."""
+        return self._embedded(slice(1 + self.n_ctx, None))
 
-    A training step is far smaller than what float16 or bfloat16 can add to a weight of usual size.
-    """
-    return torch.promote_types(dtype, torch.float32)
+    @torch.no_grad()
+    def _embedded(self, places: slice) -> Tensor:
+        weights = self._frozen.text_weights()
+        tokens = self.tokenized_prompts[:, places].to(weights.device)
+        return weights.token_embedding[tokens].to(weights.dtype)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.saves_tokens:
+            destination[f"{prefix}token_prefix"] = self.token_prefix
+            destination[f"{prefix}token_suffix"] = self.token_suffix
 
-def _check_image_size(cfg: Any, frozen: FrozenCLIP) -> None:
-    size = cfg.INPUT.SIZE[0]
-    if size != frozen.image_size:
-        raise UserError(f"cfg.INPUT.SIZE is {size} pixels, but the image tower expects {frozen.image_size}.")
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Constants of CLIP and the class names are not loaded; but they should be the same."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        _, unexpected, errors = lists
+        for name in ("token_prefix", "token_suffix"):
+            key, here = prefix + name, getattr(self, name)
+            if key not in state_dict:
+                continue
+            if key in unexpected:
+                unexpected.remove(key)
+            there = state_dict[key]
+            if there.shape != here.shape:
+                errors.append(
+                    f"`{name}` is of other classes or another context: {tuple(there.shape)} there, "
+                    f"{tuple(here.shape)} here."
+                )
+            elif not torch.allclose(there.to(here), here, rtol=1e-2, atol=1e-3):
+                warnings.warn(
+                    f"The state dict's `{name}` is of other class names or another CLIP; this learner's own are kept.",
+                    stacklevel=2,
+                )

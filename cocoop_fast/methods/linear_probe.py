@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from torch import Tensor, nn
 from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.errors import UserError
 from cocoop_fast.methods.base import PromptedCLIP
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 GRID = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)
 STEPS = 8  # halvings of the interval around the best of the grid, on a logarithmic scale
@@ -59,11 +64,11 @@ class LinearProbe(PromptedCLIP):
 
     def logits(self, image_features: Tensor) -> Tensor:
         """(B, E) image features, of the length they have, to (B, K)."""
-        self._check_features(image_features)
+        self.check(image_features)
         return self.prompt_learner(image_features.to(self.prompt_learner.weight.dtype))
 
     def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_labels(label, len(image_features))
+        self.check(image_features, label)
         logits = self.logits(image_features)
         return F.cross_entropy(logits, label), logits.detach()
 
@@ -91,67 +96,55 @@ class LinearProbe(PromptedCLIP):
         Raises:
             UserError: a class without images, or a single class.
         """
-        x, y = _array(image_features), label.cpu().numpy()
-        missing = sorted(set(range(self.n_classes)) - set(y.tolist()))
+        images = _arrays(image_features, label)
+        missing = sorted(set(range(self.n_classes)) - set(label.tolist()))
         if missing or self.n_classes < 2:
             what = f"class {missing[0]} has none" if missing else "there is one class"
             raise UserError(f"A linear probe needs training images of two or more classes, but {what}.")
         if val_features is None or val_label is None or not len(val_features):
-            best = _Candidate.fitted(x, y, WITHOUT_VALIDATION)
-            accuracy = None
+            best, accuracy = _fitted(images, WITHOUT_VALIDATION), None
         else:
-            best = _search(x, y, _array(val_features), val_label.cpu().numpy())
-            accuracy = 100 * best.accuracy
-        weight, bias = torch.from_numpy(best.weight), torch.from_numpy(best.bias)
+            held_out = _arrays(val_features, val_label)
+            best = _search(images, held_out)
+            accuracy = 100 * best.score(*held_out)
+        weight, bias = torch.from_numpy(best.coef_), torch.from_numpy(best.intercept_)
         if self.n_classes == 2:  # one logit, of the second class; that of the first is 0
             weight, bias = (torch.cat([torch.zeros_like(one), one]) for one in (weight, bias))
         self.prompt_learner.weight.copy_(weight)
         self.prompt_learner.bias.copy_(bias)
-        return ProbeFit(best.strength, accuracy)
+        return ProbeFit(best.C, accuracy)
 
 
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    """The classifier of one C."""
-
-    strength: float
-    weight: np.ndarray  # (K, E), or (1, E) for two classes
-    bias: np.ndarray
-    accuracy: float = 0.0  # on the validation images
-
-    @classmethod
-    def fitted(
-        cls, x: np.ndarray, y: np.ndarray, c: float, val: tuple[np.ndarray, np.ndarray] | None = None
-    ) -> _Candidate:
-        from sklearn.exceptions import ConvergenceWarning  # takes a second to import
-        from sklearn.linear_model import LogisticRegression
-
-        with warnings.catch_warnings():
-            # Almost no penalty: the optimum lies far out, and where the search stops is part of the recipe.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            classifier = LogisticRegression(C=c, max_iter=MAX_ITERATIONS).fit(x, y)
-        accuracy = 0.0 if val is None else float((classifier.predict(val[0]) == val[1]).mean())
-        return cls(c, classifier.coef_, classifier.intercept_, accuracy)
+Arrays = tuple[np.ndarray, np.ndarray]  # features (n, E) and labels (n,)
 
 
-def _search(x: np.ndarray, y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray) -> _Candidate:
+def _arrays(features: Tensor, label: Tensor) -> Arrays:
+    return features.detach().cpu().double().numpy(), label.cpu().numpy()
+
+
+def _fitted(images: Arrays, c: float) -> LogisticRegression:
+    from sklearn.exceptions import ConvergenceWarning  # takes a second to import
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        # Almost no penalty: the optimum lies far out, and where the search stops is part of the recipe.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=c, max_iter=MAX_ITERATIONS).fit(*images)
+
+
+def _search(images: Arrays, held_out: Arrays) -> LogisticRegression:
     """The best of a coarse grid, then a binary search on log C: of both ends the better is kept, the left on a tie."""
 
-    def fitted(c: float) -> _Candidate:
-        return _Candidate.fitted(x, y, c, (val_x, val_y))
+    def at(c: float) -> tuple[float, LogisticRegression]:
+        classifier = _fitted(images, c)
+        return classifier.score(*held_out), classifier
 
-    peak = max(
-        (fitted(c) for c in GRID), key=lambda candidate: candidate.accuracy
-    ).strength  # the first on a tie
-    left, right = fitted(0.1 * peak), fitted(10 * peak)
+    peak = max(map(at, GRID), key=itemgetter(0))[1].C  # the first on a tie
+    left, right = at(0.1 * peak), at(10 * peak)
     for _ in range(STEPS - 1):
-        middle = float(np.sqrt(left.strength * right.strength))
-        if left.accuracy < right.accuracy:
-            left = fitted(middle)
+        middle = float(np.sqrt(left[1].C * right[1].C))
+        if left[0] < right[0]:
+            left = at(middle)
         else:
-            right = fitted(middle)
-    return right if left.accuracy < right.accuracy else left
-
-
-def _array(features: Tensor) -> np.ndarray:
-    return features.detach().cpu().double().numpy()
+            right = at(middle)
+    return max(left, right, key=itemgetter(0))[1]

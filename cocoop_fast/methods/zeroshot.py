@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from importlib.resources import files
 
 import torch
+import yaml
 from torch import Tensor, nn
 
-from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
+from cocoop_fast.clip.frozen import ClipModel
+from cocoop_fast.config import Ensemble
 from cocoop_fast.errors import UserError
 from cocoop_fast.methods.base import PromptedCLIP
 from cocoop_fast.methods.cocoop import TextEncoder
 from cocoop_fast.prompts.tokens import tokenize_names
 
 PROMPTS_PER_PASS = 256
+
+
+def ensemble_templates(ensemble: Ensemble, template: str) -> tuple[str, ...]:
+    """The prompts of an ensemble, from ``assets/prompt_templates.yaml``.
+
+    Args:
+        ensemble: "none", "select" (the reference's seven) or "imagenet" (OpenAI's 80).
+        template: the data set's own, which is one more; or "", as the reference has it on ImageNet.
+    """
+    own = (template,) if template else ()
+    if ensemble == "none":
+        return own
+    lists = files("cocoop_fast").joinpath("assets/prompt_templates.yaml").read_text(encoding="utf-8")
+    return (*yaml.safe_load(lists)[ensemble], *own)
 
 
 class ZeroShot(PromptedCLIP):
@@ -43,7 +61,6 @@ class ZeroShot(PromptedCLIP):
                     f"The template '{template}' must contain {{}} once, where the class name goes."
                 )
         self.prompt_learner = nn.Module()  # nothing is learned; its mode is that of the model
-        self._frozen = FrozenCLIP(clip_model)
         self.text_encoder = TextEncoder(clip_model)
         self.set_classnames(classnames)
 
@@ -52,19 +69,16 @@ class ZeroShot(PromptedCLIP):
 
     @torch.no_grad()
     def set_classnames(self, classnames: Sequence[str]) -> None:
-        total: Tensor | float = 0.0
-        for template in self.templates:
-            features = self._encode(template, classnames)
-            total = total + features / features.norm(dim=-1, keepdim=True)
-        assert isinstance(total, Tensor)
-        self._text_features = (total / len(self.templates))[None]  # (1, K, E), normalised with the logits
+        total = reduce(torch.add, (self._encode(template, classnames) for template in self.templates))
+        self._text_features = total[None] / len(self.templates)  # (1, K, E), normalised with the logits
         self.n_classes = len(classnames)
 
     def _encode(self, template: str, classnames: Sequence[str]) -> Tensor:
-        """(K, E) text features of one template."""
+        """(K, E) unit-length text features of one template."""
         before, after = template.split("{}")
-        length = self._frozen.context_length
-        tokens = tokenize_names(classnames, before=before, after=after, context_length=length)
-        embed = self._frozen.text_weights().token_embedding
+        frozen = self.text_encoder.frozen
+        tokens = tokenize_names(classnames, before=before, after=after, context_length=frozen.context_length)
+        embed = frozen.text_weights().token_embedding
         passes = tokens.to(embed.device).split(PROMPTS_PER_PASS)
-        return torch.cat([self.text_encoder(embed[part].to(self._frozen.dtype), part) for part in passes])
+        features = torch.cat([self.text_encoder(embed[part].to(frozen.dtype), part) for part in passes])
+        return features / features.norm(dim=-1, keepdim=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip.tokenizer import tokenizer
+from cocoop_fast.clip.tokenizer import encode
 from cocoop_fast.config import ClassPosition
 from cocoop_fast.errors import UserError
 from cocoop_fast.prompts.tokens import TokenizedPrompts, pad_prompts, spell_names
@@ -62,12 +63,12 @@ def layout_at(
         class_specific: as in :class:`PromptLayout`.
     """
     m, symbols = prompts.n_ctx, prompts.tokens.clone()
-    slots = _slots(m)
+    symbols[:, 1 : 1 + m] = -1 - torch.arange(m)
     ahead = {"end": m, "middle": m // 2, "front": 0}[position]
-    for row, length in zip(symbols, prompts.name_lens, strict=True):
-        name = row[1 + m : 1 + m + length].clone()
-        row[1 : 1 + m + length] = torch.cat([slots[:ahead], name, slots[ahead:]])
-    return PromptLayout(symbols, m, class_specific)
+    column = torch.arange(symbols.shape[1])
+    is_name = (column > m) & (column <= m + torch.tensor(prompts.name_lens)[:, None])
+    order = torch.where(is_name, ahead + 0.5, column).argsort(dim=1, stable=True)
+    return PromptLayout(symbols.gather(1, order), m, class_specific)
 
 
 def layout_of_segments(
@@ -91,29 +92,21 @@ def layout_of_segments(
     Raises:
         UserError: an unusable class list or layout, or a prompt longer than the context length.
     """
-    _check_segments(segments)
-    encode, sos, eot = tokenizer().encode, tokenizer().sot_token_id, tokenizer().eot_token_id
-    names = spell_names(classnames)
-    rows = []
-    for name in names:
-        ids, slot, text = [sos], 0, ""
-        for segment in segments:
-            if isinstance(segment, Context):
-                ids += [*encode(text), *_slots(segment.length, slot).tolist()]
-                slot, text = slot + segment.length, ""
-            else:
-                text += name if segment is CLASS_NAME else str(segment)
-        rows.append([*ids, *encode(text), eot])
-    return PromptLayout(pad_prompts(rows, names, context_length), slot, class_specific)
-
-
-def _check_segments(segments: Sequence[Segment]) -> None:
     contexts = [segment.length for segment in segments if isinstance(segment, Context)]
     if not contexts or min(contexts) < 1:
         raise UserError("A prompt layout needs a learnable context of at least one vector: add `Context(n)`.")
     if CLASS_NAME not in segments:
         raise UserError("A prompt layout needs the class name: add `CLASS_NAME`.")
-
-
-def _slots(count: int, first: int = 0) -> Tensor:
-    return -1 - torch.arange(first, first + count)
+    names = spell_names(classnames)
+    prompts = []
+    for name in names:
+        symbols: list[int] = []
+        slots, text = iter(range(-1, -1 - sum(contexts), -1)), ""
+        for segment in segments:
+            if isinstance(segment, Context):
+                symbols += [*encode(text), *islice(slots, segment.length)]
+                text = ""
+            else:
+                text += name if segment is CLASS_NAME else str(segment)
+        prompts.append([*symbols, *encode(text)])
+    return PromptLayout(pad_prompts(prompts, names, context_length), sum(contexts), class_specific)

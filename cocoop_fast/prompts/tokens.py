@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip.tokenizer import tokenizer
+from cocoop_fast.clip.tokenizer import encode, tokenizer
+from cocoop_fast.data.dataset import prompt_name
 from cocoop_fast.errors import UserError
 
 
@@ -20,6 +21,21 @@ class TokenizedPrompts:
     tokens: Tensor  # (K, L) int64: SOS, context, name, ".", EOT, padded with 0
     n_ctx: int  # M
     name_lens: list[int]  # tokens of each name alone
+
+
+def spell_names(classnames: Sequence[str]) -> list[str]:
+    """The names as they stand in a prompt.
+
+    Raises:
+        UserError: no classes, or an empty name.
+    """
+    if isinstance(classnames, str) or not len(classnames):
+        raise UserError(f"The class list must be a non-empty list of names, got {classnames!r}.")
+    names = [prompt_name(str(name)) for name in classnames]
+    for k, name in enumerate(names):
+        if not encode(name):
+            raise UserError(f"Class {k} has an empty name; give every class at least one word.")
+    return names
 
 
 def tokenize_prompts(
@@ -33,20 +49,19 @@ def tokenize_prompts(
     Raises:
         UserError: no classes, an empty name, or a prompt that does not fit the context length.
     """
-    encode = tokenizer().encode
-    prefix = ctx_init.replace("_", " ").strip()
+    prefix = prompt_name(ctx_init)
     if prefix:
         n_ctx = len(encode(prefix))
+    elif n_ctx < 1:
+        raise UserError(f"The number of context tokens must be at least 1, got {n_ctx}.")
     else:
-        if n_ctx < 1:
-            raise UserError(f"The number of context tokens must be at least 1, got {n_ctx}.")
         prefix = " ".join(["X"] * n_ctx)
     tokens = tokenize_names(classnames, before=f"{prefix} ", after=".", context_length=context_length)
-    return TokenizedPrompts(tokens, n_ctx, [len(encode(_spell(name))) for name in classnames])
+    return TokenizedPrompts(tokens, n_ctx, [len(encode(name)) for name in spell_names(classnames)])
 
 
 def tokenize_names(classnames: Sequence[str], *, before: str, after: str, context_length: int = 77) -> Tensor:
-    """Tokenize "<before><name><after>" for each class; an underscore in a name counts as a space.
+    """Tokenize "<before><name><after>" for each class.
 
     Classes whose prompts are the same are legal, but cannot be told apart: a warning names them.
 
@@ -56,75 +71,54 @@ def tokenize_names(classnames: Sequence[str], *, before: str, after: str, contex
     Raises:
         UserError: no classes, an empty name, or a prompt that does not fit the context length.
     """
-    encode, sos, eot = tokenizer().encode, tokenizer().sot_token_id, tokenizer().eot_token_id
     names = spell_names(classnames)
-    rows = [[sos, *encode(f"{before}{name}{after}"), eot] for name in names]
-    tokens = pad_prompts(rows, names, context_length)
-    _warn_of_duplicates(classnames, tokens)
+    prompts = [encode(f"{before}{name}{after}") for name in names]
+    tokens = pad_prompts(prompts, names, context_length)
+    first: dict[Sequence[int], int] = {}
+    pairs = [
+        f"{first[prompt]} and {k} ('{classnames[k]}')"
+        for k, prompt in enumerate(prompts)
+        if first.setdefault(prompt, k) != k
+    ]
+    if pairs:
+        warnings.warn(
+            f"Classes with the same prompt cannot be told apart: {_some(pairs)}. They keep their own labels.",
+            stacklevel=2,
+        )
     return tokens
 
 
-def spell_names(classnames: Sequence[str]) -> list[str]:
-    """The names as they stand in a prompt: an underscore counts as a space.
-
-    Raises:
-        UserError: no classes, or an empty name.
-    """
-    if isinstance(classnames, str) or not len(classnames):
-        raise UserError(f"The class list must be a non-empty list of names, got {classnames!r}.")
-    names = [_spell(name) for name in classnames]
-    for k, name in enumerate(names):
-        if not tokenizer().encode(name):
-            raise UserError(f"Class {k} has an empty name; give every class at least one word.")
-    return names
-
-
-def pad_prompts(rows: Sequence[Sequence[int]], names: Sequence[str], context_length: int) -> Tensor:
-    """Prompts of K named classes, from SOS to EOT, as one (K, L) int64 tensor padded with 0.
+def pad_prompts(prompts: Sequence[Sequence[int]], names: Sequence[str], context_length: int) -> Tensor:
+    """Prompts of K named classes, with SOS and EOT around them, as one (K, L) int64 tensor padded with 0.
 
     Raises:
         UserError: a prompt does not fit the context length.
     """
-    tokens = torch.zeros(len(rows), context_length, dtype=torch.int64)
-    for k, (row, name) in enumerate(zip(rows, names, strict=True)):
-        if len(row) > context_length:
+    sos, eot = tokenizer().sot_token_id, tokenizer().eot_token_id
+    rows = []
+    for k, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        padding = context_length - len(prompt) - 2
+        if padding < 0:
             raise UserError(
-                f"The prompt of class {k}, '{_shorten(name)}', has {len(row)} tokens "
-                f"({len(tokenizer().encode(name))} of them its name), but the model reads {context_length}; "
-                "shorten the name or the context."
+                f"The prompt of class {k}, '{_shorten(name)}', has {len(prompt) + 2} tokens ({len(encode(name))} of "
+                f"them its name), but the model reads {context_length}; shorten the name or the context."
             )
-        tokens[k, : len(row)] = torch.tensor(row)
-    return tokens
+        rows.append([sos, *prompt, eot, *[0] * padding])
+    return torch.tensor(rows)
 
 
 def warn_of_unknown_words(classnames: Sequence[str], known: frozenset[int]) -> None:
     """Warn of classes whose name has a token that the model was not trained on."""
-    unknown = [name for name in classnames if not known.issuperset(tokenizer().encode(_spell(name)))]
+    unknown = [repr(_shorten(name)) for name in spell_names(classnames) if not known.issuperset(encode(name))]
     if unknown:
         warnings.warn(
-            f"The model never saw the words of {', '.join(repr(_shorten(name)) for name in unknown[:5])}"
-            f"{' and others' if len(unknown) > 5 else ''}: what it says of such classes means little.",
+            f"The model never saw the words of {_some(unknown)}: what it says of such classes means little.",
             stacklevel=3,
         )
 
 
-def _spell(name: str) -> str:
-    return str(name).replace("_", " ")
-
-
-def _warn_of_duplicates(classnames: Sequence[str], tokens: Tensor) -> None:
-    first: dict[bytes, int] = {}
-    pairs = []
-    for k, row in enumerate(tokens.numpy()):
-        j = first.setdefault(row.tobytes(), k)
-        if j != k:
-            pairs.append(f"{j} and {k} ('{classnames[k]}')")
-    if pairs:
-        warnings.warn(
-            f"Classes with the same prompt cannot be told apart: {', '.join(pairs[:5])}"
-            f"{' and others' if len(pairs) > 5 else ''}. They keep their own labels.",
-            stacklevel=3,
-        )
+def _some(items: Sequence[str]) -> str:
+    return f"{', '.join(items[:5])}{' and others' if len(items) > 5 else ''}"
 
 
 def _shorten(name: str, limit: int = 40) -> str:

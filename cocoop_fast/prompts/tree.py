@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cocoop_fast.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cocoop_fast.prompts.layout import PromptLayout
 
 
@@ -38,10 +41,9 @@ class RowPaths:
     @classmethod
     def of(cls, rows: Tensor, fixed: Tensor) -> RowPaths:
         flat = rows.flatten()
-        place = torch.empty(int(flat.max()) + 1 if len(flat) else 0, dtype=torch.int64)
-        places = torch.arange(len(flat)).flip(0)
-        present = flat.flip(0) >= 0
-        place[flat.flip(0)[present]] = places[present]
+        place = torch.zeros(int(flat.max()) + 1 if len(flat) else 0, dtype=torch.int64)
+        present = (flat >= 0).nonzero()[:, 0]
+        place.scatter_reduce_(0, flat[present], present, "amin", include_self=False)
         return cls(rows, fixed, place)
 
     def to(self, device: torch.device) -> RowPaths:
@@ -106,7 +108,6 @@ class ClassTree:
             the contexts are class-specific, else m. The leading ones are slots 0 .. n_ctx - 1.
         parent: (N,) parent node, -1 for the first after the leading context or after constants.
         depth: (N,) tokens between the leading context and the node. Its position is ``1 + n_ctx + depth``.
-        subtree_end: (N,) one past the last node of the subtree.
         above: (N,) the last constant before the node, -1 if there is none.
         eot: (K,) the EOT node of each class. Classes with the same tokens share it.
         constants: the tokens, after SOS, that no context precedes.
@@ -118,50 +119,46 @@ class ClassTree:
     """
 
     def __init__(self, tokenized_prompts: Tensor | np.ndarray, n_ctx: int) -> None:
-        ids = np.asarray(
-            tokenized_prompts.cpu() if isinstance(tokenized_prompts, Tensor) else tokenized_prompts
-        )
+        ids = torch.as_tensor(tokenized_prompts).cpu()
         _check(ids, n_ctx)
-        symbols = ids.astype(np.int64)
-        symbols[:, 1 : 1 + n_ctx] = -1 - np.arange(n_ctx)
+        symbols = ids.long().clone()
+        symbols[:, 1 : 1 + n_ctx] = -1 - torch.arange(n_ctx)
         self._build(symbols, n_ctx, class_specific=False)
 
     @classmethod
     def from_layout(cls, layout: PromptLayout) -> ClassTree:
         """The tree of prompts of any layout."""
         tree = cls.__new__(cls)
-        tree._build(layout.symbols.numpy(), layout.n_slots, layout.class_specific)
+        tree._build(layout.symbols, layout.n_slots, layout.class_specific)
         return tree
 
-    def _build(self, symbols: np.ndarray, n_slots: int, class_specific: bool) -> None:
+    def _build(self, symbols: Tensor, n_slots: int, class_specific: bool) -> None:
         self.n_slots, self.class_specific = n_slots, class_specific
         self.n_classes = len(symbols)
         self.sos = int(symbols[0, 0])
         self.n_ctx = 0 if class_specific else _leading_slots(symbols)
-        paths = [tuple(row[1 + self.n_ctx : row.argmax() + 1].tolist()) for row in symbols]
         if class_specific:
-            paths = [tuple(s if s >= 0 else s - k * n_slots for s in path) for k, path in enumerate(paths)]
-        symbol, parent, depth, eot = _trie(paths)
+            classes = torch.arange(len(symbols))[:, None]
+            symbols = torch.where(symbols < 0, symbols - classes * n_slots, symbols)
+        rows, row_of_class = _distinct(symbols)
+        rows = rows[:, 1 + self.n_ctx :]
+        ends = rows.argmax(dim=1, keepdim=True)
+        is_new, node = _shared_nodes(rows, ends)
+        symbol, depth = rows[is_new], is_new.nonzero()[:, 1]
+        parent = F.pad(node, (1, -1), value=-1)[is_new]
 
-        constant = np.zeros(len(symbol), dtype=bool)
-        if self.n_ctx == 0:  # otherwise every node comes after a context vector
-            for node in range(len(symbol)):  # parents precede their children
-                constant[node] = symbol[node] >= 0 and (parent[node] < 0 or constant[parent[node]])
-        index = np.where(constant, constant.cumsum(), (~constant).cumsum()) - 1  # in either group
-        self.constants = ConstantTokens(*_tensors(symbol[constant], _renumber(parent[constant], index)))
-
-        symbol, parent, depth = (column[~constant] for column in (symbol, parent, depth))
-        from_constant = (parent >= 0) & constant[parent]
-        above = np.where(from_constant, index[parent], -1)
-        parent = np.where(from_constant, -1, _renumber(parent, index))
-        for node, before in enumerate(parent):
-            if before >= 0:
-                above[node] = above[before]
-        self.token, self.slot = _tensors(
-            np.where(symbol < 0, -1, symbol), np.where(symbol < 0, -1 - symbol, -1)
-        )
-        self.parent, self.depth, self.above = _tensors(parent, depth, above)
-        self.subtree_end, self.eot = _tensors(_subtree_ends(parent), index[eot])
+        # Constants are the tokens before the first slot; if a context leads, there are none.
+        is_fixed = (rows >= 0).long().cumprod(dim=1) * (self.n_ctx == 0)
+        last_fixed = F.pad(node, (1, 0), value=-1).gather(1, is_fixed.sum(dim=1, keepdim=True))
+        fixed, above = is_fixed.bool()[is_new], last_fixed.expand_as(node)[is_new]
+        # Constants and nodes are numbered apart. The entry behind the last is for -1.
+        number = F.pad(torch.where(fixed, fixed.cumsum(0), (~fixed).cumsum(0)) - 1, (0, 1), value=-1)
+        self.constants = ConstantTokens(symbol[fixed], number[parent[fixed]])
+        symbol, parent, self.depth, above = (column[~fixed] for column in (symbol, parent, depth, above))
+        self.token, self.slot = symbol.clamp(min=-1), (-1 - symbol).clamp(min=-1)
+        self.above = number[above]
+        self.parent = number[parent].masked_fill(parent == above, -1)  # a constant is no node's parent
+        self.eot = number[node.gather(1, ends)[row_of_class, 0]]
 
     def subtree(self, nodes: Tensor) -> ClassTree:
         """The tree of those classes whose EOT is among some of the nodes. Its context vectors are those of this tree.
@@ -170,17 +167,15 @@ class ClassTree:
             nodes: (n,) int64, ascending; with each node also its ancestors.
         """
         part = ClassTree.__new__(ClassTree)
-        part.n_slots, part.class_specific = self.n_slots, self.class_specific
-        part.n_ctx, part.sos, part.constants = self.n_ctx, self.sos, self.constants
-        index = torch.full((len(self) + 1,), -1)  # the last entry serves parent -1
-        index[nodes] = torch.arange(len(nodes))
-        part.token, part.slot, part.depth, part.above = (
-            column[nodes] for column in (self.token, self.slot, self.depth, self.above)
-        )
-        part.parent = index[self.parent[nodes]]
-        (part.subtree_end,) = _tensors(_subtree_ends(part.parent.numpy()))
-        eot = index[self.eot]
-        part.eot = eot[eot >= 0]
+        for name in ("n_slots", "class_specific", "sos", "n_ctx", "constants"):
+            setattr(part, name, getattr(self, name))
+        number = torch.full((len(self) + 1,), -1)  # the entry behind the last is for -1
+        number[nodes] = torch.arange(len(nodes))
+        for name in ("token", "slot", "depth", "above"):
+            setattr(part, name, getattr(self, name)[nodes])
+        part.parent = number[self.parent[nodes]]
+        part.eot = number[self.eot]
+        part.eot = part.eot[part.eot >= 0]
         part.n_classes = len(part.eot)
         return part
 
@@ -229,6 +224,11 @@ class ClassTree:
         return _paths(self.parent)
 
     @cached_property
+    def subtree_end(self) -> Tensor:
+        """(N,) int64: one past the last node of the subtree. (Each node lies on its descendants' paths.)"""
+        return torch.arange(len(self)) + self.path[self.path >= 0].bincount(minlength=len(self))
+
+    @cached_property
     def row_paths(self) -> RowPaths:
         """The rows and the constants that lead to each leaf."""
         nodes = self.path[self.leaves]
@@ -247,84 +247,59 @@ class ClassTree:
         )
 
 
-def _leading_slots(symbols: np.ndarray) -> int:
+def _leading_slots(symbols: Tensor) -> int:
     """How many context vectors directly follow SOS in every prompt. (Slots are in the same order in all.)"""
-    leading = (symbols[:, 1:] < 0).all(axis=0)
-    return int(leading.argmin())
+    return int((symbols[:, 1:] < 0).all(dim=0).int().argmin())
 
 
-def _check(ids: np.ndarray, n_ctx: int) -> None:
-    if ids.ndim != 2 or ids.shape[0] == 0 or not np.issubdtype(ids.dtype, np.integer):
+def _check(ids: Tensor, n_ctx: int) -> None:
+    if ids.ndim != 2 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
         raise UserError(
             f"`tokenized_prompts` must be a (K, L) array of integer token ids with K >= 1, got {ids.dtype} "
             f"of shape {tuple(ids.shape)}; pass the output of a CLIP tokenizer."
         )
-    if not isinstance(n_ctx, (int, np.integer)) or n_ctx < 1:
+    if not isinstance(n_ctx, Integral) or n_ctx < 1:
         raise UserError(f"`n_ctx` must be a positive integer, got {n_ctx!r}.")
     if (ids[:, 0] != ids[0, 0]).any():
         raise UserError("`tokenized_prompts` must all begin with the same start-of-text token.")
-    ends = ids.argmax(axis=1)
+    ends = ids.argmax(dim=1)
     if (ends <= n_ctx).any():
-        k = int((ends <= n_ctx).argmax())
+        k = int((ends <= n_ctx).int().argmax())
         raise UserError(
             f"Prompt {k} ends at position {int(ends[k])}, inside its {n_ctx} context tokens; tokenize each "
             "prompt with a placeholder for every context token."
         )
 
 
-def _trie(paths: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Symbol, parent and depth of each node of the prefix tree, depth first, and the last node of each path."""
-    symbol: list[int] = []
-    parent: list[int] = []
-    depth: list[int] = []
-    ends = np.empty(len(paths), dtype=np.int64)
-    open_nodes: list[int] = []  # the path from the root to the last node made
-    previous: tuple[int, ...] = ()
-    for k in sorted(range(len(paths)), key=paths.__getitem__):
-        path = paths[k]
-        shared = _common_prefix(previous, path)
-        del open_nodes[shared:]
-        for level in range(shared, len(path)):
-            parent.append(open_nodes[-1] if open_nodes else -1)
-            open_nodes.append(len(symbol))
-            symbol.append(path[level])
-            depth.append(level)
-        ends[k] = open_nodes[-1]
-        previous = path
-    return np.asarray(symbol), np.asarray(parent), np.asarray(depth), ends
+def _distinct(symbols: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct prompts (Q, L') without padding, in the order of their symbols, and which of them each class has (K,)."""
+    ends = symbols.argmax(dim=1)
+    column = torch.arange(int(ends.max()) + 1)
+    read = symbols[:, : len(column)].masked_fill(column > ends[:, None], 0)
+    rows, row_of_class = read.unique(dim=0, return_inverse=True)
+    return rows, row_of_class
 
 
-def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    shared = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        shared += 1
-    return shared
+def _shared_nodes(rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """The prefix tree of sorted rows (Q, L'), which are read up to `ends` (Q, 1).
 
+    A row shares the nodes of the one before it as far as their symbols are the same.
 
-def _renumber(parent: np.ndarray, index: np.ndarray) -> np.ndarray:
-    return np.where(parent >= 0, index[parent], -1)
-
-
-def _subtree_ends(parent: np.ndarray) -> np.ndarray:
-    """One past each node's last descendant."""
-    ends = np.arange(1, len(parent) + 1)
-    for node in range(len(parent) - 1, -1, -1):
-        if parent[node] >= 0:
-            ends[parent[node]] = max(ends[parent[node]], ends[node])
-    return ends
+    Returns:
+        (Q, L') whether a node begins here; row by row these are the nodes in depth-first order. (Q, L') the node.
+    """
+    is_new = torch.arange(rows.shape[1]) <= ends
+    is_new[1:] &= (rows[1:] != rows[:-1]).int().cummax(dim=1).values.bool()
+    number = is_new.flatten().cumsum(0).view_as(rows) - 1
+    return is_new, number.where(is_new, -1).cummax(dim=0).values
 
 
 def _paths(parent: Tensor) -> Tensor:
     """(N, P) int64: the nodes from the topmost down to and including each node, padded with -1."""
-    paths: list[list[int]] = []
-    for node, before in enumerate(parent.tolist()):  # parents precede their children
-        paths.append([*(paths[before] if before >= 0 else ()), node])
-    longest = max(map(len, paths), default=0)
-    padded = [path + [-1] * (longest - len(path)) for path in paths]
-    return torch.tensor(padded, dtype=torch.int64).reshape(len(paths), longest)
-
-
-def _tensors(*arrays: np.ndarray) -> tuple[Tensor, ...]:
-    return tuple(torch.from_numpy(array.astype(np.int64)) for array in arrays)
+    n = len(parent)
+    above = F.pad(parent, (0, 1), value=-1) % (n + 1)  # n stands for nothing, and nothing is above it
+    path = [torch.arange(n)]
+    while (path[-1] < n).any():
+        path.append(above[path[-1]])
+    paths = torch.stack(path, dim=1)[:, :-1].sort(dim=1).values  # parents precede their children
+    return paths.masked_fill(paths == n, -1)

@@ -23,13 +23,7 @@ DARK = {INK: "#e8ecf0", MUTED: "#a5afba", GRID: "#3a424c", ON_FILL: "#0d1116"}
 ORANGE, BLUE, GREY, GREEN, PINK = "#d55e00", "#0072b2", "#8c8c8c", "#009e73", "#cc79a7"
 DARK |= {ORANGE: "#f0883e", BLUE: "#56b4e9", GREY: "#9e9e9e", GREEN: "#3fc99b", PINK: "#e3a1c5"}
 
-METHOD_COLOURS = {
-    "cocoop": ORANGE,
-    "coop": BLUE,
-    "zeroshot": GREY,
-    "meta-nets": GREEN,
-    "linear-probe": PINK,
-}
+PALETTE = {"orange": ORANGE, "blue": BLUE, "grey": GREY, "green": GREEN, "pink": PINK}
 # Beside the colours, so that plots can be read without them.
 HATCHES = ("", "//", "--", "xx", "\\\\", "||")
 LINES = ("-", "--", ":", "-.")

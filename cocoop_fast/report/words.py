@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from cocoop_fast.readable import METHOD_TITLES
-from cocoop_fast.report.style import INK, METHOD_COLOURS
+from cocoop_fast.methods.records import METHODS, method_title
+from cocoop_fast.report.style import INK, PALETTE
 
 SUBSETS = {"base": "base classes", "new": "new classes", "all": "all classes"}
 
@@ -13,13 +13,14 @@ SUBSETS = {"base": "base classes", "new": "new classes", "all": "all classes"}
 def method_name(label: str) -> str:
     """``cocoop (lr 0.1)`` as ``CoCoOp (lr 0.1)``."""
     method, space, rest = label.partition(" ")
-    title = METHOD_TITLES.get(method, method)
+    title = method_title(method)
     return title[:1].upper() + title[1:] + space + rest
 
 
 def method_colour(label: str) -> str:
     """A method's own colour, whatever else is in its label."""
-    return METHOD_COLOURS.get(label.split(" ")[0], INK)
+    record = METHODS.get(label.split(" ")[0])
+    return PALETTE[record.colour] if record else INK
 
 
 def data_name(dataset: str) -> str:

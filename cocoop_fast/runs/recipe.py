@@ -20,9 +20,7 @@ from cocoop_fast.config import (
 )
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.errors import UserError
-
-_BATCH_SIZE: dict[Method, int] = {"cocoop": 1, "coop": 32, "meta-nets": 1, "zeroshot": 1, "linear-probe": 1}
-_WITHOUT_EPOCHS: frozenset[Method] = frozenset(["zeroshot", "linear-probe"])
+from cocoop_fast.methods.records import METHODS
 
 T = TypeVar("T")
 
@@ -43,16 +41,15 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
     Raises:
         UserError: bounds of the crop in the wrong order, or a device that is not there.
     """
-    method, model, augment, optim = config.prompt.method, config.model, config.augment, config.optim
-    scale = augment.crop_scale
+    name, model, augment, optim = config.prompt.method, config.model, config.augment, config.optim
+    method, scale = METHODS[name], augment.crop_scale
+    epochs = method.epochs if method.epochs is not None else _epochs(config.data.shots, dataset.name)
+    if epochs and optim.epochs is not None:  # what has no steps has no epochs
+        epochs = optim.epochs
     if scale is not None and scale[0] > scale[1]:
         raise UserError(f"augment.crop_scale is {scale[0]:g} to {scale[1]:g}; give the smaller share first.")
-    if method in _WITHOUT_EPOCHS:
-        epochs = 0
-    else:
-        epochs = _given(optim.epochs, _epochs(method, config.data.shots, dataset.name))
     # Seeds lie side by side, as the reference's result parser expects them.
-    own_place = Path("output") / config.data.name / method / f"seed{config.seed}"
+    own_place = Path("output") / config.data.name / name / f"seed{config.seed}"
     return _as(
         ResolvedConfig,
         config,
@@ -72,7 +69,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
             ResolvedOptim,
             optim,
             epochs=epochs,
-            batch_size=_given(optim.batch_size, _BATCH_SIZE[method]),
+            batch_size=_given(optim.batch_size, method.batch_size),
             master_weights=optim.master_weights and not config.reference_compat,
         ),
         output_dir=_given(config.output_dir, own_place),
@@ -105,9 +102,8 @@ def _template(prompt: PromptConfig, dataset: Dataset) -> str:
     return "" if prompt.ensemble != "none" and dataset.name == "imagenet" else dataset.template
 
 
-def _epochs(method: Method, shots: int, dataset: str) -> int:
-    if method in ("cocoop", "meta-nets"):
-        return 10
+def _epochs(shots: int, dataset: str) -> int:
+    """CoOp's."""
     if dataset == "imagenet":
         return 50
     if shots >= 8:

@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import write_atomically
 from cocoop_fast.files.torch_archive import read_archive
 from cocoop_fast.methods.base import PromptClassifier
-from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.training.schedule import reference_state
 
 _TOKEN_BUFFERS = ("token_prefix", "token_suffix")  # constants of CLIP and the class names
@@ -122,21 +120,6 @@ def save(
     write_atomically(path, lambda file: torch.save(content, file))
     write_atomically(folder / "checkpoint", lambda file: file.write(f"{path.name}\n".encode()))
     return path
-
-
-def token_buffers(learner: ContextLearner, clip_model: ClipModel) -> dict[str, Tensor]:
-    """What the reference's state dicts hold besides what is learned: the embeddings of all other tokens.
-
-    Returns:
-        ``token_prefix`` (K, 1, d) and ``token_suffix`` (K, L - 1 - M, d), of the model's dtype.
-    """
-    weights = FrozenCLIP(clip_model).text_weights()
-    tokens = learner.tokenized_prompts.to(weights.device)
-    embedding = weights.token_embedding[tokens].to(weights.dtype)
-    return {
-        "token_prefix": embedding[:, :1].clone(),
-        "token_suffix": embedding[:, 1 + learner.n_ctx :].clone(),
-    }
 
 
 def _momentum(optimizer: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:

@@ -6,6 +6,7 @@ import json
 import pickle
 import zipfile
 
+import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -14,7 +15,6 @@ from safetensors.torch import save_file
 from tiny_models import IMAGE_SIZE, tiny_clip
 
 from cocoop_fast import ClassTree, TreeTextEncoder, UserError
-from cocoop_fast.clip import weights as clip_weights
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import load_clip
 from cocoop_fast.config import ModelConfig
@@ -146,31 +146,25 @@ def test_a_folder_with_architecture_and_weights(tmp_path):
 
 
 def test_a_hub(tmp_path, monkeypatch):
-    """A stand-in for the hub's downloads: architecture and weights by --model, weights alone by --pretrained."""
-    model = write_folder(tmp_path)
-    asked = []
-
-    def download(repo, **_):
-        asked.append(repo)
-        return str(tmp_path / "open_clip_model.safetensors")
-
-    monkeypatch.setattr(clip_weights, "download_pretrained_from_hf", download)
-    loaded = load_clip(ModelConfig(name="tiny-vit", pretrained="hf-hub:someone/tiny", device="cpu")).model
+    """What was downloaded before, without a network: architecture and weights by --model, weights alone by --pretrained."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    model = write_folder(snapshot)
     image = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-    assert (asked, loaded.training) == (["someone/tiny"], False)
-    assert loaded.visual.conv1.weight.equal(model.visual.conv1.weight)
 
-    config = json.loads((tmp_path / "open_clip_config.json").read_text())
-    monkeypatch.setattr(open_clip.factory, "_get_hf_config", lambda *_, **__: config)
-    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", download)
+    loaded = load_clip(ModelConfig(name="tiny-vit", pretrained="hf-hub:someone/tiny", device="cpu")).model
+    assert not loaded.training
+    assert loaded.visual.conv1.weight.equal(model.visual.conv1.weight)
     loaded = load_clip(ModelConfig(name="hf-hub:someone/tiny", device="cpu")).model
     assert_close(loaded.visual(image), model.visual(image), 1e-6)
 
-    def fail(*_, **__):
-        raise OSError("offline")
-
     # open_clip alone would go on with random weights.
-    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", fail)
+    (snapshot / "open_clip_model.safetensors").unlink()
     with pytest.raises(UserError, match="model 'hf-hub:someone/tiny' could not be loaded"):
         load_clip(ModelConfig(name="hf-hub:someone/tiny", device="cpu"))
 

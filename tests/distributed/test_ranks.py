@@ -128,18 +128,14 @@ def test_a_process_alone_needs_nobody():
     ALONE.check_alike("anything", object())
 
 
-def test_every_rank_has_its_own_gpu(monkeypatch):
+def test_every_rank_has_its_own_gpu():
     ranks = Ranks(Group(3, 4), local_index=1, local_size=2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert (
-        ranks.own_device("auto") == ranks.own_device("cuda") == "cuda:1" and ranks.own_device("cpu") == "cpu"
-    )
+    assert ranks.own_device("auto", gpus=2) == ranks.own_device("cuda", gpus=2) == "cuda:1"
+    assert ranks.own_device("auto", gpus=0) == ranks.own_device("cpu", gpus=2) == "cpu"
     with pytest.raises(UserError, match="The device 'cuda:0' is one, and there are 2 ranks on this machine"):
-        ranks.own_device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        ranks.own_device("cuda:0", gpus=2)
     with pytest.raises(UserError, match="2 ranks were started on a machine with 1 GPUs"):
-        ranks.own_device("auto")
+        ranks.own_device("auto", gpus=1)
 
 
 def _launched(monkeypatch):
@@ -154,8 +150,8 @@ def _launched(monkeypatch):
 
 def test_ranks_that_do_not_find_each_other(monkeypatch):
     _launched(monkeypatch)
-    monkeypatch.setattr(launch, "_ARRIVAL", timedelta(seconds=1))
-    with pytest.raises(UserError, match="The 2 ranks of this run did not find each other"), launch.join():
+    sentence = "The 2 ranks of this run did not find each other"
+    with pytest.raises(UserError, match=sentence), launch.join(timedelta(seconds=1)):
         pass
 
 

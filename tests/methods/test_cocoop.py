@@ -1,4 +1,4 @@
-"""PromptLearner: the reference's attributes, state-dict keys and output; tokenizing class names."""
+"""PromptLearner: the reference's attributes, state-dict keys and output."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from comparison import assert_close
 from tiny_models import IMAGE_SIZE, tiny_clip, tiny_openai_clip
 
 from cocoop_fast import PromptLearner, UserError
-from cocoop_fast.clip.tokenizer import tokenizer
 from cocoop_fast.methods.cocoop import reference_cfg
-from cocoop_fast.prompts.tokens import tokenize_names, tokenize_prompts, warn_of_unknown_words
+from cocoop_fast.prompts.tokens import tokenize_names
 
 NAMES = ["tabby_cat", "digit zero", "dog"]
 
@@ -122,14 +121,3 @@ def test_errors(names, options, message):
 def test_features_narrower_than_the_meta_net_are_refused():
     with pytest.raises(UserError, match="at least 16 dimensions, this model has 8"):
         PromptLearner(cfg(), NAMES, tiny_clip(embed_dim=8))
-
-
-def test_words_that_the_model_never_saw_warn():
-    known = frozenset(tokenizer().encode("digit zero one"))
-    with pytest.warns(UserWarning, match=r"never saw the words of 'black swan', 'digit two'"):
-        warn_of_unknown_words(["digit_zero", "black swan", "digit two", "one"], known)
-
-
-def test_duplicates_warn_and_name_the_classes():
-    with pytest.warns(UserWarning, match=r"0 and 2 \('Crane'\)"):
-        tokenize_prompts(["crane", "maillot", "Crane"], n_ctx=4)

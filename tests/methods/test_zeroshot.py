@@ -13,7 +13,7 @@ from cocoop_fast import UserError
 from cocoop_fast.config import from_mapping
 from cocoop_fast.data import load_dataset
 from cocoop_fast.methods import ZeroShot
-from cocoop_fast.methods.templates import ensemble_templates
+from cocoop_fast.methods.zeroshot import ensemble_templates
 from cocoop_fast.runs.recipe import resolve
 
 NAMES = ["cat", "tabby cat", "digit_zero"]

@@ -1,0 +1,113 @@
+"""The methods that can be named: all that the rest of the package knows of each is its record.
+
+A new method is a file here, a record below, its name in :data:`cocoop_fast.config.Method`, and a line in
+``docs/methods.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from typing_extensions import Unpack
+
+from cocoop_fast.clip.load import LoadedClip
+from cocoop_fast.config import PromptConfig
+from cocoop_fast.methods.base import EngineOptions, PromptedCLIP
+from cocoop_fast.methods.cocoop import CustomCLIP, reference_cfg
+from cocoop_fast.methods.coop import CoOp
+from cocoop_fast.methods.linear_probe import LinearProbe
+from cocoop_fast.methods.meta_nets import MetaNetsCLIP
+from cocoop_fast.methods.zeroshot import ZeroShot, ensemble_templates
+from cocoop_fast.prompts.tokens import warn_of_unknown_words
+
+
+@dataclass(frozen=True)
+class MethodRecord:
+    """A method.
+
+    Args:
+        title: its name as people read it, within a sentence.
+        build: the model of a configuration over class names, ready to train.
+        colour: of its plots: a name in the palette of :mod:`cocoop_fast.report.style`.
+        batch_size: of its published recipe.
+        epochs: of its published recipe; None: by the number of shots, as CoOp; 0: it has no steps.
+        knows_other_classes: whether what it learns on some classes can be used on others, by its options.
+    """
+
+    title: str
+    build: Callable[[PromptConfig, Sequence[str], LoadedClip, EngineOptions], PromptedCLIP]
+    colour: str
+    batch_size: int = 1
+    epochs: int | None = 0
+    knows_other_classes: Callable[[PromptConfig], bool] = lambda prompt: not prompt.csc
+
+
+def _context_model(
+    model: type[CoOp],
+    prompt: PromptConfig,
+    classnames: Sequence[str],
+    clip: LoadedClip,
+    engine: EngineOptions,
+) -> PromptedCLIP:
+    cfg = reference_cfg(
+        ctx_init=prompt.ctx_init,
+        n_ctx=prompt.n_ctx,
+        precision=clip.precision,
+        image_size=clip.image_size,
+        csc=prompt.csc,
+        class_position=prompt.class_position,
+    )
+    return model(cfg, classnames, clip.model, **engine)
+
+
+def _zero_shot(
+    prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, _: EngineOptions
+) -> PromptedCLIP:
+    template = "a photo of a {}." if prompt.template is None else prompt.template
+    return ZeroShot(ensemble_templates(prompt.ensemble, template), classnames, clip.model)
+
+
+METHODS: dict[str, MethodRecord] = {
+    "zeroshot": MethodRecord("zero-shot CLIP", _zero_shot, "grey", knows_other_classes=lambda _: True),
+    "coop": MethodRecord("CoOp", partial(_context_model, CoOp), "blue", batch_size=32, epochs=None),
+    "cocoop": MethodRecord("CoCoOp", partial(_context_model, CustomCLIP), "orange", epochs=10),
+    "meta-nets": MethodRecord("M Meta-Nets", partial(_context_model, MetaNetsCLIP), "green", epochs=10),
+    "linear-probe": MethodRecord(
+        "linear probe",
+        lambda _prompt, classnames, clip, _engine: LinearProbe(classnames, clip.model),
+        "pink",
+        knows_other_classes=lambda _: False,
+    ),
+}  # in the order of the paper's tables
+
+
+def build_model(
+    prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, **engine: Unpack[EngineOptions]
+) -> PromptedCLIP:
+    """The model of a method over K class names, ready to train.
+
+    Args:
+        prompt: the method and its options.
+        classnames: K names.
+        clip: the frozen model.
+        engine: backend, memory_budget and prune_mass of :class:`LearnedPromptCLIP`; what learns no prompt needs none.
+
+    Raises:
+        UserError: an unusable class list, context, template, backend or budget.
+    """
+    model = METHODS[prompt.method].build(prompt, classnames, clip, engine)
+    if clip.known_tokens is not None:
+        warn_of_unknown_words(classnames, clip.known_tokens)
+    return model
+
+
+def knows_other_classes(prompt: PromptConfig) -> bool:
+    """Whether what the method learns on some classes can be used on others."""
+    return METHODS[prompt.method].knows_other_classes(prompt)
+
+
+def method_title(method: str) -> str:
+    """A method's name as people read it; any other text as it is."""
+    return METHODS[method].title if method in METHODS else method
