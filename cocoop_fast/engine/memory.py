@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -280,6 +281,18 @@ def _room(group: Path, limit: str, usage: str, reclaimable: str) -> int | None:
     if not most.isdecimal():  # "max": no limit
         return None
     return max(0, int(most) - int(used) + int(statistics.get(reclaimable, 0)))
+
+
+def peak_of_process(device: torch.device | str) -> int | None:
+    """Bytes at the peak of this process so far: tensors on a GPU, resident memory otherwise; ``None`` if not known."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else 1024 * size
 
 
 def parse_bytes(budget: int | str) -> int:

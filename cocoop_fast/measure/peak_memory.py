@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from cocoop_fast.engine.memory import peak_of_process
 from cocoop_fast.measure.contestants import BY_NAME
 from cocoop_fast.measure.problem import ProblemSpec, build_problem
-from cocoop_fast.training.memory import peak_memory as peak_of_process
 
 
 def peak_memory(spec: ProblemSpec, contestant: str, action: str = "step") -> int:

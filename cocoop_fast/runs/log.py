@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from cocoop_fast.engine.memory import peak_of_process
 from cocoop_fast.evaluation.metrics import Metrics
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Means, Observer, RunInfo, StepInfo
 
@@ -94,7 +92,7 @@ class RunLog(Observer):
         self._text("Finish training")
         self._text("Finished training")
         self._text(f"Elapsed: {timedelta(seconds=round(seconds))}")
-        self._record("trained", seconds=seconds, peak_memory=_peak_memory(self._device))
+        self._record("trained", seconds=seconds, peak_memory=peak_of_process(self._device))
 
     def on_evaluation_end(self, info: EvaluationInfo) -> None:
         folder = self._folder
@@ -122,18 +120,6 @@ def evaluation_text(metrics: Metrics) -> str:
         f"* error: {metrics.error:.1f}%\n"
         f"* macro_f1: {metrics.macro_f1:.1f}%"
     )
-
-
-def _peak_memory(device: str) -> int | None:
-    """Bytes at the peak of this process so far: tensors on a GPU, resident memory otherwise; ``None`` if not known."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else 1024 * size
 
 
 def _append(path: Path, text: str) -> None:

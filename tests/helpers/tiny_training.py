@@ -119,7 +119,7 @@ def run_out_of_memory(
     monkeypatch: pytest.MonkeyPatch, model: nn.Module, error: Exception, times: int
 ) -> None:
     """Let towers of the model's kind fail so many times, wherever they go backward."""
-    kind = type(model.tree_encoder._current_tower(deep=False))
+    kind = type(model.tree_encoder.tower)
     encode, left = kind.encode, [times]
 
     def failing(self, ctx, *rest):

@@ -58,7 +58,7 @@ def test_forward_and_backward_read_nothing(monkeypatch, method, dtype):
     model = build_model(PromptConfig(method=method), list(NAMES), loaded, backend="torch")
     features, label = torch.randn(2, 64), torch.tensor([0, 2])
     model.loss_and_logits(features, label)  # the first step computes constants of model and class list, once
-    computed = model.tree_encoder._current_tower(deep=False).constants
+    computed = model.tree_encoder.tower.constants
     constants = without_content(computed)
     constants.__dict__["node_qkv"] = without_content(computed.node_qkv)
     tower = TorchTower(constants)
