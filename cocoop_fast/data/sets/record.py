@@ -134,7 +134,7 @@ def load(record: PublishedSet, config: DataConfig, *, keep_split: bool = True) -
         train=splits.train,
         val=splits.val,
         test=splits.test,
-        read=FileReader(folder / record.images, confined=record.listed),
+        read=FileReader(folder / record.images, confined=record.listed, as_stored=True),
         where=str(folder),
         template=record.template,
         few_shot_dir=folder / "split_fewshot",
