@@ -14,7 +14,8 @@ from cocoop_fast.data.images import FileReader
 from cocoop_fast.data.listing import read_json, text_lines
 from cocoop_fast.data.paths import relative_path
 from cocoop_fast.data.split import split_by_class
-from cocoop_fast.data.split_file import SPLITS, parse_split
+from cocoop_fast.data.split_file import parse_split
+from cocoop_fast.data.split_names import SPLITS
 from cocoop_fast.errors import UserError
 
 ENDINGS = (".csv", ".json")

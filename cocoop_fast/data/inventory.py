@@ -34,6 +34,7 @@ class Inventory:
         counts: ``None`` if the set is not complete.
         published: ``None`` for a set of one's own.
         absent: images that are listed and not there.
+        notes: what a user should know of how the data were understood.
     """
 
     parts: tuple[tuple[Part, bool], ...]
@@ -41,6 +42,7 @@ class Inventory:
     counts: Counts | None
     published: Counts | None
     absent: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def take_inventory(config: DataConfig) -> Inventory:
@@ -65,6 +67,7 @@ def take_inventory(config: DataConfig) -> Inventory:
         counts=None if dataset is None else _count(dataset),
         published=None if published is None else Counts(published.classes, *published.counts),
         absent=() if dataset is None else _absent(dataset),
+        notes=() if dataset is None else dataset.notes,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ def visible_folders(folder: Path) -> list[Path]:
 def visible_files(folder: Path) -> list[Path]:
     """Files by name, hidden ones apart, whatever their ending."""
     return [folder / name for name in _names(folder, directories=False)]
+
+
+def natural_order(name: str) -> list[str | int]:
+    """A key to sort names by: numbers in them by their value, so that 2 comes before 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def text_lines(path: Path) -> list[str]:

@@ -96,6 +96,10 @@ def load_dataset(config: DataConfig) -> Dataset:
     """All samples of the data set that ``config`` names: every class, no few-shot sampling.
 
     Raises:
-        UserError: the name is unknown, or the files are not as the data set needs them.
+        UserError: the name is unknown, or the files are not as the data set needs them; names for folders of a data
+            set that has none.
     """
-    return REGISTRY[canonical_name(config.name)].load(config)
+    name = canonical_name(config.name)
+    if config.class_names is not None and name != "folder":
+        raise UserError(f"data.class_names names the classes of folders; data set {name!r} names its own.")
+    return REGISTRY[name].load(config)
