@@ -60,7 +60,7 @@ def check(
 ) -> None:
     """Say what of one data set is there, where to get the rest, and whether its images are complete.
 
-    The exit status is 1 if something is missing.
+    The exit status is 1 if something is missing, or a published set has other numbers of classes or images.
 
     Args:
         class_names: Of images in folders: a file of lines `folder name`.
@@ -68,12 +68,13 @@ def check(
     from cocoop_fast.data.inventory import take_inventory
 
     found = take_inventory(DataConfig(name=name, root=root, class_names=class_names))
+    whole = found.complete and found.as_published and not found.absent
     if json:
         output.print_json(
             {
                 "command": "datasets check",
                 "name": name,
-                "complete": found.complete and not found.absent,
+                "complete": whole,
                 "parts": [
                     {"path": part.path, "there": there, "source": part.source} for part, there in found.parts
                 ],
@@ -102,7 +103,7 @@ def check(
             print(f"{which} not there: {', '.join(found.absent[:_SHOWN])}{more}.")
         for note in found.notes:
             print(note)
-    if not found.complete or found.absent:
+    if not whole:
         raise typer.Exit(failures.FAILED)
 
 

@@ -100,8 +100,10 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, Path]:
         )
     for folder in beside:
         listing.leave_out(folder)
-    for folder in splits.values():
+    for split, folder in splits.items():
         listing.leave_out_files(folder)
+        if folder.name != split:
+            listing.renamed.append(f"{folder.name}/ is read as {split}/")
     return splits
 
 
@@ -165,6 +167,7 @@ class _Listing:
     root: Path
     left_out: Counter[str] = field(default_factory=Counter)
     nested: dict[str, int] = field(default_factory=dict)  # images in folders within a class's, by folder
+    renamed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.leave_out_files(self.root)
@@ -195,7 +198,7 @@ class _Listing:
             self.left_out["images outside of class folders" if _is_image(path) else _kind(path)] += 1
 
     def notes(self) -> tuple[str, ...]:
-        notes = []
+        notes = [f"In {self.root} {', '.join(self.renamed)}."] if self.renamed else []
         counts = [f"{count} {what}" for what, count in sorted(self.left_out.items()) if count]
         if counts:
             notes.append(f"Left out below {self.root}: {', '.join(counts)}.")

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cocoop_fast.data.dataset import Sample
+from cocoop_fast.data.listing import visible_files
 
 # Beyond this Pillow suspects a decompression bomb and warns. We refuse before decoding: 268 MB as RGB is
 # more than any photograph needs to become 224 pixels wide.
@@ -95,6 +96,11 @@ def endings() -> frozenset[str]:
     """Of the names of files that are taken for images: small letters, with the dot."""
     Image.init()
     return frozenset(end for end, kind in Image.registered_extensions().items() if kind in _FORMATS)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder, by name; hidden files, and others such as Thumbs.db, are none."""
+    return [path for path in visible_files(folder) if path.suffix.lower() in endings()]
 
 
 def open_rgb(path: Path) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cocoop_fast.errors import UserError
@@ -19,6 +19,23 @@ def visible_folders(folder: Path) -> list[Path]:
 def visible_files(folder: Path) -> list[Path]:
     """Files by name, hidden ones apart, whatever their ending."""
     return [folder / name for name in _names(folder, directories=False)]
+
+
+def misplaced(root: Path, path: str) -> Path | None:
+    """Where something lies that should be at ``root / path``: one folder too deep, or too high; ``None``: not there.
+
+    Archives are often unpacked into a folder of their own name: cars_train/cars_train/00001.jpg.
+    """
+    parts = PurePosixPath(path).parts
+    for i in range(len(parts)):
+        above = root.joinpath(*parts[:i])
+        if not above.is_dir():
+            break
+        for within in (*visible_folders(above), above):
+            rest = parts[i:] if within != above else parts[i + 1 :]
+            if rest and (found := within.joinpath(*rest)).exists():
+                return found
+    return None
 
 
 def natural_order(name: str) -> list[str | int]:

@@ -99,7 +99,8 @@ def test_splits_under_other_names(tmp_path, train, val, test):
     data = load(tmp_path)
     assert data.classnames == ("bus", "car")
     assert (len(data.train), len(data.val), len(data.test)) == (8, 4, 6)
-    assert data.notes == ()
+    (note,) = data.notes
+    assert all(f"{name}/ is read as " in note for name in (train, val, test))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from cocoop_fast.data.dataset import Sample, Splits
-from cocoop_fast.data.listing import visible_files, visible_folders
+from cocoop_fast.data.images import image_files
+from cocoop_fast.data.listing import visible_folders
 from cocoop_fast.data.sets.record import SPLIT_SEED
 from cocoop_fast.data.split import split_by_class
 
@@ -17,7 +18,7 @@ def split_class_folders(
     """Label the folders in sorted order and split each (the reference's ``read_and_split_data``).
 
     The reference shuffles files in the order in which the directory lists them, which differs between
-    machines; here they are sorted first.
+    machines; here they are sorted first, and files that are not images by their ending are left out.
 
     Args:
         images: the directory of class folders.
@@ -28,6 +29,6 @@ def split_class_folders(
     samples = [
         Sample(f"{folder.name}/{file.name}", label, (renamed or {}).get(folder.name, folder.name))
         for label, folder in enumerate(folders)
-        for file in visible_files(folder)
+        for file in image_files(folder)
     ]
     return split_by_class(samples, SPLIT_SEED)
