@@ -10,6 +10,7 @@ from cocoop_fast.data.images import image_files
 from cocoop_fast.data.listing import visible_folders
 from cocoop_fast.data.sets.record import SPLIT_SEED
 from cocoop_fast.data.split import split_by_class
+from cocoop_fast.errors import UserError
 
 
 def split_class_folders(
@@ -24,6 +25,9 @@ def split_class_folders(
         images: the directory of class folders.
         ignored: folders that are no classes; they get no label.
         renamed: class names of folders that are not called like their class.
+
+    Raises:
+        UserError: no image in any of them, or one alone.
     """
     folders = [folder for folder in visible_folders(images) if folder.name not in ignored]
     samples = [
@@ -31,4 +35,8 @@ def split_class_folders(
         for label, folder in enumerate(folders)
         for file in image_files(folder)
     ]
+    if not samples:
+        within = f"{images.name}/{folders[0].name}/" if len(folders) == 1 else ""
+        hint = f"; they may lie one level too deep, in {within}" if within else ""
+        raise UserError(f"{images} has no images in class folders{hint}.", exit_status=1)
     return split_by_class(samples, SPLIT_SEED)
