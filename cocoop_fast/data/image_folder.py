@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data.class_names import note_on_names, read_class_names
-from cocoop_fast.data.dataset import Dataset, Sample, prompt_name
+from cocoop_fast.data.dataset import Dataset, Sample, Splits, prompt_name
+from cocoop_fast.data.duplicates import look_for_duplicates
 from cocoop_fast.data.images import FileReader, endings
 from cocoop_fast.data.listing import natural_order, visible_files, visible_folders
 from cocoop_fast.data.split import split_by_class
@@ -38,7 +39,7 @@ def load(config: DataConfig) -> Dataset:
 
     Raises:
         UserError: no such directory, no classes, one class only, a class without images, two folders of one
-            name, a test class that is not in train/, folders called like splits that are none.
+            name, a test class that is not in train/, folders called like splits that are none, an image in two classes.
     """
     if config.root is None:
         raise UserError(
@@ -58,6 +59,7 @@ def load(config: DataConfig) -> Dataset:
         test = listing.samples(splits["test"], classnames) if "test" in splits else val
     else:
         train, val, test = split_by_class(listing.samples(root, classnames))
+    twice = look_for_duplicates(Splits(train, () if test is val else val, test), root, str(root))
     return Dataset(
         name="folder",
         classnames=tuple(classnames.values()),
@@ -66,7 +68,11 @@ def load(config: DataConfig) -> Dataset:
         test=test,
         read=FileReader(root),
         where=str(root),
-        notes=(*listing.notes(), *note_on_names(tuple(classnames.values()), Dataset.template, _REMEDY)),
+        notes=(
+            *listing.notes(),
+            *twice,
+            *note_on_names(tuple(classnames.values()), Dataset.template, _REMEDY),
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -49,7 +50,7 @@ def text_lines(path: Path) -> list[str]:
     Raises:
         UserError: it cannot be read, is not text, or is empty.
     """
-    lines = [line.strip() for line in _text(path).splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     lines = [line for line in lines if line]
     if not lines:
         raise UserError(f"{path} is empty.", exit_status=1)
@@ -63,7 +64,7 @@ def read_json(path: Path) -> Any:
         UserError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(_text(path))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON (line {error.lineno}).", exit_status=1) from error
     except RecursionError as error:
@@ -82,10 +83,21 @@ def _names(folder: Path, *, directories: bool) -> list[str]:
         raise UserError(f"{folder} cannot be read: {error.strerror}.", exit_status=1) from error
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or is in another encoding.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")  # Excel begins a CSV file with a byte order mark
+        content = path.read_bytes()
+        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        # Excel begins a CSV file in UTF-8 with a byte order mark as well.
+        return content.decode("utf-16" if marked else "utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.", exit_status=1) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text.", exit_status=1) from error
+        raise UserError(
+            f"{path} is not UTF-8 text; save it in that encoding (spreadsheets call it CSV UTF-8).",
+            exit_status=1,
+        ) from error

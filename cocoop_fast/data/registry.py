@@ -52,7 +52,7 @@ REGISTRY: dict[str, DatasetEntry] = {
         ),
         DatasetEntry(
             name="list",
-            title="your own images: a CSV or JSON file that lists them",
+            title="your own images: a CSV, text or JSON file that lists them",
             layout="<root>, a file beside the images",
             load=image_list.load,
             missing=image_list.missing,
@@ -88,8 +88,8 @@ def canonical_name(name: str) -> str:
 
 
 def name_for(root: Path) -> str:
-    """Which of a user's own data sets lies at ``root``: a list if it ends like one, else a folder."""
-    return "list" if root.suffix.lower() in image_list.ENDINGS else "folder"
+    """Which of a user's own data sets lies at ``root``: a list if it is a file or ends like one, else a folder."""
+    return "list" if root.is_file() or root.suffix.lower() in image_list.ENDINGS else "folder"
 
 
 def load_dataset(config: DataConfig) -> Dataset:

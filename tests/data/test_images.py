@@ -171,8 +171,10 @@ def test_greys_that_cannot_be_scaled_are_bad_images(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         for i in range(3):
-            Image.fromarray(np.full((8, 8), 1e5 + i, np.float32)).save(tmp_path / name / f"{i}.tiff")
-    with pytest.raises(UserError, match=r"6 images .* cannot be read: .*grey values from 100000 to 100000"):
+            Image.fromarray(np.full((8, 8), 1e5 + 1000 * i + ord(name), np.float32)).save(
+                tmp_path / name / f"{i}.tiff"
+            )
+    with pytest.raises(UserError, match=r"6 images .* cannot be read: .*grey values from 100097 to 100097"):
         check_images(load_dataset(DataConfig(name="folder", root=tmp_path)))
 
 
