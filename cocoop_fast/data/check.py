@@ -39,26 +39,30 @@ def check_images(
         found = list(pool.map(lambda sample: _look_at(dataset, sample), samples))
     bad = {sample: fault for sample, (fault, _) in zip(samples, found, strict=True) if fault}
     corrected = Counter(kind for _, kinds in found for kind in kinds)
-    if on_message is not None:
-        for kind in (kind for kind in CORRECTIONS if corrected[kind]):
-            on_message(f"{corrected[kind]} of {len(samples)} images {CORRECTIONS[kind]}.")
-    if not bad:
-        return dataset
-    if not skip_bad:
+    told = [
+        f"{corrected[kind]} of {len(samples)} images {CORRECTIONS[kind]}."
+        for kind in CORRECTIONS
+        if corrected[kind]
+    ]
+    if bad and not skip_bad:
         noun = "image" if len(bad) == 1 else "images"
         raise UserError(
             f"{len(bad)} {noun} in {dataset.where} cannot be read: {_names(bad)}. Replace or delete them, or "
             "leave them out with --skip-bad-images.",
             exit_status=1,
         )
-    kept = dataset.with_splits(
-        train=tuple(sample for sample in dataset.train if sample not in bad),
-        val=tuple(sample for sample in dataset.val if sample not in bad),
-        test=tuple(sample for sample in dataset.test if sample not in bad),
-    )
-    _refuse_emptied_classes(dataset, kept)
+    kept = dataset
+    if bad:
+        kept = dataset.with_splits(
+            train=tuple(sample for sample in dataset.train if sample not in bad),
+            val=tuple(sample for sample in dataset.val if sample not in bad),
+            test=tuple(sample for sample in dataset.test if sample not in bad),
+        )
+        _refuse_emptied_classes(dataset, kept)
+        told.append(f"Left out {len(bad)} of {len(samples)} images that cannot be read: {_names(bad)}.")
     if on_message is not None:
-        on_message(f"Left out {len(bad)} of {len(samples)} images that cannot be read: {_names(bad)}.")
+        for line in told:
+            on_message(line)
     return kept
 
 

@@ -62,8 +62,9 @@ def load(config: DataConfig) -> Dataset:
     if not path.exists():
         raise UserError(f"The list of images {path} does not exist.")
     values = _values(path)
+    notes: tuple[str, ...] = ()
     if isinstance(values, dict):
-        splits, notes = parse_split(values, path), ()
+        splits = parse_split(values, path)
     else:
         rows, notes = _rows(values, path)
         splits = _split(rows)

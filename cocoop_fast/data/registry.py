@@ -88,8 +88,9 @@ def canonical_name(name: str) -> str:
 
 
 def name_for(root: Path) -> str:
-    """Which of a user's own data sets lies at ``root``: a list if it is a file or ends like one, else a folder."""
-    return "list" if root.is_file() or root.suffix.lower() in image_list.ENDINGS else "folder"
+    """Which of a user's own data sets lies at ``root``: a list if it ends like a file's name, else a folder."""
+    listed = root.suffix.lower() in image_list.ENDINGS or (root.suffix and root.is_file())
+    return "list" if listed else "folder"
 
 
 def load_dataset(config: DataConfig) -> Dataset:

@@ -118,6 +118,8 @@ def opened(
     if not overwrite:
         for plan in plans:
             material.ranks.from_first(partial(_refuse_other_run, plan, material))
+    for note in material.dataset.notes:
+        material.observer.on_message(note)
     with ExitStack() as stack:
         # All directories first: that one of them cannot be used should not come out after hours of training.
         if material.ranks.is_first:
