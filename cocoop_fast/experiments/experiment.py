@@ -274,6 +274,8 @@ def _evaluate(
         resolved = replace(resolved, data=replace(resolved.data, subset=subset))
     prompt = resolved.prompt
     material = Material(resolved, dataset, shared, observer, ranks)
+    for note in dataset.notes:
+        observer.on_message(note)
     subsets = material.tested(prompt) if subset is None else (subset,)
     if trained is not None and not knows_other_classes(prompt):
         for one in subsets:
