@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -100,9 +101,10 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, Path]:
         raise UserError(f"{root} has {names}/ but no train/ with class folders; {_ADVICE}.")
     beside = [folder for folder in folders if folder not in splits.values()]
     if len(splits) == 1:
-        others = f" (it has {', '.join(f'{folder.name}/' for folder in beside)})" if beside else ""
+        others = f" (beside it: {', '.join(folder.name + '/' for folder in beside)})" if beside else ""
         raise UserError(
-            f"{root} has {names}/ but no test/ (or val/) with class folders{others}, so there is nothing to test on."
+            f"{root} has {splits['train'].name}/ but no test/ (or val/) with class folders{others}, so there is nothing "
+            "to test on."
         )
     for folder in beside:
         listing.leave_out(folder)
@@ -205,7 +207,7 @@ class _Listing:
 
     def notes(self) -> tuple[str, ...]:
         notes = [f"In {self.root} {', '.join(self.renamed)}."] if self.renamed else []
-        counts = [f"{count} {what}" for what, count in sorted(self.left_out.items()) if count]
+        counts = [_counted(what, count) for what, count in sorted(self.left_out.items()) if count]
         if counts:
             notes.append(f"Left out below {self.root}: {', '.join(counts)}.")
         if self.nested:
@@ -221,7 +223,7 @@ class _Listing:
         images, others = _scan(folder)
         if not images:
             known = ", ".join(sorted(endings()))
-            holds = f"; it holds {', '.join(f'{n} {what}' for what, n in others.items())}" if others else ""
+            holds = f"; it holds {', '.join(map(_counted, others, others.values()))}" if others else ""
             raise UserError(
                 f"The class folder {folder} has no images (files ending in {known}){holds}.", exit_status=1
             )
@@ -259,3 +261,8 @@ def _kind(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return "broken links"
     return path.suffix.lower() or "files without an ending"
+
+
+def _counted(what: str, count: int) -> str:
+    """A number and what it counts: 2 broken links, 1 broken link, 1 .csv."""
+    return f"{count} {what}" if count > 1 else "1 " + re.sub("^(image|link|file|broken link)s", r"\1", what)

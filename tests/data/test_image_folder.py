@@ -107,7 +107,7 @@ def test_splits_under_other_names(tmp_path, train, val, test):
     ("folders", "message"),
     [
         (("train/a", "train/b", "valid/a", "val/a"), "has both val/ and valid/, which mean val"),
-        (("train/a", "train/b", "eval/a", "eval/b"), r"has train/ but no test/ .*\(it has eval/\)"),
+        (("train/a", "train/b", "eval/a", "eval/b"), r"has train/ but no test/ .*\(beside it: eval/\)"),
         (("seg_train/a", "seg_train/b", "seg_test/a"), "seg_test/, seg_train/ in .* are called like splits"),
         (
             ("Training", "Testing"),
@@ -137,7 +137,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     data = load(tmp_path)
     assert (len(data.train), len(data.test)) == (8, 4)
     assert data.notes == (
-        f"Left out below {tmp_path}: 1 .csv, 2 .heic, 2 broken links, 2 files without an ending, 1 images in spare/, "
+        f"Left out below {tmp_path}: 1 .csv, 2 .heic, 2 broken links, 2 files without an ending, 1 image in spare/, "
         "5 images in test/, 2 images outside of class folders, 2 links to folders.",
     )
 
