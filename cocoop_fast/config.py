@@ -88,6 +88,8 @@ class DataConfig:
     """One of `cocoop-fast datasets`; --root alone implies folder."""
     root: Path | None = None
     """Folder or list of the images; of published data sets, the folder that holds them."""
+    class_names: Path | None = None
+    """Of images in folders: a file of lines `folder name`. Default: classes are called like their folders."""
     shots: Count = 16
     """Training images a class; 0 is all."""
     few_shot: Path | None = None

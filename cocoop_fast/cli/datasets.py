@@ -55,26 +55,33 @@ def listing(context: typer.Context, *, root: Path | None = None, json: bool = Fa
 
 @app.command()
 @options.command()
-def check(name: str, *, root: Path | None = None, json: bool = False) -> None:
+def check(
+    name: str, *, root: Path | None = None, class_names: Path | None = None, json: bool = False
+) -> None:
     """Say what of one data set is there, where to get the rest, and whether its images are complete.
 
-    The exit status is 1 if something is missing.
+    The exit status is 1 if something is missing, or a published set has other numbers of classes or images.
+
+    Args:
+        class_names: Of images in folders: a file of lines `folder name`.
     """
     from cocoop_fast.data.inventory import take_inventory
 
-    found = take_inventory(DataConfig(name=name, root=root))
+    found = take_inventory(DataConfig(name=name, root=root, class_names=class_names))
+    whole = found.complete and found.as_published and not found.absent
     if json:
         output.print_json(
             {
                 "command": "datasets check",
                 "name": name,
-                "complete": found.complete and not found.absent,
+                "complete": whole,
                 "parts": [
                     {"path": part.path, "there": there, "source": part.source} for part, there in found.parts
                 ],
                 "counts": None if found.counts is None else found.counts._asdict(),
                 "published": None if found.published is None else found.published._asdict(),
                 "absent": list(found.absent),
+                "notes": list(found.notes),
             }
         )
     else:
@@ -94,7 +101,9 @@ def check(name: str, *, root: Path | None = None, json: bool = False) -> None:
             which = "1 listed image is" if count == 1 else f"{count:,} listed images are"
             more = ", ..." if count > _SHOWN else ""
             print(f"{which} not there: {', '.join(found.absent[:_SHOWN])}{more}.")
-    if not found.complete or found.absent:
+        for note in found.notes:
+            print(note)
+    if not whole:
         raise typer.Exit(failures.FAILED)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cocoop_fast.experiments.experiment import Results
 
 FIELDS = """
-prompt.method data.name data.root data.shots data.subset model.name model.pretrained prompt.ctx_init prompt.n_ctx prompt.csc
+prompt.method data.name data.root data.class_names data.shots data.subset model.name model.pretrained prompt.ctx_init prompt.n_ctx prompt.csc
 prompt.class_position prompt.ensemble seed
 optim.epochs optim.batch_size optim.lr optim.prune_mass reference_compat
 model.precision model.backend model.memory_budget model.device model.shard data.workers data.skip_bad_images

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from cocoop_fast.data.dataset import Dataset, Sample
-from cocoop_fast.data.images import ImageError
+from cocoop_fast.data.images import CORRECTIONS, FileReader, ImageError
 from cocoop_fast.errors import UserError
 
 _SHOWN = 20
@@ -25,7 +26,7 @@ def check_images(
         dataset: few-shot sampling and class selection already done, so that only what is used is read.
         skip_bad: leave bad images out instead of failing.
         threads: decoders at once (Pillow releases the interpreter lock while it decodes).
-        on_message: told how many were left out.
+        on_message: told how many were left out, and how many were read otherwise than they are stored.
 
     Returns:
         The data set, without bad images if they are skipped.
@@ -35,35 +36,45 @@ def check_images(
     """
     samples = list(dict.fromkeys((*dataset.train, *dataset.val, *dataset.test)))
     with ThreadPoolExecutor(threads) as pool:
-        faults = list(pool.map(lambda sample: _fault(dataset, sample), samples))
-    bad = {sample: fault for sample, fault in zip(samples, faults, strict=True) if fault}
-    if not bad:
-        return dataset
-    if not skip_bad:
+        found = list(pool.map(lambda sample: _look_at(dataset, sample), samples))
+    bad = {sample: fault for sample, (fault, _) in zip(samples, found, strict=True) if fault}
+    corrected = Counter(kind for _, kinds in found for kind in kinds)
+    told = [
+        f"{corrected[kind]} of {len(samples)} images {CORRECTIONS[kind]}."
+        for kind in CORRECTIONS
+        if corrected[kind]
+    ]
+    if bad and not skip_bad:
         noun = "image" if len(bad) == 1 else "images"
         raise UserError(
             f"{len(bad)} {noun} in {dataset.where} cannot be read: {_names(bad)}. Replace or delete them, or "
             "leave them out with --skip-bad-images.",
             exit_status=1,
         )
-    kept = dataset.with_splits(
-        train=tuple(sample for sample in dataset.train if sample not in bad),
-        val=tuple(sample for sample in dataset.val if sample not in bad),
-        test=tuple(sample for sample in dataset.test if sample not in bad),
-    )
-    _refuse_emptied_classes(dataset, kept)
+    kept = dataset
+    if bad:
+        kept = dataset.with_splits(
+            train=tuple(sample for sample in dataset.train if sample not in bad),
+            val=tuple(sample for sample in dataset.val if sample not in bad),
+            test=tuple(sample for sample in dataset.test if sample not in bad),
+        )
+        _refuse_emptied_classes(dataset, kept)
+        told.append(f"Left out {len(bad)} of {len(samples)} images that cannot be read: {_names(bad)}.")
     if on_message is not None:
-        on_message(f"Left out {len(bad)} of {len(samples)} images that cannot be read: {_names(bad)}.")
+        for line in told:
+            on_message(line)
     return kept
 
 
-def _fault(dataset: Dataset, sample: Sample) -> str:
-    """Why an image cannot be used, or ""."""
+def _look_at(dataset: Dataset, sample: Sample) -> tuple[str, tuple[str, ...]]:
+    """Why an image cannot be used, or "", and how it was corrected."""
     try:
+        if isinstance(dataset.read, FileReader):
+            return "", dataset.read.corrected(sample)[1]
         dataset.read(sample)
     except ImageError as error:
-        return str(error)
-    return ""
+        return str(error), ()
+    return "", ()
 
 
 def _names(bad: dict[Sample, str]) -> str:

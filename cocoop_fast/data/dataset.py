@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,8 @@ class Dataset:
         few_shot_dir: where few-shot samples of these images are looked for; ``None``: nowhere.
         crop_scale, flip: the training transform's defaults for these images.
         template: the default zero-shot prompt.
+        notes: what a user should know of how the data were understood, a sentence each: what was left out, what
+            looks wrong.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Dataset:
     flip: float = 0.5
     template: str = "a photo of a {}."
     few_shot_dir: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def test_only(self) -> bool:
@@ -90,8 +94,11 @@ class Dataset:
 
 
 def prompt_name(name: str) -> str:
-    """A class name as it enters a prompt: ``_`` is a space, as in the reference, and spaces are single."""
-    return " ".join(name.replace("_", " ").split())
+    """A class name as it enters a prompt: ``_`` is a space, as in the reference, and spaces are single.
+
+    Letters with accents are single characters (Unicode's form NFC), however the disk has them.
+    """
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
 
 
 def named_classes(splits: Splits, where: str) -> tuple[tuple[str, ...], Splits]:

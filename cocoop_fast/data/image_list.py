@@ -1,23 +1,29 @@
-"""Your own images, listed in a CSV or JSON file that lies beside them."""
+"""Your own images, listed in a table or a JSON file that lies beside them."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cocoop_fast.config import DataConfig
+from cocoop_fast.data.class_names import note_on_names
 from cocoop_fast.data.dataset import Dataset, Sample, Splits, named_classes
+from cocoop_fast.data.duplicates import look_for_duplicates
 from cocoop_fast.data.images import FileReader
-from cocoop_fast.data.listing import read_json, text_lines
+from cocoop_fast.data.listing import natural_order, read_json, read_text, text_lines
 from cocoop_fast.data.paths import relative_path
 from cocoop_fast.data.split import split_by_class
-from cocoop_fast.data.split_file import SPLITS, parse_split
+from cocoop_fast.data.split_file import parse_split
+from cocoop_fast.data.split_names import SPLITS, split_of
 from cocoop_fast.errors import UserError
 
-ENDINGS = (".csv", ".json")
+ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl")
+_DELIMITERS = ",;\t|"
 _FIELDS = ("path", "classname", "label", "split")
 _SHAPE = "a header `path,classname` (and label and split, if you like)"
 
@@ -25,39 +31,50 @@ _SHAPE = "a header `path,classname` (and label and split, if you like)"
 def missing(config: DataConfig) -> tuple[str, ...]:
     """What keeps this data set from being loaded, in a user's words."""
     if config.root is None:
-        return ("data.root: a CSV or JSON file beside the images",)
+        return ("data.root: a CSV, text or JSON file beside the images",)
     return () if config.root.is_file() else (str(config.root),)
 
 
 def load(config: DataConfig) -> Dataset:
-    """Read the list at ``data.root``; no image is opened. Paths in it are relative to its own directory.
+    """Read the list at ``data.root``; no image is decoded. Paths in it are relative to its own directory.
 
     Either rows with the fields ``path`` and ``classname``, and optionally ``label`` (an integer from 0; without
     it classes are numbered by name) and ``split`` (train, val or test; without it each class is split 50/20/30):
-    a CSV file with a header, or a JSON list of objects. Or a JSON split file,
+    a table with a header, between commas, semicolons, tabs or bars; a JSON list of objects; or a JSON object a line
+    (.jsonl). Capitals and spaces in the header do not matter, and other fields are ignored. Or a JSON split file,
     ``{"train" | "val" | "test": [[path, label, class name], ...]}``. A list with train and val alone is tested
     on val.
 
     Raises:
-        UserError: no such file, not one of these forms, a path that leaves the directory, one class only, or
-            nothing to train or to test on.
+        UserError: no such file, not one of these forms, a path that leaves the directory, one class only, nothing to
+            train or to test on, or an image under two classes.
     """
     path = config.root
     if path is None:
         raise UserError(
-            "Data set 'list' needs data.root (--root FILE): a CSV or JSON file beside the images."
+            "Data set 'list' needs data.root (--root FILE): a CSV, text or JSON file beside the images."
         )
     if path.suffix.lower() not in ENDINGS:
-        raise UserError(f"Data set 'list' reads {' and '.join(ENDINGS)} files, and data.root is {path}.")
+        raise UserError(
+            f"Data set 'list' reads {', '.join(ENDINGS)} files, and data.root is {path}; of a spreadsheet, save the "
+            "table as CSV."
+        )
     if not path.exists():
         raise UserError(f"The list of images {path} does not exist.")
-    values = read_json(path) if path.suffix.lower() == ".json" else _csv_rows(path)
-    splits = parse_split(values, path) if isinstance(values, dict) else _split(_rows(values, path))
+    values = _values(path)
+    notes: tuple[str, ...] = ()
+    if isinstance(values, dict):
+        splits = parse_split(values, path)
+    else:
+        rows, notes = _rows(values, path)
+        splits = _split(rows)
     classnames, splits = named_classes(splits, str(path))
     if len(classnames) < 2:
         raise UserError(f"{path} has one class; a classifier needs two or more.", exit_status=1)
     if not splits.train or not (splits.test or splits.val):
         raise UserError(f"{path} needs images to train on and to test on.", exit_status=1)
+    tested = splits if splits.test else Splits(splits.train, (), splits.val)
+    notes += look_for_duplicates(tested, path.parent, str(path))
     return Dataset(
         name="list",
         classnames=classnames,
@@ -66,18 +83,66 @@ def load(config: DataConfig) -> Dataset:
         test=splits.test or splits.val,
         read=FileReader(path.parent, confined=True),
         where=str(path),
+        notes=(*notes, *note_on_names(classnames, Dataset.template, "write names in `classname`")),
     )
 
 
-def _csv_rows(path: Path) -> list[Any]:
-    reader = csv.DictReader(io.StringIO("\n".join(text_lines(path))), restkey="")
-    if not {"path", "classname"} <= set(reader.fieldnames or ()) <= set(_FIELDS):
-        raise UserError(f"{path} begins with {reader.fieldnames}, but needs {_SHAPE}.", exit_status=1)
-    return list(reader)
+def _values(path: Path) -> Any:
+    """The rows of a table or of JSON, or the value of a split file."""
+    ending = path.suffix.lower()
+    if ending == ".json":
+        return read_json(path)
+    return _json_lines(path) if ending == ".jsonl" else _table(path)
 
 
-def _rows(values: Any, path: Path) -> list[tuple[Sample, str | None]]:
-    """Samples with their split. Labels are checked by ``named_classes``."""
+def _json_lines(path: Path) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text_lines(path), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}: row {number} is not valid JSON.", exit_status=1) from error
+    return rows
+
+
+def _table(path: Path) -> list[Any]:
+    """The rows by the names of their columns. Rows and columns without a word, as spreadsheets leave them, are none."""
+    text = read_text(path).lstrip("\ufeff")
+    if not text.strip():
+        raise UserError(f"{path} is empty.", exit_status=1)
+    said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's own way to say it
+    if said is not None:
+        text = text[said.end() :]
+    first = text.lstrip().splitlines()[0] if text.strip() else ""
+    for delimiter in said.group(1) if said else _DELIMITERS:
+        header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        fields = [_field(name) for name in header]
+        if fields.count("path") == fields.count("classname") == 1:
+            break
+    else:
+        raise UserError(f"{path} begins with {first[:200]!r}, but needs {_SHAPE}.", exit_status=1)
+    try:
+        lines = list(
+            csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=delimiter, skipinitialspace=True)
+        )
+    except csv.Error as error:
+        raise UserError(f"{path} is not a table: {error}.", exit_status=1) from error
+    rows = [[value.strip() for value in line] for line in lines[1:]]
+    return [
+        {name: value for name, value in zip(header, row, strict=False) if name}
+        | ({"": row[len(header) :]} if any(row[len(header) :]) else {})
+        for row in rows
+        if any(row)
+    ]
+
+
+def _field(name: str) -> str:
+    """A field's name as it is known here: small letters without spaces."""
+    return re.sub(r"[\s_-]", "", name).lower()
+
+
+def _rows(values: Any, path: Path) -> tuple[list[tuple[Sample, str | None]], tuple[str, ...]]:
+    """Samples with their split, each once, and what to tell of them. Labels are checked by ``named_classes``."""
     if not isinstance(values, list):
         raise UserError(f"{path} holds neither a list of images nor a split.", exit_status=1)
     if not values:
@@ -87,17 +152,31 @@ def _rows(values: Any, path: Path) -> list[tuple[Sample, str | None]]:
         raise UserError(f"{path} gives some images a label and others none.", exit_status=1)
     if len({split is None for *_, split in read}) > 1:
         raise UserError(f"{path} gives some images a split and others none.", exit_status=1)
-    by_name = {name: label for label, name in enumerate(sorted({name for _, name, *_ in read}))}
-    return [
+    notes = []
+    ignored = dict.fromkeys(name for row in values for name in row if _field(name) not in _FIELDS)
+    if ignored:
+        notes.append(f"Not used of {path}: {', '.join(ignored)}.")
+    once = list(dict.fromkeys(read))
+    if len(once) < len(read):
+        notes.append(
+            f"{len(read) - len(once)} of the {len(read)} rows of {path} repeat others and are left out."
+        )
+    read = once
+    by_name = {
+        name: label for label, name in enumerate(sorted({name for _, name, *_ in read}, key=natural_order))
+    }
+    samples = [
         (Sample(source, by_name[name] if label is None else label, name), split)
         for source, name, label, split in read
     ]
+    return samples, tuple(notes)
 
 
 def _fields(row: Any, where: str) -> tuple[str, str, int | None, str | None]:
     """(path, class name, label, split) of one row."""
-    if not isinstance(row, Mapping) or not set(row) <= set(_FIELDS):
+    if not isinstance(row, Mapping) or "" in row:  # which holds what goes beyond the header
         raise UserError(f"{where} is {row!r}, not one with the fields {', '.join(_FIELDS)}.", exit_status=1)
+    row = {_field(name): value for name, value in row.items()}
     source = relative_path(row.get("path"), where)
     name, label, split = row.get("classname"), row.get("label"), row.get("split")
     if not isinstance(name, str) or not name.strip():
@@ -110,11 +189,12 @@ def _fields(row: Any, where: str) -> tuple[str, str, int | None, str | None]:
         raise UserError(f"{where} ({source}) has the label {label!r}, not an integer from 0.", exit_status=1)
     if split == "":
         split = None
-    if split is not None and split not in SPLITS:
+    meant = split_of(split) if isinstance(split, str) else None
+    if split is not None and meant is None:
         raise UserError(
             f"{where} ({source}) has the split {split!r}, not one of {', '.join(SPLITS)}.", exit_status=1
         )
-    return source, name.strip(), label, split
+    return source, name.strip(), label, meant
 
 
 def _split(rows: list[tuple[Sample, str | None]]) -> Splits:

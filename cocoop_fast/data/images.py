@@ -1,19 +1,64 @@
-"""Decode one image file, or say in a few words why it cannot be."""
+"""Decode one image file as it is meant, or say in a few words why it cannot be.
+
+The images of published sets are read as the reference reads them, ``Image.open(path).convert("RGB")``. One's own are
+turned as their EXIF orientation says, greys of more than 8 bits are scaled, and transparency is laid over white.
+"""
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cocoop_fast.data.dataset import Sample
+from cocoop_fast.data.listing import visible_files
 
 # Beyond this Pillow suspects a decompression bomb and warns. We refuse before decoding: 268 MB as RGB is
 # more than any photograph needs to become 224 pixels wide.
 MAX_PIXELS = 89_478_485
+
+# What is opened, whatever a file's name ends in. Of the other formats some are handed to another program (EPS to
+# Ghostscript), some hold no picture, and the rest nobody photographs in.
+_FORMATS = (
+    "JPEG",
+    "PNG",
+    "TIFF",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "DIB",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+    "MPO",
+    "TGA",
+    "QOI",
+)
+
+# What is done to one's own images, and the sentence that counts it.
+CORRECTIONS = {
+    "turned": "turned as their EXIF orientation says",
+    "scaled": "of more than 8 bits a grey value scaled to 8",
+    "white": "with transparency laid over white",
+    "dark": "of 16 bits hold no value above 4,095 and come out nearly black; if they hold 8 or 12 bits, scale them to 16",
+}
+
+# Of each EXIF orientation. ``ImageOps.exif_transpose`` writes the tags anew as well, and fails at those it cannot write.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(ValueError):
@@ -28,30 +73,111 @@ class FileReader:
         root: what ``Sample.source`` is relative to. It may itself be a link.
         confined: refuse files that links lead out of ``root``, because the list of samples came from somebody
             else. Lists made by reading directories need no such care.
+        as_stored: correct nothing, as the reference: for published sets.
     """
 
     root: Path
     confined: bool = False
+    as_stored: bool = False
 
     def __call__(self, sample: Sample) -> Image.Image:
         """Raises ``ImageError``."""
+        return self.corrected(sample)[0]
+
+    def corrected(self, sample: Sample) -> tuple[Image.Image, tuple[str, ...]]:
+        """The image, and what was done to it: keys of :data:`CORRECTIONS`. Raises ``ImageError``."""
         path = self.root / str(sample.source)
         if self.confined and not path.resolve().is_relative_to(self.root.resolve()):
             raise ImageError(f"a link that leads out of {self.root}")
-        return open_rgb(path)
+        return _decode(path, _as_reference if self.as_stored else as_meant)
+
+
+def endings() -> frozenset[str]:
+    """Of the names of files that are taken for images: small letters, with the dot."""
+    Image.init()
+    return frozenset(end for end, kind in Image.registered_extensions().items() if kind in _FORMATS)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder, by name; hidden files, and others such as Thumbs.db, are none."""
+    return [path for path in visible_files(folder) if path.suffix.lower() in endings()]
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Decode a file in full to an RGB image, as the reference does (``Image.open(path).convert("RGB")``).
+    """Decode one of a user's own files in full to an RGB image, as it is meant.
 
     Raises:
-        ImageError: missing, not an image, truncated, damaged, or of more than :data:`MAX_PIXELS` pixels.
+        ImageError: missing, not an image, truncated, damaged, of more than :data:`MAX_PIXELS` pixels, or with grey
+            values whose black and white are unknown.
     """
+    return _decode(path, as_meant)[0]
+
+
+def _as_reference(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    return image.convert("RGB"), ()
+
+
+def as_meant(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """An RGB image as it is meant, and what was done to it: keys of :data:`CORRECTIONS`.
+
+    Raises:
+        ImageError: grey values whose black and white are unknown. What Pillow raises on damaged data is passed on.
+    """
+    done: list[str] = []
+    image.load()  # which turns a TIFF, and takes its orientation away
+    turn = _TURNS.get(_orientation(image))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image, scaled = _eight_bits(image)
+        done += scaled
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        if layer.getchannel("A").getextrema() != (255, 255):
+            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+            done.append("white")
+    image = image.convert("RGB")
+    if turn is not None:
+        image = image.transpose(turn)
+        done.append("turned")
+    return image, tuple(done)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 (upright) to 8; tags that cannot be read say nothing, and the pixels are good without them."""
     try:
-        with Image.open(path) as image:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error):
+        return 1
+
+
+def _eight_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """Greys of 16 bits: 65,535 becomes 255, in every image alike. Floats: of 0 to 1, or of 0 to 255."""
+    greys = np.asarray(image)
+    low, high = greys.min(), greys.max()
+    white = 65535 if image.mode != "F" else 1 if high <= 1 else 255
+    if (
+        image.mode == "I" and high <= 255 and image.format == "TIFF"
+    ):  # small numbers that were saved as large ones
+        white = 255
+    if not (low >= 0 and high <= white):  # or not numbers at all
+        raise ImageError(f"grey values from {low:g} to {high:g}; scale them to 8 or 16 bits")
+    scaled = Image.fromarray(np.round(greys * (255 / white)).astype(np.uint8))
+    return scaled, ["scaled", "dark"] if white == 65535 and high < 4096 else ["scaled"]
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _decode(
+    path: Path, convert: Callable[[Image.Image], tuple[Image.Image, tuple[str, ...]]]
+) -> tuple[Image.Image, tuple[str, ...]]:
+    try:
+        with Image.open(path, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-            return image.convert("RGB")
+            return convert(image)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.data.images import FileReader
+from cocoop_fast.data.listing import misplaced
 from cocoop_fast.data.registry import REGISTRY, canonical_name
 from cocoop_fast.data.sets import SETS, record
 from cocoop_fast.data.sets.record import Part, PublishedSet
@@ -31,16 +32,20 @@ class Inventory:
         parts: of a published set, each with whether it is there. The raw lists are named only while the split
             file that replaces them is not there.
         complete: nothing that is needed to read the lists is missing.
+        as_published: a published set has the published numbers of classes and images.
         counts: ``None`` if the set is not complete.
         published: ``None`` for a set of one's own.
         absent: images that are listed and not there.
+        notes: what a user should know of how the data were understood.
     """
 
     parts: tuple[tuple[Part, bool], ...]
     complete: bool
+    as_published: bool
     counts: Counts | None
     published: Counts | None
     absent: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def take_inventory(config: DataConfig) -> Inventory:
@@ -59,12 +64,38 @@ def take_inventory(config: DataConfig) -> Inventory:
         parts, complete = _parts(published, config)
     read = REGISTRY[name].load if published is None else partial(record.load, published, keep_split=False)
     dataset = read(config) if complete else None
+    counts = None if dataset is None else _count(dataset)
+    expected = None if published is None else Counts(published.classes, *published.counts)
+    absent = () if dataset is None else _absent(dataset)
+    notes = () if dataset is None else dataset.notes
+    if published is not None and config.root is not None:
+        lacking = record.missing_parts(published, config.root / published.folder)
+        notes += record.whereabouts(published, config.root, lacking)
     return Inventory(
         parts=parts,
         complete=complete,
-        counts=None if dataset is None else _count(dataset),
-        published=None if published is None else Counts(published.classes, *published.counts),
-        absent=() if dataset is None else _absent(dataset),
+        as_published=counts is None or expected is None or _same_size(counts, expected),
+        counts=counts,
+        published=expected,
+        absent=absent,
+        notes=(*notes, *_where_images_are(dataset, absent)),
+    )
+
+
+def _same_size(counts: Counts, published: Counts) -> bool:
+    """Splits of other seeds than the published one may cut a class otherwise."""
+    return counts.classes == published.classes and sum(counts[1:]) == sum(published[1:])
+
+
+def _where_images_are(dataset: Dataset | None, absent: tuple[str, ...]) -> tuple[str, ...]:
+    """Where the first image that is not there lies instead."""
+    if dataset is None or not absent or not isinstance(dataset.read, FileReader):
+        return ()
+    found = misplaced(dataset.read.root, absent[0])
+    if found is None:
+        return ()
+    return (
+        f"{absent[0]} lies at {found} and should lie at {dataset.read.root / absent[0]}; move the folder's content.",
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cocoop_fast.errors import UserError
@@ -20,13 +22,35 @@ def visible_files(folder: Path) -> list[Path]:
     return [folder / name for name in _names(folder, directories=False)]
 
 
+def misplaced(root: Path, path: str) -> Path | None:
+    """Where something lies that should be at ``root / path``: one folder too deep, or too high; ``None``: not there.
+
+    Archives are often unpacked into a folder of their own name: cars_train/cars_train/00001.jpg.
+    """
+    parts = PurePosixPath(path).parts
+    for i in range(len(parts)):
+        above = root.joinpath(*parts[:i])
+        if not above.is_dir():
+            break
+        for within in (*visible_folders(above), above):
+            rest = parts[i:] if within != above else parts[i + 1 :]
+            if rest and (found := within.joinpath(*rest)).exists():
+                return found
+    return None
+
+
+def natural_order(name: str) -> list[str | int]:
+    """A key to sort names by: numbers in them by their value, so that 2 comes before 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
 def text_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file without surrounding space; empty ones are left out.
 
     Raises:
         UserError: it cannot be read, is not text, or is empty.
     """
-    lines = [line.strip() for line in _text(path).splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     lines = [line for line in lines if line]
     if not lines:
         raise UserError(f"{path} is empty.", exit_status=1)
@@ -40,7 +64,7 @@ def read_json(path: Path) -> Any:
         UserError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(_text(path))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON (line {error.lineno}).", exit_status=1) from error
     except RecursionError as error:
@@ -59,10 +83,21 @@ def _names(folder: Path, *, directories: bool) -> list[str]:
         raise UserError(f"{folder} cannot be read: {error.strerror}.", exit_status=1) from error
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or is in another encoding.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")  # Excel begins a CSV file with a byte order mark
+        content = path.read_bytes()
+        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        # Excel begins a CSV file in UTF-8 with a byte order mark as well.
+        return content.decode("utf-16" if marked else "utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.", exit_status=1) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text.", exit_status=1) from error
+        raise UserError(
+            f"{path} is not UTF-8 text; save it in that encoding (spreadsheets call it CSV UTF-8).",
+            exit_status=1,
+        ) from error

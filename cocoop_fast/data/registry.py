@@ -52,7 +52,7 @@ REGISTRY: dict[str, DatasetEntry] = {
         ),
         DatasetEntry(
             name="list",
-            title="your own images: a CSV or JSON file that lists them",
+            title="your own images: a CSV, text or JSON file that lists them",
             layout="<root>, a file beside the images",
             load=image_list.load,
             missing=image_list.missing,
@@ -88,14 +88,19 @@ def canonical_name(name: str) -> str:
 
 
 def name_for(root: Path) -> str:
-    """Which of a user's own data sets lies at ``root``: a list if it ends like one, else a folder."""
-    return "list" if root.suffix.lower() in image_list.ENDINGS else "folder"
+    """Which of a user's own data sets lies at ``root``: a list if it ends like a file's name, else a folder."""
+    listed = root.suffix.lower() in image_list.ENDINGS or (root.suffix and root.is_file())
+    return "list" if listed else "folder"
 
 
 def load_dataset(config: DataConfig) -> Dataset:
     """All samples of the data set that ``config`` names: every class, no few-shot sampling.
 
     Raises:
-        UserError: the name is unknown, or the files are not as the data set needs them.
+        UserError: the name is unknown, or the files are not as the data set needs them; names for folders of a data
+            set that has none.
     """
-    return REGISTRY[canonical_name(config.name)].load(config)
+    name = canonical_name(config.name)
+    if config.class_names is not None and name != "folder":
+        raise UserError(f"data.class_names names the classes of folders; data set {name!r} names its own.")
+    return REGISTRY[name].load(config)

@@ -9,10 +9,9 @@ from typing import Any
 from cocoop_fast.data.dataset import Sample, Splits
 from cocoop_fast.data.listing import read_json
 from cocoop_fast.data.paths import relative_path
+from cocoop_fast.data.split_names import SPLITS
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import write_json
-
-SPLITS = ("train", "val", "test")
 
 
 def read_split(path: Path) -> Splits:

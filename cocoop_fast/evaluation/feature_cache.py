@@ -22,7 +22,7 @@ from cocoop_fast.data.dataset import Dataset, Sample
 from cocoop_fast.evaluation.evaluate import Features, test_transform
 from cocoop_fast.files.tensors import TensorFiles, Tensors, tensor_bytes
 
-_VERSION = 2  # of the files' format and of how images are decoded
+_VERSION = 3  # of the files' format and of how images are decoded
 _WEIGHT_DIGESTS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # hashing a ViT-B/16 takes 0.2 s
 
 

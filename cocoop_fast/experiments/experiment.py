@@ -118,6 +118,8 @@ def opened(
     if not overwrite:
         for plan in plans:
             material.ranks.from_first(partial(_refuse_other_run, plan, material))
+    for note in material.dataset.notes:
+        material.observer.on_message(note)
     with ExitStack() as stack:
         # All directories first: that one of them cannot be used should not come out after hours of training.
         if material.ranks.is_first:
@@ -272,6 +274,8 @@ def _evaluate(
         resolved = replace(resolved, data=replace(resolved.data, subset=subset))
     prompt = resolved.prompt
     material = Material(resolved, dataset, shared, observer, ranks)
+    for note in dataset.notes:
+        observer.on_message(note)
     subsets = material.tested(prompt) if subset is None else (subset,)
     if trained is not None and not knows_other_classes(prompt):
         for one in subsets:

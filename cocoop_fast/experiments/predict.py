@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 
 from cocoop_fast.clip.load import LoadedClip
-from cocoop_fast.data.images import ImageError, open_rgb
+from cocoop_fast.data.images import ImageError, as_meant, open_rgb
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
 from cocoop_fast.experiments.shared import Shared
@@ -88,9 +88,7 @@ class Predictor:
 
 
 def _rgb(image: Path | str | Image) -> Image:
-    if isinstance(image, Image):
-        return image.convert("RGB")
     try:
-        return open_rgb(Path(image))
+        return as_meant(image)[0] if isinstance(image, Image) else open_rgb(Path(image))
     except ImageError as error:
         raise UserError(f"The image {image} cannot be read: {error}.", exit_status=1) from error

@@ -148,7 +148,7 @@ BAD = [
     Bad("a probe of test images", train("imagenet_a", "--method linear-probe"), "linear-probe cannot be trained on it", disk=miniature("imagenet_a")),
     # split files
     Bad("a split that is no JSON", train("dtd"), "Textures.json is not valid JSON (line 1)", FAILED, miniature("dtd", holding(DTD_SPLIT, "{"))),
-    Bad("a split that is not text", train("dtd"), "Textures.json is not UTF-8 text", FAILED, miniature("dtd", holding(DTD_SPLIT, b"\xff\xfe"))),
+    Bad("a split that is not text", train("dtd"), "Textures.json is not UTF-8 text", FAILED, miniature("dtd", holding(DTD_SPLIT, b"\xff"))),
     Bad("a split without test", train("dtd"), "must hold train, val and test lists", FAILED, with_split(test=None)),
     Bad("a split of wrong rows", train("dtd"), "row 4 of train is not [path, label, class name]", FAILED, with_split([["a"]])),
     Bad("a split that leads upwards", train("dtd"), "'../x.jpg' does not stay below", FAILED, with_split([["../x.jpg", 0, "banded"]])),
@@ -190,9 +190,9 @@ BAD = [
     Bad("a damaged pickle", train(AIRCRAFT, "data.few_shot x.pkl"), "x.pkl is not a readable few-shot cache", FAILED, lambda folder: (miniature(AIRCRAFT)(folder), a_file("x.pkl", pickle.dumps([1])[:-1])(folder))[0]),
     # lists of one's own images
     Bad("a list that is not there", train_list("photos.csv"), "The list of images photos.csv does not exist"),
-    Bad("a list without a header", train_list("l.csv"), "l.csv begins with ['a/1.jpg', 'a'], but needs", FAILED, a_file("l.csv", "a/1.jpg,a\na/2.jpg,a")),
+    Bad("a list without a header", train_list("l.csv"), "l.csv begins with 'a/1.jpg,a', but needs", FAILED, a_file("l.csv", "a/1.jpg,a\na/2.jpg,a")),
     Bad("a list that leads upwards", train_list("l.csv"), "image 1: '../1.jpg' does not stay", FAILED, a_file("l.csv", "path,classname\n../1.jpg,a")),
-    Bad("a list with unknown splits", train_list("l.csv"), "has the split 'dev'", FAILED, a_file("l.csv", "path,classname,split\n1.jpg,a,dev")),
+    Bad("a list with unknown splits", train_list("l.csv"), "has the split 'eval'", FAILED, a_file("l.csv", "path,classname,split\n1.jpg,a,eval")),
     Bad("a list of one class", train_list("l.csv"), "l.csv has one class", FAILED, a_file("l.csv", "path,classname\n1.jpg,a\n2.jpg,a")),
     Bad("a list of nothing", train_list("l.json"), "l.json lists no images", FAILED, a_file("l.json", "[]")),
     Bad("a list of numbers", train_list("l.json"), "image 1 is 1, not one with the fields", FAILED, a_file("l.json", "[1]")),

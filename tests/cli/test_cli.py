@@ -291,10 +291,10 @@ def test_long_runs_print_few_plain_lines(tmp_path, capsys):
 
 
 def test_a_bad_picture_can_be_left_out(tmp_path, capsys):
-    for name in ("one", "two", "three", "four"):
+    for label, name in enumerate(("one", "two", "three", "four")):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(6):
-            Image.new("RGB", (32, 32), (40 * i, 90, 10)).save(tmp_path / "photos" / name / f"{i}.png")
+            Image.new("RGB", (32, 32), (40 * i, 90, label)).save(tmp_path / "photos" / name / f"{i}.png")
     (tmp_path / "photos" / "one" / "0.png").write_text("no picture")
     call = ["train", "-m", "zeroshot", "--root", str(tmp_path / "photos"), "-o", str(tmp_path / "run")]
     call += ["data.shots", "0"]

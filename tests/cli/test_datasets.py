@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -40,8 +41,12 @@ def test_the_listing_names_what_is_missing(tmp_path, capsys):
 def test_checking_a_set_that_is_there(tmp_path, capsys):
     WRITERS["oxford_pets"](tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    found = answer(["datasets", "check", "OxfordPets", "--root", tmp_path], capsys)
-    assert found["complete"] and found["absent"] == []
+    found = answer(["datasets", "check", "OxfordPets", "--root", tmp_path], capsys, status=1)
+    assert (
+        not found["complete"] and found["absent"] == []
+    )  # nothing is missing by name, but most of it is not there
+    (note,) = found["notes"]
+    assert "it has 4 classes and 32 images, and not 37 and 7,349" in note
     assert found["counts"] == {"classes": 4, "train": 16, "val": 4, "test": 12}
     assert found["published"] == {"classes": 37, "train": 2944, "val": 736, "test": 3669}
     assert {part["path"]: part["there"] for part in found["parts"]} == {
@@ -51,6 +56,14 @@ def test_checking_a_set_that_is_there(tmp_path, capsys):
         "annotations/test.txt": True,
     }
     assert sorted(tmp_path.rglob("*")) == before  # looking changes nothing
+
+
+def test_checking_a_set_that_is_whole(tmp_path, capsys, monkeypatch):
+    WRITERS["oxford_pets"](tmp_path)
+    whole = dataclasses.replace(SETS["oxford_pets"], classes=4, counts=(16, 4, 12))
+    monkeypatch.setitem(SETS, "oxford_pets", whole)
+    found = answer(["datasets", "check", "oxford_pets", "--root", tmp_path], capsys)
+    assert found["complete"] and found["absent"] == found["notes"] == []
 
 
 def test_checking_names_images_that_are_not_there(tmp_path, capsys):

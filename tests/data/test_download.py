@@ -21,8 +21,10 @@ from torchvision.datasets import utils
 from cocoop_fast import UserError
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data import load_dataset
+from cocoop_fast.data.dataset import Splits
 from cocoop_fast.data.download import download
 from cocoop_fast.data.sets import SETS
+from cocoop_fast.data.split_file import write_split
 
 DOWNLOADABLE = [name for name, record in SETS.items() if record.download]
 
@@ -69,7 +71,8 @@ def test_what_comes_is_put_into_the_layout(name, tmp_path, monkeypatch):
 def test_annotations_count_only_without_a_split(tmp_path, monkeypatch):
     WRITERS["oxford_pets"](tmp_path)
     folder = tmp_path / "oxford_pets"
-    load_dataset(DataConfig(name="oxford_pets", root=tmp_path))
+    data = load_dataset(DataConfig(name="oxford_pets", root=tmp_path))
+    write_split(folder / "split_zhou_OxfordPets.json", Splits(data.train, data.val, data.test))
     shutil.rmtree(folder / "annotations")
     calls = []
 

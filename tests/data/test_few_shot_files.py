@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 from miniature_sets import WRITERS
@@ -12,8 +11,10 @@ from reference_pickles import write_reference_cache
 from cocoop_fast import UserError
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data import load_dataset
+from cocoop_fast.data.dataset import Splits
 from cocoop_fast.data.few_shot import sample_shots
 from cocoop_fast.data.few_shot_files import few_shot_sample, read_few_shot, write_few_shot
+from cocoop_fast.data.split_file import write_split
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_a_manifest_is_portable(pets, tmp_path):
 
     WRITERS["oxford_pets"](tmp_path / "another machine")
     split = "oxford_pets/split_zhou_OxfordPets.json"
-    shutil.copy(tmp_path / split, tmp_path / "another machine" / split)
+    write_split(tmp_path / "another machine" / split, Splits(pets.train, pets.val, pets.test))
     there = load_dataset(DataConfig(name="oxford_pets", root=tmp_path / "another machine"))
     sample = read_few_shot(path, there, 2)
     assert (sample.train, sample.val, sample.test) == (drawn.train, drawn.val, there.test)

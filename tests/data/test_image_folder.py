@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny_runs import write_images
 
 from cocoop_fast import UserError
@@ -61,7 +63,7 @@ def test_a_class_may_be_called_train(tmp_path):
 
 def test_hidden_files_and_other_files_are_ignored(tmp_path):
     for name in "ab":
-        write_images(tmp_path / name / "nested", 3, suffix=".JPG")
+        write_images(tmp_path / name / "nested", 3, seed=ord(name), suffix=".JPG")
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "a" / "._000.jpg").write_bytes(b"resource fork")
     write_images(tmp_path / "a" / ".cache", 2)
@@ -79,6 +81,199 @@ def test_a_tiny_class_keeps_a_training_and_a_test_image(tmp_path):
         write_images(tmp_path / name, 2)
     data = load(tmp_path)
     assert (len(data.train), len(data.val), len(data.test)) == (2, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Training", "validation", "Testing"),
+        ("TRAIN", "Valid", "TEST"),
+        ("train_set", "dev", "test set"),
+        ("Train-Images", "val_data", "Test.Images"),
+    ],
+)
+def test_splits_under_other_names(tmp_path, train, val, test):
+    for folder, count in ((train, 4), (val, 2), (test, 3)):
+        for name in ("bus", "car"):
+            write_images(tmp_path / folder / name, count)
+    data = load(tmp_path)
+    assert data.classnames == ("bus", "car")
+    assert (len(data.train), len(data.val), len(data.test)) == (8, 4, 6)
+    (note,) = data.notes
+    assert all(f"{name}/ is read as " in note for name in (train, val, test))
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train/a", "train/b", "valid/a", "val/a"), "has both val/ and valid/, which mean val"),
+        (("train/a", "train/b", "eval/a", "eval/b"), r"has train/ but no test/ .*\(beside it: eval/\)"),
+        (("seg_train/a", "seg_train/b", "seg_test/a"), "seg_test/, seg_train/ in .* are called like splits"),
+        (
+            ("Training", "Testing"),
+            "Testing/, Training/ in .* are called like splits, and are not read as classes",
+        ),
+    ],
+)
+def test_splits_that_are_not_understood_never_become_classes(tmp_path, folders, message):
+    for folder in folders:
+        write_images(tmp_path / folder, 3)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    for name in "ab":
+        write_images(tmp_path / "train" / name, 4)
+        write_images(tmp_path / "val" / name, 2)
+        (tmp_path / "train" / name / "IMG_1.HEIC").write_bytes(b"heic")
+        (tmp_path / "train" / name / "notes").write_text("note")
+        (tmp_path / "train" / name / "link.png").symlink_to("/nowhere/1.png")
+        (tmp_path / "train" / name / "more").symlink_to(tmp_path / "val")
+    write_images(tmp_path / "test", 5)  # as competitions have them, without classes
+    write_images(tmp_path / "spare" / "c", 1)
+    write_images(tmp_path, 2)
+    (tmp_path / "train" / "labels.csv").write_text("")
+    data = load(tmp_path)
+    assert (len(data.train), len(data.test)) == (8, 4)
+    assert data.notes == (
+        f"Left out below {tmp_path}: 1 .csv, 2 .heic, 2 broken links, 2 files without an ending, 1 image in spare/, "
+        "5 images in test/, 2 images outside of class folders, 2 links to folders.",
+    )
+
+
+def test_every_format_that_can_be_read_is_listed(tmp_path):
+    suffixes = (".jfif", ".jpe", ".avif", ".jp2", ".tga", ".PBM", ".apng")
+    for name in "ab":
+        for height, suffix in enumerate(suffixes, 8):
+            image = Image.new("1" if suffix == ".PBM" else "RGB", (8, height + 20 * (name == "b")), 1)
+            (tmp_path / name).mkdir(exist_ok=True)
+            image.save(tmp_path / name / f"image{suffix}")
+    data = load(tmp_path)
+    samples = (*data.train, *data.val, *data.test)
+    assert {Path(s.source).suffix for s in samples} == set(suffixes) and data.notes == ()
+    assert all(data.read(sample).width == 8 for sample in samples)
+
+
+def test_a_class_of_other_files_says_what_it_holds(tmp_path):
+    write_images(tmp_path / "full", 3)
+    (tmp_path / "other").mkdir()
+    for i in range(2):
+        (tmp_path / "other" / f"{i}.heic").write_bytes(b"heic")
+    with pytest.raises(UserError, match=r"other has no images .*; it holds 2 \.heic\."):
+        load(tmp_path)
+
+
+def test_folders_within_a_class_are_told(tmp_path):
+    for name in "ab":
+        write_images(tmp_path / name, 2)
+        write_images(tmp_path / name / "train" / "good", 3, seed=ord(name))
+    (note,) = load(tmp_path).notes
+    assert note.startswith(
+        "6 images lie in folders within a class's folder, a/train/, b/train/, and are taken for"
+    )
+
+
+def test_one_level_too_deep(tmp_path):
+    for name in ("bus", "car"):
+        write_images(tmp_path / "photos" / name, 2)
+    with pytest.raises(
+        UserError, match=r"one class folder \(photos\).*photos holds 2 folders, bus/ .*one level too deep"
+    ):
+        load(tmp_path)
+
+
+def test_classes_are_in_natural_order(tmp_path):
+    for name in ("10", "2", "1", "img12", "img9"):
+        write_images(tmp_path / name, 2)
+    assert load(tmp_path).classnames == ("1", "2", "10", "img9", "img12")
+
+
+def test_an_accent_is_written_in_two_ways(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for folder, name in (("train", composed), ("test", decomposed)):
+        write_images(tmp_path / folder / name, 2)
+        write_images(tmp_path / folder / "bar", 2)
+    data = load(tmp_path)
+    assert data.classnames == ("bar", composed) and {s.classname for s in data.test} == {"bar", composed}
+
+
+@pytest.mark.parametrize(
+    ("folders", "prompts"),
+    [
+        (("1", "2", "10"), '"a photo of a 1.", "a photo of a 2.", "a photo of a 10."'),
+        (("n01440764", "n01443537"), '"a photo of a n01440764.", "a photo of a n01443537."'),
+        (("001.Black_footed_Albatross", "gull"), '"a photo of a 001.Black footed Albatross."'),
+        (("c0", "c1", "c2", "c3"), '"a photo of a c0.", "a photo of a c1.", "a photo of a c2.", ...'),
+    ],
+)
+def test_names_that_are_no_words_are_told(tmp_path, folders, prompts):
+    for name in folders:
+        write_images(tmp_path / name, 2)
+    (note,) = load(tmp_path).notes
+    assert (
+        f"look like numbers or ids, and stand in prompts as they are: {prompts}; give them names with" in note
+    )
+
+
+@pytest.mark.parametrize(
+    "folders", [("a", "b"), ("Boeing 737", "A320 family"), ("é", "ü"), ("2CV red", "x ray")]
+)
+def test_other_names_are_not(tmp_path, folders):
+    for name in folders:
+        write_images(tmp_path / name, 2)
+    assert load(tmp_path).notes == ()
+
+
+NAMES = {
+    "names.txt": "n01440764 tench, Tinca tinca\nn01443537 gold_fish\nn02012849 crane\n",
+    "names.csv": 'folder,name\nn01440764,"tench, Tinca tinca"\nn01443537,gold_fish\n',
+    "names.tsv": "n01443537\tgold_fish\nn01440764\ttench, Tinca tinca\n",
+    "names.json": '{"n01440764": "tench, Tinca tinca", "n01443537": "gold_fish", "x": "y"}',
+}
+
+
+@pytest.mark.parametrize("file", NAMES)
+def test_names_for_folders(tmp_path, file):
+    for name in ("n01440764", "n01443537"):
+        write_images(tmp_path / "images" / name, 3)
+    (tmp_path / file).write_text(NAMES[file])
+    config = DataConfig(name="folder", root=tmp_path / "images", class_names=tmp_path / file)
+    data = load_dataset(config)
+    assert data.classnames == ("tench, Tinca tinca", "gold fish") and data.notes == ()
+    assert {s.classname for s in data.test if s.source.startswith("n01443537/")} == {"gold fish"}
+
+
+def test_a_folder_whose_name_begins_another(tmp_path):
+    for name in ("1", "10", "1 b"):
+        write_images(tmp_path / "images" / name, 2)
+    (tmp_path / "names.txt").write_text("10 ten\n1 one\n1 b: one b\n")
+    config = DataConfig(name="folder", root=tmp_path / "images", class_names=tmp_path / "names.txt")
+    assert set(load_dataset(config).classnames) == {"one", "ten", "one b"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("names.txt", "a bus\n", "has no name for the class folder 'b'; each needs a line `b its name`"),
+        ("names.txt", "a bus\na car\nb x\n", "names 'a' both 'bus' and 'car'"),
+        ("names.txt", "a bus\nb bus\n", "both mean 'bus'"),
+        ("names.txt", "", "is empty"),
+        ("names.json", "[1]", "not a JSON object of folders and class names"),
+        ("names.json", '{"a": 1}', "not a JSON object of folders and class names"),
+    ],
+)
+def test_files_of_names_that_are_refused(tmp_path, file, content, message):
+    for name in "ab":
+        write_images(tmp_path / "images" / name, 2)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_dataset(DataConfig(name="folder", root=tmp_path / "images", class_names=tmp_path / file))
+
+
+def test_names_for_folders_of_a_set_without_folders(tmp_path):
+    with pytest.raises(UserError, match="data set 'digits' names its own"):
+        load_dataset(DataConfig(class_names=tmp_path / "names.txt"))
 
 
 def _no_classes(root):

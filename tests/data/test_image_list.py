@@ -95,10 +95,81 @@ def test_the_file_alone_says_that_it_is_a_list(tmp_path):
         assert built.config.data.name == expected
 
 
+def table(between, header=("path", "classname"), more=(), split=None):
+    """Five images of each of two classes, as a spreadsheet may write them."""
+    lines = [between.join((*header, *more))]
+    for name in ("caf\u00e9", "bar"):
+        for i in range(5):
+            row = [f"{name}/{i}.jpg", name, *(() if split is None else (split(i),)), *("7" for _ in more)]
+            lines.append(between.join(row))
+    return "\r\n".join(lines) + "\r\n"
+
+
+SPREADSHEETS = {
+    "semicolon.csv": (table(";"), "utf-8"),
+    "tab.csv": (table("\t"), "utf-8"),
+    "tab.tsv": (table("\t"), "utf-8-sig"),
+    "bar.txt": (table("|"), "utf-8"),
+    "space.csv": (table(", "), "utf-8"),
+    "case.csv": (table(",", ("Path ", "Class Name")), "utf-8"),
+    "said.csv": ("sep=;\r\n" + table(";"), "utf-8"),
+    "empty.csv": (table(",").replace("\r\n", ",,\r\n") + ",,,\r\n\r\n", "utf-8"),
+    "utf16.csv": (table("\t"), "utf-16"),
+    "big.csv": ("\ufeff" + table(";"), "utf-16-be"),
+}
+
+
+@pytest.mark.parametrize("name", SPREADSHEETS)
+def test_tables_as_spreadsheets_write_them(tmp_path, name):
+    text, encoding = SPREADSHEETS[name]
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    data = load(tmp_path / name)
+    assert data.classnames == ("bar", "caf\u00e9") and data.notes == ()
+    sources = sorted(str(s.source) for s in (*data.train, *data.val, *data.test))
+    assert sources == sorted(f"{name}/{i}.jpg" for name in data.classnames for i in range(5))
+
+
+def test_other_columns_are_not_used_and_told(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text(table(",", more=("id", "Weight")), encoding="utf-8")
+    assert load(path).notes == (f"Not used of {path}: id, Weight.",)
+    path = as_json(tmp_path / "list.json", [row | {"id": 3} for row in rows()])
+    assert load(path).notes == (f"Not used of {path}: id.",)
+
+
+def test_a_line_of_json_an_image(tmp_path):
+    path = tmp_path / "list.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows()) + "\n")
+    assert load(path).classnames == ("red fox", "wolf")
+    path.write_text('{"path": "a.jpg", "classname": "a"}\n{"path"\n')
+    with pytest.raises(UserError, match="row 2 is not valid JSON"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("Train", "Test"), ("training", "validation"), (" TRAIN ", "valid"), ("train_set", "dev")],
+)
+def test_splits_as_people_call_them(tmp_path, train, test):
+    path = tmp_path / "list.csv"
+    header = ("path", "classname", "Split")
+    path.write_text(table(",", header, split=lambda i: train if i < 3 else test), encoding="utf-8")
+    data = load(path)
+    assert (len(data.train), len(data.test)) == (6, 4)
+
+
+def test_classes_of_a_list_are_in_natural_order(tmp_path):
+    values = [{"path": f"{name}/{i}.jpg", "classname": name} for name in ("10", "9") for i in range(3)]
+    data = load(as_csv(tmp_path / "list.csv", values))
+    assert data.classnames == ("9", "10")
+    assert "look like numbers or ids" in data.notes[0] and "write names in `classname`" in data.notes[0]
+
+
 CSV = {
-    "file,classname\na,b": r"begins with \['file', 'classname'\], but needs a header",
+    "file,classname\na,b": "begins with 'file,classname', but needs a header",
     "path,label\na,b": "needs a header `path,classname`",
-    "path,classname,weight\na,b,1": "needs a header",
+    "path,path,classname\na,a,b": "needs a header",
+    "Path;Class\na;b": "begins with 'Path;Class', but needs a header",
     "path,classname\na/1.jpg": r"image 1 \(a/1.jpg\) has no classname",
     "path,classname\na/1.jpg,a,b,c": "image 1 is .* not one with the fields",
     "path,classname\n../1.jpg,a": r"list\.csv: image 1: '\.\./1\.jpg' does not stay below",
@@ -107,7 +178,7 @@ CSV = {
     "": "is empty",
     "path,classname,label\na,x,0\nb,y,": "gives some images a label and others none",
     "path,classname,split\na,x,train\nb,y,": "gives some images a split and others none",
-    "path,classname,split\na,x,training": "has the split 'training', not one of train, val, test",
+    "path,classname,split\na,x,holdout": "has the split 'holdout', not one of train, val, test",
     "path,classname,label\na,x,one": "has the label 'one', not an integer from 0",
     "path,classname,label\na,x,1\nb,x,1\nc,y,2\nd,y,2": "no image has the label 0",
     "path,classname,label\na,x,0\nb,y,0": "label 0 is both 'x' and 'y'",
@@ -150,10 +221,12 @@ def test_json_files_that_are_refused(tmp_path, content):
 def test_what_is_no_list(tmp_path):
     with pytest.raises(UserError, match=r"needs data\.root"):
         load(None)
-    with pytest.raises(UserError, match=r"reads \.csv and \.json files"):
+    with pytest.raises(
+        UserError, match=r"reads \.csv, \.tsv, \.txt, \.json, \.jsonl files, .* save the table as CSV"
+    ):
         load(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         load(tmp_path / "none.csv")
     (tmp_path / "list.csv").write_bytes(b"path,classname\n\xff,a")
-    with pytest.raises(UserError, match="is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"is not UTF-8 text; save it in that encoding .*CSV UTF-8"):
         load(tmp_path / "list.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tiny_models import IMAGE_SIZE, tiny_clip
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import DataConfig, ModelConfig, RunConfig, from_mapping
 from cocoop_fast.data import Dataset, load_dataset
+from cocoop_fast.data.split_names import split_of
 from cocoop_fast.experiments import shared
 from cocoop_fast.runs.directory import read_run
 from cocoop_fast.training.observer import Observer
@@ -91,9 +93,10 @@ def assert_same_ends(one: Path, other: Path) -> None:
 
 
 def write_images(folder: Path, count: int, seed: int = 0, suffix: str = ".png", size: int = 24) -> list[Path]:
-    """Random images in ``folder``, which is made."""
+    """Random images in ``folder``, which is made; others in a folder of another name or split."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
+    named = folder.relative_to(folder.parents[1 if split_of(folder.parent.name) else 0])
+    rng = np.random.default_rng([seed, zlib.crc32(str(named).encode())])
     paths = [folder / f"{i:03d}{suffix}" for i in range(count)]
     for path in paths:
         Image.fromarray(rng.integers(0, 255, (size, size + 5, 3), dtype=np.uint8)).save(path)

@@ -68,7 +68,13 @@ def test_only_places_of_weights_and_data_and_free_memory_stay_open():
         for name, value in values.items()
         if value is None
     ]
-    assert open_fields == ["model.pretrained", "model.memory_budget", "data.root", "data.few_shot"]
+    assert open_fields == [
+        "model.pretrained",
+        "model.memory_budget",
+        "data.root",
+        "data.class_names",
+        "data.few_shot",
+    ]
 
 
 def test_a_compared_method_has_its_own_recipe():

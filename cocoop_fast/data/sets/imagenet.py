@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cocoop_fast.data.dataset import Sample, Splits
-from cocoop_fast.data.listing import text_lines, visible_files, visible_folders
+from cocoop_fast.data.images import image_files
+from cocoop_fast.data.listing import text_lines, visible_folders
 from cocoop_fast.data.sets.record import Part, PublishedSet
 from cocoop_fast.errors import UserError
 
@@ -49,7 +50,7 @@ def read_v2(folder: Path) -> Splits:
             raise UserError(
                 f"{class_folder} is missing, but {_NAMES} names {len(names)} classes.", exit_status=1
             )
-        samples += [Sample(f"{label}/{file.name}", label, name) for file in visible_files(class_folder)]
+        samples += [Sample(f"{label}/{file.name}", label, name) for file in image_files(class_folder)]
     return Splits((), (), tuple(samples))
 
 
@@ -79,7 +80,7 @@ def _by_wnid(folder: Path, images: str, names: dict[str, str]) -> tuple[Sample, 
         name = names[class_folder.name]
         samples += [
             Sample(f"{images}/{class_folder.name}/{file.name}", label, name)
-            for file in visible_files(class_folder)
+            for file in image_files(class_folder)
         ]
     return tuple(samples)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data.dataset import Dataset, Splits, named_classes
 from cocoop_fast.data.images import FileReader
+from cocoop_fast.data.listing import misplaced, visible_folders
 from cocoop_fast.data.split_file import read_split, write_split
 from cocoop_fast.errors import UserError
 
@@ -113,7 +114,7 @@ def load(record: PublishedSet, config: DataConfig, *, keep_split: bool = True) -
 
     Args:
         keep_split: a missing split file is made by the reference's algorithm; write it beside the images, as the
-            reference does.
+            reference does, unless the set is not whole.
 
     Raises:
         UserError: no root, parts are missing, or a file is not as it should be.
@@ -126,19 +127,58 @@ def load(record: PublishedSet, config: DataConfig, *, keep_split: bool = True) -
     given = split_file is not None and split_file.exists()
     raw = read_split(split_file) if split_file is not None and given else record.read(folder)
     classnames, splits = named_classes(raw, str(split_file if given else folder))
-    if split_file is not None and not given and keep_split:
-        _keep(split_file, raw)
+    notes = _unlike_published(record, folder, len(classnames), splits)
+    if split_file is not None and not given:
+        if notes:
+            notes = (f"{notes[0]} The split is drawn from what is there and not kept.",)
+        elif keep_split:
+            _keep(split_file, raw)
     return Dataset(
         name=record.name,
         classnames=classnames,
         train=splits.train,
         val=splits.val,
         test=splits.test,
-        read=FileReader(folder / record.images, confined=record.listed),
+        read=FileReader(folder / record.images, confined=record.listed, as_stored=True),
         where=str(folder),
         template=record.template,
         few_shot_dir=folder / "split_fewshot",
+        notes=notes,
     )
+
+
+def _unlike_published(record: PublishedSet, folder: Path, classes: int, splits: Splits) -> tuple[str, ...]:
+    """A warning if the set has not the published numbers of classes and images. Splits of other seeds may differ."""
+    here, published = sum(map(len, splits)), sum(record.counts)
+    if (classes, here) == (record.classes, published):
+        return ()
+    return (
+        f"{folder} is not {record.name} as published: it has {classes:,} classes and {here:,} images, and not "
+        f"{record.classes:,} and {published:,}, so results do not compare with published ones; was it downloaded and "
+        "unpacked in full?",
+    )
+
+
+def whereabouts(record: PublishedSet, root: Path, lacking: tuple[Part, ...]) -> tuple[str, ...]:
+    """Where missing parts lie instead, or may lie, a sentence each."""
+    folder = root / record.folder
+    if not folder.is_dir():
+        names = {record.folder.lower(), record.name, record.reference_name.lower()}
+        beside = visible_folders(root) if root.is_dir() else []
+        return tuple(f"{one} is there; call it {folder}." for one in beside if one.name.lower() in names)
+    sentences = []
+    needed = {part.path.partition("/")[0] for part in (*record.parts, *record.raw)}
+    for part in lacking:
+        found = misplaced(folder, part.path)
+        if found is not None:
+            sentences.append(f"{part.path} lies at {found} and should lie at {folder / part.path}; move it.")
+        elif not Path(part.path).suffix:
+            sentences += [
+                f"{one} is there, and nothing is looked for in it; if it is {part.path}, call it {folder / part.path}."
+                for one in visible_folders(folder)
+                if one.name not in needed and visible_folders(one)
+            ]
+    return tuple(dict.fromkeys(sentences))
 
 
 def folder_of(record: PublishedSet, config: DataConfig, *, must_exist: bool = True) -> Path:
@@ -174,7 +214,8 @@ def _keep(path: Path, splits: Splits) -> None:
 
 def _what_is_missing(record: PublishedSet, folder: Path, lacking: tuple[Part, ...]) -> str:
     names = ", ".join(part.path for part in lacking)
+    hints = "".join(f" {hint}" for hint in whereabouts(record, folder.parent, lacking))
     return (
-        f"{folder} lacks {names}; `cocoop-fast datasets check {record.name} --root {folder.parent}` says where to "
+        f"{folder} lacks {names};{hints} `cocoop-fast datasets check {record.name} --root {folder.parent}` says where to "
         "get what is missing."
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import random
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from cocoop_fast import UserError
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data import load_dataset
 from cocoop_fast.data.few_shot import sample_shots, select_classes
-from cocoop_fast.data.sets import SETS
+from cocoop_fast.data.inventory import take_inventory
+from cocoop_fast.data.sets import SETS, record
 
 
 @dataclass(frozen=True)
@@ -172,22 +174,29 @@ TRAINABLE = [name for name, expected in EXPECTED.items() if expected.picks]
 WITH_SPLIT_FILE = [name for name in TRAINABLE if SETS[name].split]
 
 
+def load_whole(name, root):
+    """As ``load_dataset``, if the miniature were what is published."""
+    expected = EXPECTED[name]
+    published = replace(SETS[name], classes=len(expected.classnames), counts=expected.counts)
+    return record.load(published, DataConfig(name=name, root=root))
+
+
 def test_all_fifteen_are_here():
     assert SETS.keys() == EXPECTED.keys() == WRITERS.keys() and len(SETS) == 15
-    assert {record.reference_name: record.template for record in SETS.values()} == TEMPLATES
+    assert {one.reference_name: one.template for one in SETS.values()} == TEMPLATES
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_documented_table_is_true(name):
     page = (Path(__file__).parents[3] / "docs" / "datasets.md").read_text(encoding="utf-8")
     (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]
-    record = SETS[name]
-    parts = ", ".join(f"`{part.path}`" for part in record.parts)
-    counts = " / ".join(f"{count:,}" if count else "-" for count in record.counts)
+    published = SETS[name]
+    parts = ", ".join(f"`{part.path}`" for part in published.parts)
+    counts = " / ".join(f"{count:,}" if count else "-" for count in published.counts)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[:3] == [f"`{name}`", f"`{record.reference_name}`", f"`{record.folder}/`: {parts}"]
-    assert not record.split or cells[3] == f"`{record.split.path}`"
-    assert cells[4:] == [f"{record.classes:,}", counts, "torchvision" if record.download else "by hand"]
+    assert cells[:3] == [f"`{name}`", f"`{published.reference_name}`", f"`{published.folder}/`: {parts}"]
+    assert not published.split or cells[3] == f"`{published.split.path}`"
+    assert cells[4:] == [f"{published.classes:,}", counts, "torchvision" if published.download else "by hand"]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -276,7 +285,7 @@ def published_trainval(items):
 @pytest.mark.parametrize("name", WITH_SPLIT_FILE)
 def test_a_missing_split_is_made_by_the_published_algorithm(name, tmp_path):
     WRITERS[name](tmp_path)
-    data = load_dataset(DataConfig(name=name, root=tmp_path))
+    data = load_whole(name, tmp_path)
     folder = tmp_path / SETS[name].folder
     path = folder / SETS[name].split.path
     written = json.loads(path.read_text())
@@ -296,7 +305,7 @@ def test_a_missing_split_is_made_by_the_published_algorithm(name, tmp_path):
     assert (pairs["train"], pairs["val"], pairs["test"]) == expected
 
     stamp = path.stat().st_mtime_ns
-    again = load_dataset(DataConfig(name=name, root=tmp_path))
+    again = load_whole(name, tmp_path)
     assert (again.train, again.val, again.test) == (data.train, data.val, data.test)
     assert again.classnames == data.classnames and path.stat().st_mtime_ns == stamp
 
@@ -314,13 +323,13 @@ LISTED = {
 def test_a_split_file_is_enough(name, tmp_path):
     """The annotations that it was made from need not be there, and class names are taken from it."""
     WRITERS[name](tmp_path)
-    data = load_dataset(DataConfig(name=name, root=tmp_path))
+    data = load_whole(name, tmp_path)
     folder = tmp_path / SETS[name].folder
     for part in SETS[name].raw:
         (folder / part.path).unlink()
     path = folder / SETS[name].split.path
     path.write_text(path.read_text().replace(f'"{raw_name(path)}"', '"renamed_class"'))
-    again = load_dataset(DataConfig(name=name, root=tmp_path))
+    again = load_whole(name, tmp_path)
     first = data.train[0].label
     assert again.classnames[first] == "renamed class"
     assert again.classnames[first + 1 :] == data.classnames[first + 1 :]
@@ -338,7 +347,7 @@ def test_class_names_in_a_split_file_are_those_that_the_reference_writes(tmp_pat
         ("food101", "apple_pie"),
     ):
         WRITERS[name](tmp_path)
-        load_dataset(DataConfig(name=name, root=tmp_path))
+        load_whole(name, tmp_path)
         assert raw_name(tmp_path / SETS[name].folder / SETS[name].split.path) == expected
 
 
@@ -411,7 +420,7 @@ def test_directories_of_imagenet_may_be_links(tmp_path):
 
 def test_a_split_that_cannot_be_kept_is_still_used(tmp_path, monkeypatch):
     WRITERS["dtd"](tmp_path)
-    expected = load_dataset(DataConfig(name="dtd", root=tmp_path))
+    expected = load_whole("dtd", tmp_path)
     (tmp_path / "dtd/split_zhou_DescribableTextures.json").unlink()
 
     def read_only(*arguments):
@@ -419,5 +428,73 @@ def test_a_split_that_cannot_be_kept_is_still_used(tmp_path, monkeypatch):
 
     monkeypatch.setattr("cocoop_fast.data.sets.record.write_split", read_only)
     with pytest.warns(UserWarning, match="split could not be written to .*Permission denied"):
-        data = load_dataset(DataConfig(name="dtd", root=tmp_path))
+        data = load_whole("dtd", tmp_path)
     assert data.train == expected.train
+
+
+@pytest.mark.parametrize("name", WITH_SPLIT_FILE)
+def test_a_set_that_is_not_whole_is_told_and_gets_no_split(name, tmp_path):
+    WRITERS[name](tmp_path)
+    expected = EXPECTED[name]
+    data = load_dataset(DataConfig(name=name, root=tmp_path))
+    (note,) = data.notes
+    assert f"it has {len(expected.classnames)} classes and {sum(expected.counts)} images, and not" in note
+    assert f"{SETS[name].classes:,} and {sum(SETS[name].counts):,}" in note and "not kept" in note
+    assert not (tmp_path / SETS[name].folder / SETS[name].split.path).exists()
+    assert load_whole(name, tmp_path).notes == ()
+    (note,) = load_dataset(DataConfig(name=name, root=tmp_path)).notes  # now it has a split file
+    assert "not kept" not in note
+
+
+def test_only_images_are_listed(tmp_path):
+    """What Windows leaves in a folder was taken into the split, and missed when it was deleted."""
+    WRITERS["eurosat"](tmp_path / "clean")
+    WRITERS["eurosat"](tmp_path / "used")
+    for name in ("Thumbs.db", "desktop.ini", "Forest_1.jpg.part"):
+        (tmp_path / "used/eurosat/2750/Forest" / name).write_text("no image")
+    clean, used = (load_whole("eurosat", tmp_path / root) for root in ("clean", "used"))
+    assert (used.train, used.val, used.test) == (clean.train, clean.val, clean.test)
+
+
+def deeper(folder):
+    """Put a folder into one of the same name, as many archives come out."""
+    folder.rename(folder.with_name("moving"))
+    folder.mkdir()
+    folder.with_name("moving").rename(folder / folder.name)
+
+
+def test_listed_images_one_level_too_deep(tmp_path):
+    WRITERS["stanford_cars"](tmp_path)
+    load_whole("stanford_cars", tmp_path)  # writes the split
+    cars = tmp_path / "stanford_cars"
+    deeper(cars / "cars_train")
+    found = take_inventory(DataConfig(name="stanford_cars", root=tmp_path))
+    where = f"{found.absent[0]} lies at {cars}/cars_train/{found.absent[0]} and should lie at {cars}/{found.absent[0]};"
+    assert len(found.absent) == 20 and any(note.startswith(where) for note in found.notes)
+
+
+def test_a_part_one_level_too_deep(tmp_path):
+    WRITERS["dtd"](tmp_path)
+    deeper(tmp_path / "dtd")
+    where = f"images lies at {tmp_path}/dtd/dtd/images and should lie at {tmp_path}/dtd/images; move it."
+    assert take_inventory(DataConfig(name="dtd", root=tmp_path)).notes == (where,)
+    with pytest.raises(UserError, match=re.escape(where)):
+        load_dataset(DataConfig(name="dtd", root=tmp_path))
+
+
+def test_class_folders_one_level_too_deep(tmp_path):
+    WRITERS["dtd"](tmp_path)
+    deeper(tmp_path / "dtd/images")
+    where = f"{tmp_path}/dtd/images has no images in class folders; they may lie one level too deep, in images/images/"
+    with pytest.raises(UserError, match=re.escape(where)):
+        load_dataset(DataConfig(name="dtd", root=tmp_path))
+
+
+def test_a_folder_of_another_name_is_pointed_at(tmp_path):
+    WRITERS["eurosat"](tmp_path)
+    (tmp_path / "eurosat/2750").rename(tmp_path / "eurosat/EuroSAT_RGB")
+    with pytest.raises(UserError, match=r"EuroSAT_RGB is there, .* if it is 2750, call it .*eurosat/2750"):
+        load_dataset(DataConfig(name="eurosat", root=tmp_path))
+    (tmp_path / "eurosat").rename(tmp_path / "EuroSAT")
+    (note,) = take_inventory(DataConfig(name="eurosat", root=tmp_path)).notes
+    assert note == f"{tmp_path}/EuroSAT is there; call it {tmp_path}/eurosat."

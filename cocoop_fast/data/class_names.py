@@ -1,0 +1,75 @@
+"""Class names that are no words: where they may come from a file, and a warning if they go into prompts as they are."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from cocoop_fast.data.listing import read_json, text_lines
+from cocoop_fast.errors import UserError
+
+_SHOWN = 3
+_NUMBERED = re.compile(r"^\d+[\s._-]")  # 001.Black footed Albatross
+_WORD = re.compile(r"[^\W\d_]{2}")
+
+
+def read_class_names(path: Path, folders: Sequence[str]) -> dict[str, str]:
+    """The class name of each folder.
+
+    Args:
+        path: lines that begin with a folder's name and go on, after space, tab, comma, semicolon or colon, with the
+            class's; or a JSON object. Folders that are not there may be named as well.
+        folders: all that need a name.
+
+    Raises:
+        UserError: it cannot be read, or gives a folder no name, or two.
+    """
+    if path.suffix.lower() == ".json":
+        values = read_json(path)
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values.values()):
+            raise UserError(f"{path} is not a JSON object of folders and class names.", exit_status=1)
+        pairs = [(folder, name) for folder, name in values.items() if folder in folders]
+    else:
+        pairs = [pair for line in text_lines(path) for pair in _pair(line, folders)]
+    names: dict[str, str] = {}
+    for folder, name in pairs:
+        if names.setdefault(folder, name) != name:
+            raise UserError(f"{path} names {folder!r} both {names[folder]!r} and {name!r}.", exit_status=1)
+    nameless = [folder for folder in folders if not names.get(folder, "").strip()]
+    if nameless:
+        more = f" and {len(nameless) - 1} more" if len(nameless) > 1 else ""
+        raise UserError(
+            f"{path} has no name for the class folder {nameless[0]!r}{more}; each needs a line "
+            f"`{nameless[0]} its name`.",
+            exit_status=1,
+        )
+    return names
+
+
+def _pair(line: str, folders: Iterable[str]) -> list[tuple[str, str]]:
+    """The folder that a line begins with, the longest if there are several, and the name after it."""
+    line = line.replace('"', "")
+    begins = [f for f in folders if line.startswith(f) and line[len(f) : len(f) + 1] in tuple(" \t,;:")]
+    if not begins:
+        return []
+    folder = max(begins, key=len)
+    return [(folder, line[len(folder) :].strip(" \t,;:"))]
+
+
+def note_on_names(classnames: Sequence[str], template: str, remedy: str) -> tuple[str, ...]:
+    """A warning, with the first prompts, if class names look like numbers, ids or numbered names; else nothing."""
+    odd = [
+        name
+        for name in classnames
+        if _NUMBERED.match(name) or (re.search(r"\d", name) and not _WORD.search(name))
+    ]
+    if not odd:
+        return ()
+    prompts = ", ".join(json.dumps(template.format(name), ensure_ascii=False) for name in odd[:_SHOWN])
+    more = ", ..." if len(odd) > _SHOWN else ""
+    return (
+        f"{len(odd)} of {len(classnames)} class names look like numbers or ids, and stand in prompts as they are: "
+        f"{prompts}{more}; {remedy}.",
+    )
