@@ -108,7 +108,17 @@ def shard(tree: ClassTree, max_nodes: int) -> tuple[Shard, ...]:
         nodes, last = nodes + new, leaf
     bounds.append(len(leaves))
     parts = (slice(*pair) for pair in pairwise(bounds))
-    return tuple(Shard(tree.subtree(tree.ancestors(tree.leaves[part])), part) for part in parts)
+    return tuple(
+        Shard(tree.subtree(_down_to(tree, leaves[part.start], leaves[part.stop - 1])), part) for part in parts
+    )
+
+
+def _down_to(tree: ClassTree, first: int, last: int) -> Tensor:
+    """The paths to consecutive leaves: that to the first, and every node from there to the last."""
+    path = [first]
+    while (node := int(tree.parent[path[-1]])) >= 0:
+        path.append(node)
+    return torch.cat([torch.tensor(path[::-1]), torch.arange(first + 1, last + 1)])
 
 
 class MemoryBudget:
@@ -161,8 +171,10 @@ class MemoryBudget:
         inference = _size(tower, forward, keeps=False)
         whole = passing = 0  # constants of the whole tree stay, those of a shard go with it
         for pieces, size in ((forward, inference), (backward, training)):
-            whole = max(whole, 0 if pieces.shards else size.constants)
-            passing = max(passing, size.passing + (size.constants if pieces.shards else 0))
+            if pieces.shards:  # their constants are made from rows that go through a LayerNorm first
+                passing = max(passing, size.passing + size.constants, size.constants * 5 // 4)
+            else:
+                whole, passing = size.constants, max(passing, size.passing)
         return _fixed_bytes(tower, batch) + training.pooled + inference.pooled + whole + passing
 
     def lower(self, tower: Tower, batch: int) -> None:

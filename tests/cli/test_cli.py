@@ -255,7 +255,7 @@ def test_a_run_that_is_interrupted_early_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cocoop_fast.experiments.experiment.build_model", interrupted)
+    monkeypatch.setattr("cocoop_fast.experiments.shared.build_model", interrupted)
     assert cli.run(["train", "-q", "-o", str(tmp_path / "a" / "b")]) == failures.INTERRUPTED
     assert list(tmp_path.iterdir()) == []
 
