@@ -217,7 +217,8 @@ def _validated(kind: type[_Config], values: dict[str, Any], where: str) -> _Conf
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # What is there and wrong says more than what is not there.
+        first = min(error.errors(), key=lambda one: one["type"] == "missing")
         path = ".".join(str(part) for part in first["loc"]) or "(top level)"
         raise UserError(f"{where}: `{path}` {_explain(first)}.") from error
 
@@ -261,4 +262,6 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def _explain(error: Any) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return "is not a known field"
+    if error["type"] == "missing":
+        return "is missing"
     return f"is {error['input']!r}, but {error['msg'][:1].lower()}{error['msg'][1:]}"
