@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from comparison import assert_close
+from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import IMAGE_SIZE, tiny_clip
 
@@ -19,6 +20,7 @@ from cocoop_fast import UserError
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import check_architecture, load_clip
 from cocoop_fast.config import ModelConfig
+from cocoop_fast.evaluation import evaluate
 from cocoop_fast.prompts.tokens import tokenize_prompts
 from cocoop_fast.reference import encode_prompts
 
@@ -460,3 +462,39 @@ def test_images_that_are_not_square_are_refused(tmp_path):
     )  # no weights are needed
     with pytest.raises(UserError, match="images of 32 x 64 pixels; only square images"):
         load(f"local-dir:{tmp_path}")
+
+
+@ignore_assumptions
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_models_own_preprocessing(tmp_path, resize_mode, interpolation):
+    """An image that is not square becomes what open_clip makes of it."""
+    preprocess = {
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.5, 0.6, 0.7],
+        "resize_mode": resize_mode,
+        "interpolation": interpolation,
+    }
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": CONFIG, "preprocess_cfg": preprocess})
+    )
+    save_file(tiny_clip(quick_gelu=False).state_dict(), tmp_path / "open_clip_model.safetensors")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 100, 3), dtype=np.uint8))
+    theirs = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(size=IMAGE_SIZE, **preprocess), is_train=False
+    )
+    assert torch.equal(evaluate.test_transform(load(tmp_path))(image), theirs(image))
+    assert torch.equal(evaluate.test_transform(load(NAME, tmp_path))(image), theirs(image))
+
+
+def test_preprocessing_of_a_tag(tag):
+    tag(tiny_clip(), "squashed", quick_gelu=True, resize_mode="squash", interpolation="bilinear")
+    loaded = load(NAME, "squashed")
+    assert (loaded.mean, loaded.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert (loaded.resize_mode, loaded.interpolation) == ("squash", "bilinear")
+
+
+def test_preprocessing_that_is_not_offered_is_refused(tag):
+    tag(tiny_clip(), "longest", quick_gelu=True, resize_mode="longest")
+    with pytest.raises(UserError, match="images with resize_mode 'longest'"):
+        load(NAME, "longest")
