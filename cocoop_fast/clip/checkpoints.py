@@ -29,9 +29,15 @@ class WeightsError(Exception):
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _INDEX = ".index.json"  # lists the parts of weights that are kept in several files
 
-# The token embedding's name in a `CLIPModel` of Hugging Face, in an open_clip `CustomTextCLIP`, and in a `CLIP`.
+# The token embedding's name in Apple's MobileCLIP, in a `CLIPModel` of Hugging Face, in an open_clip `CustomTextCLIP`, and
+# in a `CLIP`.
 _TOKENS = "token_embedding.weight"
-_TOKEN_NAMES = (f"text_model.embeddings.{_TOKENS}", f"text.{_TOKENS}", _TOKENS)
+_TOKEN_NAMES = (
+    "text_encoder.embedding_layer.weight",
+    f"text_model.embeddings.{_TOKENS}",
+    f"text.{_TOKENS}",
+    _TOKENS,
+)
 # What torch.compile, FSDP and activation checkpointing put before the names of each module that they wrap.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # Where trainers keep the model, if there is more than one: what is trained before its running average.
@@ -118,12 +124,12 @@ def _clips(value: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
     """State dicts of CLIPs, wherever they are, with the keys that lead there."""
     if isinstance(value, InertObject):
         state = dict(_module_state(value, "", set()))
-        if any(key.endswith(_TOKENS) for key in state):
+        if any(_prefix(key) is not None for key in state):
             yield where, state
         return
     if not isinstance(value, Mapping) or len(where) > 3:
         return
-    if any(isinstance(key, str) and key.endswith(_TOKENS) for key in value):
+    if any(isinstance(key, str) and _prefix(key) is not None for key in value):
         yield where, {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
         return
     for key, child in value.items():
@@ -149,15 +155,17 @@ def _without_prefix(state: State) -> State:
     """Names as the model's own; what stands beside the model (metrics, losses) is left out."""
     for wrapper in _WRAPPERS:
         state = {key.replace(wrapper, ""): value for key, value in state.items()}
-    prefixes = set()
-    for key in state:
-        name = next((name for name in _TOKEN_NAMES if f".{key}".endswith(f".{name}")), None)
-        if name is not None:
-            prefixes.add(key.removesuffix(name))
+    prefixes = {_prefix(key) for key in state} - {None}
     if len(prefixes) != 1:
-        names = ", ".join(f"'{prefix}'" for prefix in sorted(prefixes))
+        names = ", ".join(f"'{prefix}'" for prefix in sorted(map(str, prefixes)))
         raise WeightsError(
             f"the file holds several CLIPs (prefixes {names}); save the state dict of one of them alone"
         )
-    [prefix] = prefixes
+    prefix = str(*prefixes)
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _prefix(key: str) -> str | None:
+    """What stands before the token embedding's own name; ``None`` for the names of other weights."""
+    name = next((name for name in _TOKEN_NAMES if f".{key}".endswith(f".{name}")), None)
+    return None if name is None else key.removesuffix(name)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tiny_models import IMAGE_SIZE, tiny_clip
 
 from cocoop_fast import UserError
+from cocoop_fast.clip.checkpoints import read_state
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import check_architecture, load_clip
 from cocoop_fast.config import ModelConfig
@@ -353,6 +354,12 @@ def test_a_whole_model_is_read_without_its_class(tmp_path):
     model = tiny_clip(quick_gelu=False)
     torch.save(Whole(model), tmp_path / "whole.pt")
     assert_same_features(load(NAME, tmp_path / "whole.pt").model, model)
+
+
+def test_names_of_mobile_clip_are_left_to_open_clip(tmp_path):
+    state = {"text_encoder.embedding_layer.weight": torch.ones(2, 2), "image_encoder.x": torch.ones(1)}
+    torch.save({"state_dict": prefixed("module.", state)}, tmp_path / "mobileclip.pt")
+    assert read_state(tmp_path / "mobileclip.pt").keys() == state.keys()
 
 
 def edited(state, **values):
