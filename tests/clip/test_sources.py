@@ -2,65 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 
 import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
 import torch
+from clip_sources import (
+    CONFIG,
+    NAME,
+    UNKNOWN_ACTIVATION,
+    VISION,
+    add_architectures,
+    assert_same_features,
+    ignore_assumptions,
+    load,
+)
 from comparison import assert_close
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import IMAGE_SIZE, tiny_clip
 
 from cocoop_fast import UserError
-from cocoop_fast.clip.checkpoints import read_state
 from cocoop_fast.clip.frozen import FrozenCLIP
-from cocoop_fast.clip.load import check_architecture, load_clip
-from cocoop_fast.config import ModelConfig
+from cocoop_fast.clip.load import check_architecture
 from cocoop_fast.evaluation import evaluate
 from cocoop_fast.prompts.tokens import tokenize_prompts
-from cocoop_fast.reference import encode_prompts
-
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 3}
-VISION = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": IMAGE_SIZE}
-CONFIG = {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT}
-NAME = "tiny-source"
-UNKNOWN_ACTIVATION = "Nothing says which activation"
-
-ignore_assumptions = pytest.mark.filterwarnings(f"ignore:{UNKNOWN_ACTIVATION}")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def architecture(tmp_path_factory):
-    """A tiny architecture with GELU, and one of its name with QuickGELU, known to open_clip."""
-    folder = tmp_path_factory.mktemp("configs")
-    for name, config in ((NAME, CONFIG), (f"{NAME}-quickgelu", {**CONFIG, "quick_gelu": True})):
-        (folder / f"{name}.json").write_text(json.dumps(config))
-        open_clip.add_model_config(folder / f"{name}.json")
-
-
-def load(name=NAME, pretrained=None):
-    return load_clip(
-        ModelConfig(name=str(name), pretrained=pretrained and str(pretrained), device="cpu", precision="fp32")
-    )
-
-
-def assert_same_features(loaded, model):
-    """Of images and of prompts, as the model that the weights were taken from computes them."""
-    image = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
-    assert_close(loaded.visual(image), model.visual(image), 1e-5, "image features")
-    tokens = tokenize_prompts(["cat", "tabby cat"], n_ctx=2).tokens
-    expected = encode_prompts(model, model.token_embedding(tokens), tokens)
-    tokens = tokenize_prompts(
-        ["cat", "tabby cat"], n_ctx=2, context_length=loaded.positional_embedding.shape[0]
-    ).tokens
-    assert_close(
-        encode_prompts(loaded, loaded.token_embedding(tokens), tokens), expected, 1e-5, "text features"
-    )
+def architectures(tmp_path_factory):
+    add_architectures(tmp_path_factory.mktemp("configs"))
 
 
 # The activation belongs to the weights.
@@ -300,139 +273,6 @@ def test_a_name_of_the_hub_is_told_how_to_be_given():
         check_architecture("openai/clip-vit-base-patch16")
     with pytest.raises(UserError, match="did you mean ViT-B-16"):
         check_architecture("vit-b/16")
-
-
-# Training checkpoints.
-
-
-class Whole(torch.nn.Module):
-    """A trainer's own module around the model."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.clip = model
-
-
-def prefixed(prefix, state):
-    return {f"{prefix}{key}": value for key, value in state.items()}
-
-
-CHECKPOINTS = {
-    "numpy": lambda s: {"state_dict": s, "best": np.float64(1), "curve": np.arange(3)},
-    "namespace": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=1)},
-    "model": lambda s: {"model": s, "epoch": 3},
-    "model_state_dict": lambda s: {"model_state_dict": s},
-    "lightning": lambda s: {
-        "state_dict": {**prefixed("model.", s), "loss.weight": torch.ones(1)},
-        "hyper_parameters": argparse.Namespace(),
-    },
-    "compiled": lambda s: prefixed("_orig_mod.", s),
-    "compiled tower": lambda s: {k.replace("visual.", "visual._orig_mod."): v for k, v in s.items()},
-    "distributed and compiled": lambda s: {"state_dict": prefixed("module._orig_mod.", s)},
-    "lightning, distributed": lambda s: {"state_dict": prefixed("model.module.", s)},
-    "deepspeed": lambda s: {"module": prefixed("clip_model.", s)},
-    "average": lambda s: {"ema": {k: v + 1 for k, v in s.items()}, "state_dict": s},
-    "optimizer": lambda s: {"model": s, "optimizer": {"token_embedding.weight": torch.ones(2)}},
-    "siglip": lambda s: {**s, "logit_bias": torch.tensor(-10.0)},
-    "text": lambda s: {k if k.startswith(("visual", "logit")) else f"text.{k}": v for k, v in s.items()},
-    "half": lambda s: {k: v.half() for k, v in s.items()},
-}
-
-
-@ignore_assumptions
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_checkpoints_of_trainers(tmp_path, kind):
-    model = tiny_clip(quick_gelu=False)
-    torch.save(CHECKPOINTS[kind](model.state_dict()), tmp_path / "checkpoint.ckpt")
-    assert_same_features(
-        load(NAME, tmp_path / "checkpoint.ckpt").model, model.half().float() if kind == "half" else model
-    )
-
-
-@ignore_assumptions
-def test_a_whole_model_is_read_without_its_class(tmp_path):
-    model = tiny_clip(quick_gelu=False)
-    torch.save(Whole(model), tmp_path / "whole.pt")
-    assert_same_features(load(NAME, tmp_path / "whole.pt").model, model)
-
-
-def test_names_of_mobile_clip_are_left_to_open_clip(tmp_path):
-    state = {"text_encoder.embedding_layer.weight": torch.ones(2, 2), "image_encoder.x": torch.ones(1)}
-    torch.save({"state_dict": prefixed("module.", state)}, tmp_path / "mobileclip.pt")
-    assert read_state(tmp_path / "mobileclip.pt").keys() == state.keys()
-
-
-def edited(state, **values):
-    return {**state, **values}
-
-
-BAD = {
-    "two.pt": (
-        lambda s: {**prefixed("student.", s), **prefixed("teacher.", s)},
-        "several CLIPs .prefixes 'stu",
-    ),
-    "none.pt": (lambda s: {"weight": torch.ones(2)}, "holds no CLIP"),
-    "missing.pt": (
-        lambda s: {k: v for k, v in s.items() if k != "ln_final.bias"},
-        r"missing \(`ln_final.bias`\)",
-    ),
-    "more.pt": (lambda s: edited(s, extra=torch.ones(1)), r"not this architecture's \(`extra`\)"),
-    "shape.pt": (
-        lambda s: {**s, "ln_final.bias": torch.ones(5)},
-        r"`ln_final.bias` is \[5\] instead of \[48\]",
-    ),
-    "nan.pt": (
-        lambda s: {**s, "ln_final.bias": torch.full((48,), math.nan)},
-        r"NaN or infinite \(`ln_final.bias`",
-    ),
-    "inf.pt": (
-        lambda s: {**s, "visual.proj": torch.full((32, 64), math.inf)},
-        r"NaN or infinite \(`visual.proj`",
-    ),
-}
-
-
-@ignore_assumptions
-@pytest.mark.parametrize("file", BAD)
-def test_weights_are_looked_at(tmp_path, file):
-    content, message = BAD[file]
-    torch.save(content(tiny_clip(quick_gelu=False).state_dict()), tmp_path / file)
-    with pytest.raises(UserError, match=f"{file}' of model '{NAME}' could not be loaded: .*{message}"):
-        load(NAME, tmp_path / file)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "pointer of Git LFS"),
-        (b"<!doctype html><html></html>", "web page"),
-        (b"", "is empty"),
-        (b"no weights at all", "damaged"),
-    ],
-)
-def test_files_that_are_no_weights(tmp_path, suffix, content, message):
-    path = tmp_path / f"w{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        load(NAME, path)
-    assert "weights_only" not in str(error.value)  # PyTorch's advice
-    assert "\x1b" not in str(error.value)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_unfinished_downloads(tmp_path, suffix):
-    path = tmp_path / f"w{suffix}"
-    state = tiny_clip().state_dict()
-    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(UserError, match="not complete"):
-        load(NAME, path)
-
-
-def test_a_folder_without_weights(tmp_path):
-    with pytest.raises(UserError, match="has to hold one file of weights"):
-        load(NAME, tmp_path)
 
 
 # Text positions, images.
