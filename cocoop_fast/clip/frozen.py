@@ -132,7 +132,8 @@ class FrozenCLIP:
             ``clip.model.CLIP``.
 
     Raises:
-        UserError: the text tower is not causal, not pooled at EOT, or of a kind that is not CLIP's.
+        UserError: the text tower is not causal, not pooled at EOT, or of a kind that is not CLIP's; or images are
+            not square.
     """
 
     def __init__(self, clip_model: ClipModel) -> None:
@@ -274,4 +275,10 @@ def _projection(text: Any) -> Affine:
 
 def _image_size(visual: Any) -> int:
     size: Any = getattr(visual, "image_size", None) or getattr(visual, "input_resolution", 224)
-    return int(size[0] if isinstance(size, (tuple, list)) else size)
+    if not isinstance(size, (tuple, list)):
+        return int(size)
+    if len(set(size)) > 1:
+        raise UserError(
+            f"The image tower takes {size[0]} x {size[1]} pixels; only square images are supported."
+        )
+    return int(size[0])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
 
 import open_clip
 import torch
@@ -12,12 +14,16 @@ from open_clip.model import convert_weights_to_lp
 from open_clip.transformer import LayerNorm, LayerNormFp32
 from torch import nn
 
+from cocoop_fast.clip.checkpoints import SUFFIXES, WeightsError
 from cocoop_fast.clip.demo import known_token_ids, load_demo_clip
 from cocoop_fast.clip.frozen import FrozenCLIP
-from cocoop_fast.clip.tokenizer import tokenizer
-from cocoop_fast.clip.weights import FOLDER, HUB, SUFFIXES, create_clip
+from cocoop_fast.clip.weights import HUB, create_clip, is_place
 from cocoop_fast.config import ModelConfig, Precision
 from cocoop_fast.errors import UserError
+
+# open_clip's names. "shortest": the shorter edge to the model's size, then the middle; "squash": both edges to that size.
+ResizeMode: TypeAlias = Literal["shortest", "squash"]
+Interpolation: TypeAlias = Literal["bicubic", "bilinear"]
 
 _LOW_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,6 +39,8 @@ class LoadedClip:
     std: tuple[float, float, float]
     device: torch.device
     precision: str  # fp32, fp16, bf16 or amp
+    resize_mode: ResizeMode = "shortest"
+    interpolation: Interpolation = "bicubic"
     known_tokens: frozenset[int] | None = None  # all that were trained on; None: the whole vocabulary
 
 
@@ -84,10 +92,10 @@ def load_clip(config: ModelConfig) -> LoadedClip:
         model = load_demo_clip()
     else:
         model = _load_open_clip(config.name, config.pretrained)
-        _check_text_tower(model, config.name)
     if precision in _LOW_PRECISION:
         to_low_precision(model, _LOW_PRECISION[precision])
     model = model.to(device).eval().requires_grad_(False)
+    preprocess = getattr(model.visual, "preprocess_cfg", {})
     return LoadedClip(
         model=model,
         name=config.name,
@@ -96,22 +104,35 @@ def load_clip(config: ModelConfig) -> LoadedClip:
         std=tuple(getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD),
         device=device,
         precision=precision,
+        resize_mode=_one_of(preprocess, "resize_mode", get_args(ResizeMode), config.name),
+        interpolation=_one_of(preprocess, "interpolation", get_args(Interpolation), config.name),
         known_tokens=known_token_ids() if config.name == "demo" else None,
     )
+
+
+def _one_of(preprocess: Mapping[str, Any], key: str, known: tuple[Any, ...], name: str) -> Any:
+    value = preprocess.get(key, known[0])
+    if value not in known:
+        raise UserError(
+            f"The model '{name}' wants images with {key} '{value}'; of these only {' and '.join(known)} are offered."
+        )
+    return value
 
 
 def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
     check_architecture(name)
     _check_weights(name, pretrained)
-    if pretrained == "random":
-        return open_clip.create_model(name, pretrained=None)
+    what = f"The weights '{pretrained}' of model '{name}'" if pretrained else f"The model '{name}'"
     try:
         return create_clip(name, pretrained)
+    except UserError:
+        raise
+    except WeightsError as error:
+        raise UserError(f"{what} could not be loaded: {error}.", exit_status=1) from error
     except (
         Exception
-    ) as error:  # whatever the reader's failure (pickle, zip, shapes, network), the weights are bad
+    ) as error:  # whatever the failure (network, permissions, memory), the weights cannot be had
         reason = " ".join(str(error).split()) or type(error).__name__
-        what = f"The weights '{pretrained}' of model '{name}'" if pretrained else f"The model '{name}'"
         raise UserError(
             f"{what} could not be loaded ({reason[:200]}); "
             "check the file, or download it beforehand and pass its path.",
@@ -121,39 +142,48 @@ def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
 
 def check_architecture(name: str) -> None:
     """Raises a UserError with the nearest names if open_clip does not know this architecture."""
-    if name.startswith((HUB, FOLDER)) or name in open_clip.list_models():
+    if is_place(name) or name in open_clip.list_models():
         return
-    near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
+    by_key = {_spelling(known): known for known in reversed(open_clip.list_models())}
+    near = [by_key[key] for key in difflib.get_close_matches(_spelling(name), by_key, n=3, cutoff=0.6)]
     hint = f"did you mean {' or '.join(near)}" if near else "see open_clip.list_models()"
+    if _spelling(name) in by_key:
+        hint = f"did you mean {by_key[_spelling(name)]}"
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        hint = f"did you mean {' or '.join([*near, f'{HUB}{name} (a repository of the Hugging Face hub)'])}"
+    elif "/" in name:
+        hint = "and there is no folder of this name; is it misspelt"
     raise UserError(f"The model '{name}' is not an open_clip architecture; {hint}?")
+
+
+def _spelling(name: str) -> str:
+    """What is left of a name without case and punctuation."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def _check_weights(name: str, pretrained: str | None) -> None:
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if name.startswith((HUB, FOLDER)):
+    if is_place(name):
         if pretrained is not None:
             raise UserError(f"The model '{name}' comes with its weights; leave --pretrained out.")
     elif pretrained is None:
         known = f" (known tags: {', '.join(tags[:5])})" if tags else ""
         raise UserError(f"The model '{name}' needs weights: give --pretrained a tag{known} or a file.")
-    elif pretrained == "random" or pretrained.startswith(HUB):
+    elif pretrained == "random" or pretrained.startswith(HUB) or pretrained in tags:
         return
-    elif "/" in pretrained or Path(pretrained).suffix in SUFFIXES:
-        if not Path(pretrained).is_file():
+    elif "/" in pretrained or Path(pretrained).suffix in SUFFIXES or Path(pretrained).exists():
+        if not Path(pretrained).exists():
             raise UserError(f"The weights file {pretrained} does not exist; check --pretrained.")
-    elif pretrained not in tags:
-        raise UserError(
-            f"The model '{name}' has no weights tagged '{pretrained}'; the tags are: {', '.join(tags) or 'none'}."
-        )
+    else:
+        raise UserError(_unknown_tag(name, pretrained, tags))
 
 
-def _check_text_tower(model: nn.Module, name: str) -> None:
-    vocab_size, ours = FrozenCLIP(model).vocab_size, tokenizer().vocab_size
-    if vocab_size != ours:
-        raise UserError(
-            f"The text tower of '{name}' knows {vocab_size} tokens, so it was not trained with CLIP's tokenizer, "
-            f"which has {ours}; use a CLIP model with that tokenizer."
-        )
+def _unknown_tag(name: str, pretrained: str, tags: list[str]) -> str:
+    plain = name.removesuffix("-quickgelu")
+    remedy = f"the tags are: {', '.join(tags) or 'none'}"
+    if plain != name and pretrained in open_clip.list_pretrained_tags_by_model(plain):
+        remedy = f"'{plain}' has: use --model {plain}"
+    return f"The model '{name}' has no weights tagged '{pretrained}'; {remedy}."
 
 
 def to_low_precision(model: nn.Module, dtype: torch.dtype) -> None:

@@ -50,25 +50,27 @@ class Normalize:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """RandomResizedCrop (bicubic), RandomHorizontalFlip, ToTensor, Normalize, as the reference's.
+    """RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize, as the reference's.
 
     Args:
         size: pixels of a side of the result.
         scale: bounds of the crop's share of the image's area.
         flip: probability of a horizontal flip.
         normalize: the last step.
+        interpolation: "bicubic", the reference's, or the model's own.
     """
 
     size: int
     scale: tuple[float, float]
     flip: float
     normalize: Normalize
+    interpolation: str = "bicubic"
 
     def __call__(self, image: Image, generator: torch.Generator) -> Tensor:
         """RGB image to (3, size, size) float32."""
         top, left, height, width = _crop_box(image.width, image.height, self.scale, generator)
         size = [self.size, self.size]
-        image = F.resized_crop(image, top, left, height, width, size, InterpolationMode.BICUBIC)
+        image = F.resized_crop(image, top, left, height, width, size, InterpolationMode(self.interpolation))
         if torch.rand(1, generator=generator).item() < self.flip:
             image = F.hflip(image)
         return self.normalize(image)
@@ -76,16 +78,26 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class TestTransform:
-    """Resize the smaller edge (bicubic), CenterCrop, ToTensor, Normalize, as the reference's."""
+    """Resize the smaller edge, CenterCrop, ToTensor, Normalize, as the reference's; or as the model's own.
+
+    Args:
+        size: pixels of a side of the result.
+        normalize: the last step.
+        resize_mode: "shortest", the reference's; "squash": the whole image, whatever its shape, without a crop.
+        interpolation: "bicubic", the reference's, or "bilinear".
+    """
 
     __test__ = False  # not a test case, whatever pytest thinks of the name
 
     size: int
     normalize: Normalize
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
 
     def __call__(self, image: Image) -> Tensor:
         """RGB image to (3, size, size) float32."""
-        image = F.resize(image, [self.size], InterpolationMode.BICUBIC)
+        size = [self.size, self.size] if self.resize_mode == "squash" else [self.size]
+        image = F.resize(image, size, InterpolationMode(self.interpolation))
         return self.normalize(F.center_crop(image, [self.size, self.size]))
 
 

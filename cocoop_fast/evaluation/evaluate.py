@@ -31,7 +31,8 @@ class Features:
 
 def test_transform(clip: LoadedClip) -> TestTransform:
     """The transform that a CLIP's images need."""
-    return TestTransform(clip.image_size, Normalize(clip.mean, clip.std))
+    normalize = Normalize(clip.mean, clip.std)
+    return TestTransform(clip.image_size, normalize, clip.resize_mode, clip.interpolation)
 
 
 test_transform.__test__ = False  # type: ignore[attr-defined]  # pytest goes by the name, and this is not a test

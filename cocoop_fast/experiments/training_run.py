@@ -70,7 +70,13 @@ class TrainingRun:
         batches = TrainBatches(
             train,
             train.train,
-            TrainTransform(clip.image_size, augment.crop_scale, augment.flip, Normalize(clip.mean, clip.std)),
+            TrainTransform(
+                clip.image_size,
+                augment.crop_scale,
+                augment.flip,
+                Normalize(clip.mean, clip.std),
+                clip.interpolation,
+            ),
             optim.batch_size,
             config.seed,
             workers=data.workers,

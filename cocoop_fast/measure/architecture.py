@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-import open_clip
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cocoop_fast.clip.demo import load_demo_clip
 from cocoop_fast.clip.frozen import FrozenCLIP, text_module
 from cocoop_fast.clip.load import check_architecture
+from cocoop_fast.clip.weights import architecture, build
 from cocoop_fast.errors import UserError
 from cocoop_fast.measure.predict import Model
 
@@ -43,16 +42,8 @@ def _without_weights(name: str) -> Any:
         raise UserError(
             f"A plan needs no weights: instead of '{name}' name the open_clip architecture itself."
         )
-    if "hf_model_name" in (open_clip.get_model_config(name) or {}).get("text_cfg", {}):
-        raise UserError(
-            f"The text tower of {name} is a Hugging Face model; use a CLIP model of open_clip or OpenAI."
-        )
-    logging.disable(logging.WARNING)  # open_clip's, that no weights are loaded: none are wanted
-    try:
-        with META:
-            model: Any = open_clip.create_model(name, pretrained=None, device=META)
-    finally:
-        logging.disable(logging.NOTSET)
+    with META:
+        model: Any = build(architecture(name), name)
     text = text_module(model)
     # FrozenCLIP reads the mask. open_clip builds no other than the causal one, or none.
     if getattr(text, "attn_mask", None) is not None:
@@ -62,6 +53,7 @@ def _without_weights(name: str) -> Any:
 
 def _image_flops(visual: nn.Module, size: int) -> float:
     """Products and convolutions of one image; a multiply-add is two."""
+    visual.requires_grad_(False)  # else the counter looks for gradients that torch.no_grad does not make
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         visual(torch.empty(1, 3, size, size, device=META))
     return float(counter.get_total_flops())

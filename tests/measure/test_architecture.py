@@ -23,10 +23,10 @@ def shapes_of(weights):
     return [one.shape if isinstance(one, torch.Tensor) else one for one in tensors]
 
 
-@pytest.mark.parametrize("name", ["RN50-quickgelu", "ViT-B-32-256"])
+@pytest.mark.parametrize("name", ["RN50-quickgelu", "ViT-B-32-256", "PE-Core-S-16-384"])
 def test_a_described_model_is_the_real_one(name):
     described = describe_model(name, torch.float32)
-    real = open_clip.create_model(name, pretrained=None)
+    real = open_clip.create_model(name, pretrained=None).requires_grad_(False)
     assert shapes_of(described.weights) == shapes_of(FrozenCLIP(real).text_weights())
     assert described.parameters == sum(parameter.numel() for parameter in real.parameters())
     # As plain products: not every torch counts its fused attention on a CPU.
