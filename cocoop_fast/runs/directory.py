@@ -7,22 +7,24 @@ few_shot/         which images were drawn, of all classes
 views/            features of the fixed views, with data.cache_views
 checkpoints/      what is learned, and all that a resumed run needs
 prompt_learner/   the final model in the reference's format
+tensorboard/      event files, with --tensorboard
 results.json      written last, so a directory with it is finished
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from filelock import Timeout
 
-from cocoop_fast.config import ResolvedConfig, flatten, load_yaml, resolved_from_mapping, to_mapping
+from cocoop_fast.config import ResolvedConfig, Subset, flatten, load_yaml, resolved_from_mapping, to_mapping
+from cocoop_fast.data.registry import REGISTRY
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import write_atomically, write_json
 from cocoop_fast.files.lock import locked
@@ -35,9 +37,19 @@ _FREE = (
     "output_dir", "print_freq", "checkpoint_steps", "eval_batch_size", "data.root", "data.few_shot", "data.workers",
     "model.device", "model.backend", "model.memory_budget", "model.cuda_graph", "model.shard", "optim.on_nonfinite",
 )  # fmt: skip
-_OWN = (
-    "config.yaml", "log.txt", "metrics.jsonl", "few_shot", "views", "checkpoints", "prompt_learner", "results.json",
-)  # fmt: skip
+# What a run writes, by folder: a pattern of whole file names. --overwrite deletes this and nothing else.
+_WRITTEN = {
+    ".": r"results\.json|log\.txt|metrics\.jsonl",  # config.yaml stays to the last
+    "few_shot": r"shot_\d+-seed_\d+-[0-9a-f]+\.json",
+    "views": r".+-[0-9a-f]{24}\.(safetensors|lock)",
+    "checkpoints": r"step-\d{10}\.pt(\.damaged)?",
+    "prompt_learner": r"checkpoint|model\.pth\.tar-\d+",
+    "tensorboard": r"events\.out\.tfevents\..+",
+    # Subsets of classes, and other data sets that a protocol tests on.
+    **{f"test_{name}": r"results\.json|log\.txt" for name in (*get_args(Subset), *REGISTRY)},
+}
+_FILES = ("config.yaml", "log.txt", "metrics.jsonl", "results.json")
+_FOLDERS = ("few_shot", "views", "checkpoints", "prompt_learner", "tensorboard")
 
 
 class RunDirectory:
@@ -77,6 +89,7 @@ def open_run(config: ResolvedConfig, *, overwrite: bool = False) -> Iterator[Run
     path = config.output_dir
     try:
         path.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(path)
         with locked(path / ".lock", wait=False):
             if overwrite:
                 _discard(path)
@@ -134,27 +147,52 @@ def check_same_run(there: dict[str, Any], here: dict[str, Any], where: Path) -> 
         )
 
 
+def _refuse_foreign(path: Path) -> None:
+    """A run uses a directory that has nothing by the names of a run's files, or that a run began.
+
+    Raises:
+        UserError: neither.
+    """
+    config_file = path / "config.yaml"
+    if config_file.exists():
+        try:
+            resolved_from_mapping(load_yaml(config_file), where=str(config_file))
+        except UserError as error:
+            raise UserError(
+                f"{path} has a config.yaml that no run of this version of cocoop_fast wrote, or that was damaged "
+                f"since, so nothing there is resumed or deleted ({str(error).rstrip('.')}); choose another output "
+                "directory."
+            ) from error
+        return
+    found = [name for name in (*_FILES, *_FOLDERS) if name != "tensorboard" and (path / name).exists()]
+    if found:
+        raise UserError(
+            f"{path} already has {found[0]} but no config.yaml, so it is not a run that can be resumed; "
+            "choose another output directory."
+        )
+
+
 def _claim(path: Path, mapping: dict[str, Any]) -> None:
     config_file = path / "config.yaml"
     if config_file.exists():
         check_same_run(load_yaml(config_file), mapping, path)
-    else:
-        foreign = [name for name in _OWN if (path / name).exists()]
-        if foreign:
-            raise UserError(
-                f"{path} already has {foreign[0]} but no config.yaml, so it is not a run that can be resumed; "
-                "choose another output directory."
-            )
     text = yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
     write_atomically(config_file, lambda file: file.write(text.encode()))
 
 
 def _discard(path: Path) -> None:
-    """Delete what a run wrote, and nothing else."""
-    if not (path / "config.yaml").exists():
-        return
-    for entry in [*(path / name for name in reversed(_OWN)), *path.glob("test_*")]:
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
+    """Delete what a run wrote, and nothing else.
+
+    ``results.json`` goes first and ``config.yaml`` last: what a killed attempt leaves is an unfinished run.
+    """
+    for name, pattern in _WRITTEN.items():
+        folder = path / name
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        written = re.compile(rf"{pattern}|\.({pattern})(\.\d+)?\.tmp")
+        entries = [one for one in folder.iterdir() if written.fullmatch(one.name) and not one.is_dir()]
+        for entry in sorted(entries, key=lambda one: one.name != "results.json"):
             entry.unlink(missing_ok=True)
+        if entries and folder != path and not any(folder.iterdir()):
+            folder.rmdir()
+    (path / "config.yaml").unlink(missing_ok=True)

@@ -67,17 +67,51 @@ def test_other_peoples_files_are_left_alone(tmp_path):
     assert (tmp_path / "log.txt").read_text() == "somebody's log"
 
 
-def test_overwriting_discards_the_run_and_nothing_else(tmp_path):
-    with open_run(config(tmp_path)) as directory:
-        directory.write_results({})
-        (tmp_path / "checkpoints").mkdir()
-        (tmp_path / "checkpoints" / "step-0000000001.pt").write_text("x")
-        (tmp_path / "notes.md").write_text("mine")
-        (tmp_path / "coop").mkdir()
+OURS = (
+    "results.json", "log.txt", "metrics.jsonl", ".results.json.tmp", "checkpoints/step-0000000001.pt",
+    "checkpoints/.step-0000000002.pt.tmp", "few_shot/shot_2-seed_1-0a1b.json", "prompt_learner/checkpoint",
+    "prompt_learner/model.pth.tar-10", "views/view1-0123456789abcdef01234567.safetensors", "test_new/log.txt",
+    "test_dtd/results.json", "tensorboard/events.out.tfevents.1.host.2.0",
+)  # fmt: skip
+FOREIGN = (
+    "notes.md", "test_utils.py", "test_results_2024.csv", "test_data/a", "test_data/log.txt", "coop/log.txt",
+    "checkpoints/weights.bin", "checkpoints/best/step-0000000001.pt", "few_shot/notes.json", "views/home.html",
+    "prompt_learner/model.pth.tar-best", "test_new/predictions.csv",
+)  # fmt: skip
+
+
+def write(folder, names, text="precious"):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_overwriting_discards_what_the_run_wrote_and_nothing_else(tmp_path):
+    with open_run(config(tmp_path)):
+        write(tmp_path, (*OURS, *FOREIGN))
     with open_run(config(tmp_path, seed=2), overwrite=True) as directory:
         assert directory.results() is None
-    found = {path.name for path in tmp_path.iterdir()}
-    assert found == {".lock", "config.yaml", "notes.md", "coop"}
+    assert files_in(tmp_path) == {".lock", "config.yaml", *FOREIGN}
+    assert not (tmp_path / "tensorboard").exists()  # an emptied folder goes as well
+
+
+@pytest.mark.parametrize("content", ["name: my web app", "optim: {lr: 0.1}", "[", "- a list", "", "\0"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_that_no_run_began_is_left_as_it_is(tmp_path, content, overwrite):
+    """Even one that has files by all the names of ours."""
+    write(tmp_path, (*OURS, *FOREIGN))
+    write(tmp_path, ["config.yaml"], content)
+    with (
+        pytest.raises(UserError, match=r"config.yaml that no run of this version of cocoop_fast wrote"),
+        open_run(config(tmp_path), overwrite=overwrite),
+    ):
+        pass
+    assert files_in(tmp_path) == {"config.yaml", *OURS, *FOREIGN}
+    assert (tmp_path / "config.yaml").read_text() == content
 
 
 def _hold(path, ready, done):
