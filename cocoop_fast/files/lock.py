@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from cocoop_fast.files.atomic import refuse_link
 
 
 @contextmanager
@@ -22,13 +25,14 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         filelock.Timeout: another process holds it, and ``wait`` is off.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or is a symbolic link.
     """
+    refuse_link(path)
     lock = FileLock(path, blocking=wait)
     try:
         lock.acquire()
     except OSError as error:
-        if isinstance(error, Timeout) or error.filename is not None:
+        if isinstance(error, Timeout) or error.filename is not None or error.errno == errno.ELOOP:
             raise
     try:
         yield

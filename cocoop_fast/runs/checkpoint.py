@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.files.atomic import sync_directory, write_atomically
+from cocoop_fast.files.atomic import make_folder, sync_directory, write_atomically
 from cocoop_fast.methods.base import PromptClassifier
 
 _MAGIC = "cocoop_fast checkpoint"
@@ -53,7 +53,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     path = folder / f"step-{checkpoint.step:010d}.pt"
     content = {"format": _MAGIC, "version": _VERSION, **vars(checkpoint)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_atomically(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         raise UserError(

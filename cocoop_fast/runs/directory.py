@@ -13,6 +13,7 @@ results.json      written last, so a directory with it is finished
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -89,6 +90,7 @@ def open_run(config: ResolvedConfig, *, overwrite: bool = False) -> Iterator[Run
     path = config.output_dir
     try:
         path.mkdir(parents=True, exist_ok=True)
+        _refuse_links(path)
         _refuse_foreign(path)
         with locked(path / ".lock", wait=False):
             if overwrite:
@@ -103,8 +105,10 @@ def open_run(config: ResolvedConfig, *, overwrite: bool = False) -> Iterator[Run
     except OSError as error:
         if not isinstance(error.filename, str) or not error.filename.startswith(str(path)):
             raise
+        advice = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         raise UserError(
-            f"The output directory {path} cannot be used: {error.strerror} ({error.filename}).", exit_status=1
+            f"The output directory {path} cannot be used: {error.strerror} ({error.filename}){advice}.",
+            exit_status=1,
         ) from error
 
 
@@ -127,6 +131,20 @@ def read_run(path: Path) -> tuple[ResolvedConfig, Checkpoint]:
     return config, found
 
 
+def refuse_link(path: Path) -> None:
+    """A run writes through no symbolic link, but for the output directory itself, which the user named.
+
+    Raises:
+        UserError: the path is one.
+    """
+    if path.is_symlink():
+        raise UserError(
+            f"{path} is a symbolic link, and a run writes through none; replace it by what it leads to, or choose "
+            "another output directory.",
+            exit_status=1,
+        )
+
+
 def check_same_run(there: dict[str, Any], here: dict[str, Any], where: Path) -> None:
     """Compare two configurations, as plain values, in all that decides a result.
 
@@ -145,6 +163,23 @@ def check_same_run(there: dict[str, Any], here: dict[str, Any], where: Path) -> 
             f"{where} holds a run with another configuration ({', '.join(differing[:3])}{more}); choose "
             "another output directory, or discard that run with --overwrite."
         )
+
+
+def _refuse_links(path: Path) -> None:
+    """What a run writes must not lead elsewhere: somebody else may have prepared the directory.
+
+    Raises:
+        UserError: a name of a run's is a symbolic link, a device, a pipe, or a folder in place of a file.
+    """
+    for name in (".lock", *_FILES, *_FOLDERS):
+        entry = path / name
+        refuse_link(entry)
+        if entry.exists() and not (entry.is_dir() if name in _FOLDERS else entry.is_file()):
+            raise UserError(
+                f"{entry} is not a {'folder' if name in _FOLDERS else 'file'}, so {path} is not a run; choose "
+                "another output directory.",
+                exit_status=1,
+            )
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -189,7 +224,7 @@ def _discard(path: Path) -> None:
         folder = path / name
         if folder.is_symlink() or not folder.is_dir():
             continue
-        written = re.compile(rf"{pattern}|\.({pattern})(\.\d+)?\.tmp")
+        written = re.compile(rf"{pattern}|\.({pattern})(\.\d+)*\.tmp")
         entries = [one for one in folder.iterdir() if written.fullmatch(one.name) and not one.is_dir()]
         for entry in sorted(entries, key=lambda one: one.name != "results.json"):
             entry.unlink(missing_ok=True)

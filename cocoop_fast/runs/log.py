@@ -11,6 +11,7 @@ from typing import Any
 
 from cocoop_fast.engine.memory import peak_of_process
 from cocoop_fast.evaluation.metrics import Metrics
+from cocoop_fast.files.atomic import make_folder, through_no_link
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Means, Observer, RunInfo, StepInfo
 
 
@@ -98,7 +99,7 @@ class RunLog(Observer):
         folder = self._folder
         if info.subset != self._trained_on:
             folder = folder / f"test_{info.subset}"
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
         _append(folder / "log.txt", evaluation_text(info.metrics))
         self._record("evaluation", subset=info.subset, seconds=info.seconds, **info.metrics.summary())
 
@@ -123,13 +124,17 @@ def evaluation_text(metrics: Metrics) -> str:
 
 
 def _append(path: Path, text: str) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text + "\n")
+    try:
+        with open(path, "a", encoding="utf-8", opener=through_no_link) as file:
+            file.write(text + "\n")
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say which file has no room
+        raise
 
 
 def _end_torn_line(path: Path) -> None:
     """A killed process may have left half a line: end it, so that the next record has its own."""
     if path.exists():
-        with open(path, "rb+") as file:
+        with open(path, "rb+", opener=through_no_link) as file:
             if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
                 file.write(b"\n")

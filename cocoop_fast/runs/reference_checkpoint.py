@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.errors import UserError
-from cocoop_fast.files.atomic import write_atomically
+from cocoop_fast.files.atomic import make_folder, write_atomically
 from cocoop_fast.files.torch_archive import read_archive
 from cocoop_fast.methods.base import PromptClassifier
 from cocoop_fast.training.schedule import reference_state
@@ -116,7 +116,8 @@ def save(
         "val_result": accuracy,
     }
     path = folder / f"model.pth.tar-{epochs}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomically(path, lambda file: torch.save(content, file))
     write_atomically(folder / "checkpoint", lambda file: file.write(f"{path.name}\n".encode()))
     return path

@@ -39,7 +39,7 @@ def sample(step: int = 7) -> Checkpoint:
 
 def test_round_trip(tmp_path):
     saved = sample()
-    path = checkpoint.save(tmp_path / "deep" / "folder", saved)
+    path = checkpoint.save(tmp_path / "folder", saved)
     assert path.name == "step-0000000007.pt"
     loaded = checkpoint.load(path)
     assert torch.equal(loaded.parameters["ctx"], saved.parameters["ctx"])

@@ -185,3 +185,45 @@ def test_children_that_outlive_a_killed_run_do_not_keep_its_directory(tmp_path):
             pass
     finally:
         os.kill(child.value, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [".lock", "log.txt", "metrics.jsonl", "results.json", "config.yaml", "checkpoints", "views", "few_shot"],
+)
+def test_links_that_somebody_prepared(tmp_path, name, begun, overwrite):
+    victim = tmp_path / "victim"
+    write(victim, ["step-0000000001.pt"])
+    path = tmp_path / "run"
+    path.mkdir()
+    if begun:
+        with open_run(config(path)):
+            pass
+        (path / name).unlink(missing_ok=True)
+    is_folder = "." not in name
+    (path / name).symlink_to(victim if is_folder else victim / "step-0000000001.pt")
+    with (
+        pytest.raises(
+            UserError, match=rf"run/{name} is a symbolic link, and a run writes through none"
+        ) as error,
+        open_run(config(path), overwrite=overwrite),
+    ):
+        pass
+    assert error.value.exit_status == 1
+    assert (victim / "step-0000000001.pt").read_text() == "precious"
+
+
+def test_the_output_directory_itself_may_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    with open_run(config(tmp_path / "run")):
+        pass
+    assert (tmp_path / "disk" / "config.yaml").is_file()
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match=r"config.yaml is not a file"), open_run(config(tmp_path)):
+        pass
