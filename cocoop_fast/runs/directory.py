@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ _WRITTEN = {
     ".": r"results\.json|log\.txt|metrics\.jsonl",  # config.yaml stays to the last
     "few_shot": r"shot_\d+-seed_\d+-[0-9a-f]+\.json",
     "views": r".+-[0-9a-f]{24}\.(safetensors|lock)",
-    "checkpoints": r"step-\d{10}\.pt(\.damaged)?",
+    "checkpoints": r"step-\d{10}\.pt(\.set-aside)?",
     "prompt_learner": r"checkpoint|model\.pth\.tar-\d+",
     "tensorboard": r"events\.out\.tfevents\..+",
     # Subsets of classes, and other data sets that a protocol tests on.
@@ -113,7 +114,7 @@ def open_run(config: ResolvedConfig, *, overwrite: bool = False) -> Iterator[Run
 
 
 def read_run(path: Path) -> tuple[ResolvedConfig, Checkpoint]:
-    """The configuration of a run and its newest checkpoint.
+    """The configuration of a run and its newest checkpoint. A warning tells of newer ones that cannot be used.
 
     Raises:
         UserError: no run there, no checkpoint yet, or damaged files.
@@ -123,7 +124,7 @@ def read_run(path: Path) -> tuple[ResolvedConfig, Checkpoint]:
             f"{path} is not a run directory (it has no config.yaml); pass the output of a training run."
         )
     config = resolved_from_mapping(load_yaml(path / "config.yaml"), where=str(path / "config.yaml"))
-    found = checkpoint.load_newest(path / "checkpoints")
+    found = checkpoint.load_newest(path / "checkpoints", lambda text: warnings.warn(text, stacklevel=4))
     if found is None:
         raise UserError(
             f"The run in {path} has no checkpoint yet; let its first epoch finish.", exit_status=1

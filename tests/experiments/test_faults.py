@@ -10,13 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import At, StopAfter, assert_same_ends, tiny_config, use_tiny_clip, write_images
 from tiny_training import Recorder
 
 from cocoop_fast import UserError
 from cocoop_fast.cli import failures
 from cocoop_fast.data import load_dataset
-from cocoop_fast.experiments.experiment import run
+from cocoop_fast.experiments.experiment import evaluate_run, run
+from cocoop_fast.experiments.predict import Predictor
+from cocoop_fast.experiments.reference_import import export_checkpoint
 from cocoop_fast.runs import checkpoint
 from cocoop_fast.runs.directory import read_run
 
@@ -102,6 +105,40 @@ def test_a_directory_that_becomes_read_only(tiny, not_root):
         assert read_run(folder / "run")[1].step == 4
         run(config)
         assert read_run(folder / "run")[1].step == 20
+
+
+def test_what_is_not_finite_is_refused_wherever_it_is_read(tmp_path, tiny):
+    """Evaluation, prediction, export and going on; with one checkpoint that is finite, that one is used."""
+    folder = tmp_path / "run"
+    config = tiny_config(folder, checkpoint_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, observer=StopAfter(10))
+    paths = sorted((folder / "checkpoints").glob("*.pt"))
+    whole = [path.read_bytes() for path in paths]
+
+    def spoil(path):
+        content = torch.load(path, weights_only=True)
+        for value in content["parameters"].values():
+            value.fill_(float("nan"))
+        torch.save(content, path)
+
+    spoil(paths[-1])
+    with pytest.warns(UserWarning, match=rf"not finite in `.*Using {paths[0].name} instead"):
+        assert read_run(folder)[1].step == 4
+    spoil(paths[0])
+    for read in (
+        lambda: evaluate_run(folder),
+        lambda: Predictor.from_run(folder),
+        lambda: export_checkpoint(folder),
+        lambda: run(config),
+    ):
+        with pytest.raises(UserError, match=rf"{paths[-1].name} has values that are not finite") as error:
+            read()
+        assert error.value.exit_status == 1
+    for path, content in zip(paths, whole, strict=True):
+        path.write_bytes(content)
+    run(config)
+    assert read_run(folder)[1].step == 20
 
 
 @pytest.mark.parametrize("damage", ["torn", "altered", "empty"])
