@@ -167,6 +167,7 @@ def _run_method(config: ResolvedConfig, directory: RunDirectory, material: Mater
     metrics = material.evaluate(config.prompt, learned, str(directory.path), training.observer, subsets)
     row = _row(config, metrics, training.trainer.seconds)
     if ranks.is_first:
+        directory.refuse_gone()
         if "ctx" in learned:
             reference_checkpoint.save(
                 directory.prompt_learner,

@@ -29,7 +29,7 @@ from cocoop_fast.config import ResolvedConfig, Subset, flatten, load_yaml, resol
 from cocoop_fast.data.registry import REGISTRY
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import write_atomically, write_json
-from cocoop_fast.files.lock import locked
+from cocoop_fast.files.lock import folder_locked, locked
 from cocoop_fast.runs import checkpoint
 from cocoop_fast.runs.checkpoint import Checkpoint
 
@@ -55,14 +55,28 @@ _FOLDERS = ("few_shot", "views", "checkpoints", "prompt_learner", "tensorboard")
 
 
 class RunDirectory:
-    """The places in a run directory."""
+    """The places in a run directory, as it is when this object is made."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._identity = _identity(path)
         self.checkpoints = path / "checkpoints"
         self.few_shot = path / "few_shot"
         self.views = path / "views"
         self.prompt_learner = path / "prompt_learner"
+
+    def refuse_gone(self) -> None:
+        """To be called before anything is written while a run goes on.
+
+        Raises:
+            UserError: the directory was deleted, emptied, or replaced by another one.
+        """
+        if self._identity != _identity(self.path) or not (self.path / "config.yaml").exists():
+            raise UserError(
+                f"The run directory {self.path} was deleted or replaced while the run went on, so nothing more is written; "
+                "run the same command to begin again.",
+                exit_status=1,
+            )
 
     def results(self) -> dict[str, Any] | None:
         """What ``results.json`` holds; ``None`` if the run is not finished (or the file is damaged)."""
@@ -72,7 +86,11 @@ class RunDirectory:
             return None
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Atomically replace ``results.json``."""
+        """Atomically replace ``results.json``.
+
+        Raises:
+            OSError: the directory is not there.
+        """
         write_json(self.path / "results.json", results)
 
 
@@ -89,28 +107,41 @@ def open_run(config: ResolvedConfig, *, overwrite: bool = False) -> Iterator[Run
             written.
     """
     path = config.output_dir
+    directory: RunDirectory | None = None
     try:
         path.mkdir(parents=True, exist_ok=True)
         _refuse_links(path)
         _refuse_foreign(path)
-        with locked(path / ".lock", wait=False):
+        with locked(path / ".lock", wait=False), folder_locked(path):
             if overwrite:
                 _discard(path)
             _claim(path, to_mapping(config))
-            yield RunDirectory(path)
+            directory = RunDirectory(path)
+            yield directory
     except Timeout as error:
         raise UserError(
             f"Another process is running in {path}; wait for it, or choose another output directory.",
             exit_status=1,
         ) from error
     except OSError as error:
-        if not isinstance(error.filename, str) or not error.filename.startswith(str(path)):
+        if not isinstance(error.filename, str) or not Path(error.filename).is_relative_to(path):
             raise
+        if directory is not None:
+            directory.refuse_gone()
         advice = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         raise UserError(
             f"The output directory {path} cannot be used: {error.strerror} ({error.filename}){advice}.",
             exit_status=1,
         ) from error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a directory from another of the same name; ``None`` if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def read_run(path: Path) -> tuple[ResolvedConfig, Checkpoint]:

@@ -28,6 +28,7 @@ class RunLog(Observer):
         print_freq: batches between lines.
         trained_on: the subset of classes whose accuracy belongs into ``log.txt``.
         next_rate: the learning rate of an epoch, to print the next one's at an epoch's last batch, as the reference does.
+        before_writing: raises if the run directory is gone.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class RunLog(Observer):
         print_freq: int,
         trained_on: str,
         next_rate: Callable[[int], float] | None = None,
+        before_writing: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = folder
         self._print_freq = print_freq
         self._trained_on = trained_on
         self._next_rate = next_rate
+        self._before_writing = before_writing
         self._device = "cpu"
         self._means = Means()
         _end_torn_line(folder / "metrics.jsonl")
@@ -96,6 +99,7 @@ class RunLog(Observer):
         self._record("trained", seconds=seconds, peak_memory=peak_of_process(self._device))
 
     def on_evaluation_end(self, info: EvaluationInfo) -> None:
+        self._before_writing()
         folder = self._folder
         if info.subset != self._trained_on:
             folder = folder / f"test_{info.subset}"
@@ -104,9 +108,11 @@ class RunLog(Observer):
         self._record("evaluation", subset=info.subset, seconds=info.seconds, **info.metrics.summary())
 
     def _text(self, line: str) -> None:
+        self._before_writing()
         _append(self._folder / "log.txt", line)
 
     def _record(self, event: str, **values: Any) -> None:
+        self._before_writing()
         record = {"event": event, "unix_time": time.time(), **values}
         _append(self._folder / "metrics.jsonl", json.dumps(record, ensure_ascii=False))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import stat
 import tempfile
 from dataclasses import replace
@@ -66,6 +67,36 @@ def test_a_log_on_a_full_disk(tmp_path, tiny, name):
         run(config, observer=At(3, fill))
     assert error.value.exit_status == failures.FAILED
     (tmp_path / "kept").replace(log)
+    assert len(run(config).rows) == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"checkpoint_steps": 1}, {"print_freq": 1}, {"data__cache_views": 2}]
+)
+def test_a_run_directory_that_is_deleted_underway(tmp_path, tiny, changes):
+    """The run ends, and makes nothing that would look like another run."""
+    path = tmp_path / "run"
+    config = tiny_config(path, **changes)
+    with pytest.raises(UserError, match=rf"{path} was deleted or replaced while the run went on") as error:
+        run(config, compare=("coop",), observer=At(6, lambda: shutil.rmtree(path)))
+    assert error.value.exit_status == 1 and not path.exists()
+    assert len(run(config).rows) == 1
+
+
+def test_a_run_directory_that_is_replaced_underway(tmp_path, tiny):
+    path = tmp_path / "run"
+
+    def replace_directory():
+        path.rename(tmp_path / "moved")
+        path.mkdir()
+        (path / "config.yaml").write_text("another run's")
+
+    config = tiny_config(path)
+    with pytest.raises(UserError, match="was deleted or replaced while the run went on"):
+        run(config, observer=At(6, replace_directory))
+    assert [one.name for one in path.iterdir()] == ["config.yaml"]
+    shutil.rmtree(path)
+    (tmp_path / "moved").rename(path)
     assert len(run(config).rows) == 1
 
 

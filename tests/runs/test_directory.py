@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -129,6 +130,47 @@ def test_two_runs_at_once(tmp_path):
     with pytest.raises(UserError, match=r"Another process is running in"), open_run(config(tmp_path)):
         pass
     other.kill()  # a killed process leaves no lock behind
+    other.join()
+    with open_run(config(tmp_path)):
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a locked file cannot be removed there")
+@pytest.mark.parametrize("removed", [False, True])
+def test_two_runs_in_two_threads(tmp_path, removed):
+    """Also after a cleaner of hidden files has been there."""
+    said = []
+
+    def other():
+        try:
+            with open_run(config(tmp_path)):
+                said.append("ran")
+        except UserError as error:
+            said.append(str(error))
+
+    with open_run(config(tmp_path)):
+        if removed:
+            (tmp_path / ".lock").unlink()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "Another process is running in" in said.pop()
+    other()
+    assert said == ["ran"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a locked file cannot be removed there")
+def test_two_processes_after_the_lock_file_was_removed(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(30)
+    (tmp_path / ".lock").unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"Another process is running in"), open_run(config(tmp_path)):
+            pass
+    done.set()
     other.join()
     with open_run(config(tmp_path)):
         pass
