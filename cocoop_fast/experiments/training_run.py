@@ -169,8 +169,13 @@ class TrainingRun:
     def save(self) -> None:
         """Write a checkpoint; the first rank does so for all."""
         if self._ranks.is_first:
-            self.directory.refuse_gone()
-            self.observer.on_checkpoint(checkpoint.save(self.directory.checkpoints, self.state()))
+            try:
+                self.directory.refuse_gone()
+                path = checkpoint.save(self.directory.checkpoints, self.state())
+            except UserError:
+                self.directory.refuse_gone()  # it may have gone just now
+                raise
+            self.observer.on_checkpoint(path)
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -18,7 +18,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -71,12 +71,25 @@ class RunDirectory:
         Raises:
             UserError: the directory was deleted, emptied, or replaced by another one.
         """
-        if self._identity != _identity(self.path) or not (self.path / "config.yaml").exists():
+        same = self._identity == _identity(self.path)
+        if not same or not (self.path / "config.yaml").exists():
+            if same:
+                self._delete_remains()
             raise UserError(
                 f"The run directory {self.path} was deleted or replaced while the run went on, so nothing more is written; "
                 "run the same command to begin again.",
                 exit_status=1,
             )
+
+    def _delete_remains(self) -> None:
+        """While somebody deleted the directory, one more checkpoint may have been written, so that folders stayed."""
+        left = [path for path in self.path.rglob("*") if not path.is_dir()]
+        if all(path.parent == self.checkpoints for path in left) and len(left) <= 1:
+            with suppress(OSError):
+                for path in left:
+                    path.unlink()
+                self.checkpoints.rmdir()
+                self.path.rmdir()
 
     def results(self) -> dict[str, Any] | None:
         """What ``results.json`` holds; ``None`` if the run is not finished (or the file is damaged)."""

@@ -83,6 +83,26 @@ def test_a_run_directory_that_is_deleted_underway(tmp_path, tiny, changes):
     assert len(run(config).rows) == 1
 
 
+def test_a_deletion_that_was_raced_by_a_checkpoint(tmp_path, tiny):
+    """`rm -rf` cannot remove a folder that something was written into meanwhile."""
+    path = tmp_path / "run"
+    config = tiny_config(path, checkpoint_steps=4)
+
+    def delete():
+        for entry in path.iterdir():
+            if entry.name != "checkpoints":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        (path / "checkpoints" / "step-0000000000.pt").unlink()
+
+    with pytest.raises(UserError, match="was deleted or replaced while the run went on"):
+        run(config, observer=At(5, delete))
+    assert not path.exists()
+    run(config)
+    with pytest.raises(UserError, match="was deleted or replaced while the run went on"):
+        run(config, overwrite=True, observer=At(5, (path / "config.yaml").unlink))
+    assert len(list(path.glob("checkpoints/*.pt"))) == 2  # somebody deleted one file, not the run
+
+
 def test_a_run_directory_that_is_replaced_underway(tmp_path, tiny):
     path = tmp_path / "run"
 
