@@ -12,7 +12,10 @@ from typing import Any
 from cocoop_fast.engine.memory import peak_of_process
 from cocoop_fast.evaluation.metrics import Metrics
 from cocoop_fast.files.atomic import make_folder, through_no_link
+from cocoop_fast.readable import printable
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Means, Observer, RunInfo, StepInfo
+
+_DELETION = 0.5  # seconds that the deletion of a run directory may take
 
 
 class RunLog(Observer):
@@ -46,6 +49,7 @@ class RunLog(Observer):
         self._before_writing = before_writing
         self._device = "cpu"
         self._means = Means()
+        self._written: set[Path] = set()
         _end_torn_line(folder / "metrics.jsonl")
         _end_torn_line(folder / "log.txt")
 
@@ -99,22 +103,33 @@ class RunLog(Observer):
         self._record("trained", seconds=seconds, peak_memory=peak_of_process(self._device))
 
     def on_evaluation_end(self, info: EvaluationInfo) -> None:
-        self._before_writing()
         folder = self._folder
         if info.subset != self._trained_on:
             folder = folder / f"test_{info.subset}"
+            self._before_writing()
             make_folder(folder)
-        _append(folder / "log.txt", evaluation_text(info.metrics))
+        self._append(folder / "log.txt", evaluation_text(info.metrics))
         self._record("evaluation", subset=info.subset, seconds=info.seconds, **info.metrics.summary())
 
     def _text(self, line: str) -> None:
-        self._before_writing()
-        _append(self._folder / "log.txt", line)
+        self._append(self._folder / "log.txt", printable(line))
 
     def _record(self, event: str, **values: Any) -> None:
-        self._before_writing()
         record = {"event": event, "unix_time": time.time(), **values}
-        _append(self._folder / "metrics.jsonl", json.dumps(record, ensure_ascii=False))
+        self._append(self._folder / "metrics.jsonl", json.dumps(record, ensure_ascii=False))
+
+    def _append(self, path: Path, text: str) -> None:
+        self._before_writing()
+        if path in self._written and not path.exists():
+            time.sleep(_DELETION)  # is the run directory being deleted, or was it this file alone?
+            self._before_writing()
+        try:
+            with open(path, "a", encoding="utf-8", opener=through_no_link) as file:
+                file.write(text + "\n")
+        except OSError as error:
+            error.filename = str(path)  # a full disk does not say which file has no room
+            raise
+        self._written.add(path)
 
 
 def evaluation_text(metrics: Metrics) -> str:
@@ -127,15 +142,6 @@ def evaluation_text(metrics: Metrics) -> str:
         f"* error: {metrics.error:.1f}%\n"
         f"* macro_f1: {metrics.macro_f1:.1f}%"
     )
-
-
-def _append(path: Path, text: str) -> None:
-    try:
-        with open(path, "a", encoding="utf-8", opener=through_no_link) as file:
-            file.write(text + "\n")
-    except OSError as error:
-        error.filename = str(path)  # a full disk does not say which file has no room
-        raise
 
 
 def _end_torn_line(path: Path) -> None:

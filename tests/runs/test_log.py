@@ -127,3 +127,8 @@ def test_no_log_is_written_through_a_link(tmp_path):
         with pytest.raises(OSError, match="symbolic links"):
             write()
     assert (victim / "log.txt").read_text() == "precious"
+
+
+def test_names_in_a_log_do_nothing_to_a_terminal(tmp_path):
+    RunLog(tmp_path, print_freq=20, trained_on="base").on_message("left out: \x1b]0;pwned\x07.jpg")
+    assert (tmp_path / "log.txt").read_text() == r"left out: \u001b]0;pwned\u0007.jpg" + "\n"
