@@ -172,8 +172,8 @@ class TrainingRun:
             try:
                 self.directory.refuse_gone()
                 path = checkpoint.save(self.directory.checkpoints, self.state())
-            except UserError:
-                self.directory.refuse_gone()  # it may have gone just now
+            except UserError as error:
+                self.directory.refuse_gone(error.__cause__)  # it may have gone just now
                 raise
             self.observer.on_checkpoint(path)
 

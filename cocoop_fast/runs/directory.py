@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,6 +55,9 @@ _FILES = ("config.yaml", "log.txt", "metrics.jsonl", "results.json")
 _FOLDERS = ("few_shot", "views", "checkpoints", "prompt_learner", "tensorboard")
 
 
+DELETION_SECONDS = 0.5  # that somebody's deletion of a run directory may take
+
+
 class RunDirectory:
     """The places in a run directory, as it is when this object is made."""
 
@@ -65,12 +69,17 @@ class RunDirectory:
         self.views = path / "views"
         self.prompt_learner = path / "prompt_learner"
 
-    def refuse_gone(self) -> None:
-        """To be called before anything is written while a run goes on.
+    def refuse_gone(self, missing: BaseException | None = None) -> None:
+        """To be called before anything is written while a run goes on, and after that failed.
+
+        Args:
+            missing: why it failed; if a file was not there, a deletion may be under way, which is waited for.
 
         Raises:
             UserError: the directory was deleted, emptied, or replaced by another one.
         """
+        if isinstance(missing, FileNotFoundError):
+            time.sleep(DELETION_SECONDS)
         same = self._identity == _identity(self.path)
         if not same or not (self.path / "config.yaml").exists():
             if same:
@@ -140,7 +149,7 @@ def open_run(config: ResolvedConfig, *, overwrite: bool = False) -> Iterator[Run
         if not isinstance(error.filename, str) or not Path(error.filename).is_relative_to(path):
             raise
         if directory is not None:
-            directory.refuse_gone()
+            directory.refuse_gone(error)
         advice = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         raise UserError(
             f"The output directory {path} cannot be used: {error.strerror} ({error.filename}){advice}.",

@@ -13,9 +13,8 @@ from cocoop_fast.engine.memory import peak_of_process
 from cocoop_fast.evaluation.metrics import Metrics
 from cocoop_fast.files.atomic import make_folder, through_no_link
 from cocoop_fast.readable import printable
+from cocoop_fast.runs.directory import DELETION_SECONDS
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Means, Observer, RunInfo, StepInfo
-
-_DELETION = 0.5  # seconds that the deletion of a run directory may take
 
 
 class RunLog(Observer):
@@ -121,7 +120,7 @@ class RunLog(Observer):
     def _append(self, path: Path, text: str) -> None:
         self._before_writing()
         if path in self._written and not path.exists():
-            time.sleep(_DELETION)  # is the run directory being deleted, or was it this file alone?
+            time.sleep(DELETION_SECONDS)  # is the run directory being deleted, or was it this file alone?
             self._before_writing()
         try:
             with open(path, "a", encoding="utf-8", opener=through_no_link) as file:

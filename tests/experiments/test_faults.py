@@ -7,6 +7,7 @@ import resource
 import shutil
 import stat
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +102,28 @@ def test_a_deletion_that_was_raced_by_a_checkpoint(tmp_path, tiny):
     with pytest.raises(UserError, match="was deleted or replaced while the run went on"):
         run(config, overwrite=True, observer=At(5, (path / "config.yaml").unlink))
     assert len(list(path.glob("checkpoints/*.pt"))) == 2  # somebody deleted one file, not the run
+
+
+@pytest.mark.parametrize("changes", [{"print_freq": 1}, {"checkpoint_steps": 1}])
+def test_a_slow_deletion(tmp_path, tiny, changes):
+    """Logs and checkpoints go first, the rest while the run looks for them."""
+    path = tmp_path / "run"
+
+    def delete():
+        for name in ("log.txt", "metrics.jsonl"):
+            (path / name).unlink()
+        shutil.rmtree(path / "checkpoints")
+        threading.Timer(0.2, shutil.rmtree, [path]).start()
+
+    with pytest.raises(UserError, match="was deleted or replaced while the run went on"):
+        run(tiny_config(path, **changes), observer=At(6, delete))
+    assert not path.exists()
+
+
+def test_a_log_alone_may_be_deleted(tmp_path, tiny):
+    path = tmp_path / "run"
+    run(tiny_config(path, print_freq=1), observer=At(6, (path / "log.txt").unlink))
+    assert "epoch [2/2] batch [10/10]" in (path / "log.txt").read_text()
 
 
 def test_a_run_directory_that_is_replaced_underway(tmp_path, tiny):
