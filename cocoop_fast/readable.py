@@ -1,8 +1,21 @@
-"""Amounts with a unit, as people read them."""
+"""Amounts with a unit, as people read them, and text that does nothing but be read."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+# Control characters but tab and newline; marks that turn the direction of writing; halves of characters.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Text with control characters as ``\u001b`` and the like, which JSON reads as the characters themselves.
+
+    Names of files and classes come from others. Sent to a terminal as they are, they could set its title, fill the
+    clipboard, or hide what stands beside them.
+    """
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def readable_seconds(seconds: float) -> str:

@@ -1,8 +1,11 @@
-"""Amounts with a unit, as people read them."""
+"""Amounts with a unit, as people read them, and text that does nothing but be read."""
+
+import json
+import unicodedata
 
 import pytest
 
-from cocoop_fast.readable import readable_bytes, readable_flops, readable_time
+from cocoop_fast.readable import printable, readable_bytes, readable_flops, readable_time
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,26 @@ def test_bytes(count, text):
 )
 def test_floating_point_operations(count, text):
     assert readable_flops(count) == text
+
+
+def test_no_control_character_is_printed():
+    everything = "".join(map(chr, range(0x11000)))
+    shown = printable(everything)
+    assert not [one for one in shown if unicodedata.category(one) in ("Cc", "Cs") and one not in "\t\n"]
+    assert not [
+        one
+        for one in shown
+        if unicodedata.bidirectional(one) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    ]
+    shown.encode()  # halves of characters could not be
+
+
+@pytest.mark.parametrize("text", ["tabby cat", "naïve 猫 🐈 a\u0301", "two\nlines\tand a tab", r"C:\\cats"])
+def test_ordinary_names_stay(text):
+    assert printable(text) == text
+
+
+def test_what_is_shown_of_a_control_sequence():
+    text = "\x1b]0;pwned\x07cat\x9b2J"
+    assert printable(text) == r"\u001b]0;pwned\u0007cat\u009b2J"
+    assert json.loads(printable(json.dumps(text, ensure_ascii=False))) == text

@@ -32,6 +32,7 @@ from cocoop_fast.cli import (
     verify,
 )
 from cocoop_fast.errors import UserError
+from cocoop_fast.readable import printable
 
 SEVERAL_PROCESSES = ("train", "eval")  # the commands that torchrun may start
 
@@ -110,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("COCOOP_FAST_DEBUG"):
             traceback.print_exc()
         sentence, status = failures.explain(error)
-        print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+        print(printable(f"error: {' '.join(sentence.split())}"), file=sys.stderr)
         return status
 
 

@@ -83,7 +83,7 @@ def command(
     else:
         _print(comparison)
         if plot is not None:
-            print(f"Plot: {plot}")
+            output.say(f"Plot: {plot}")
 
 
 def _check_writable(plot: Path | None) -> None:
@@ -100,7 +100,7 @@ def _print(comparison: Comparison) -> None:
     from cocoop_fast.measure.machine import describe_machine, one_line
 
     spec, results = comparison.problem.spec, comparison.results
-    print(f"{spec.model_name}: {len(spec.classes)} classes, {output.images(spec.batch)} a step.")
+    output.say(f"{spec.model_name}: {len(spec.classes)} classes, {output.images(spec.batch)} a step.")
     output.print_table(
         ["Contestant", "Rows", "Step", "Median", "× floor", "Speed-up", "Forward", "Memory"],
         [
@@ -118,12 +118,12 @@ def _print(comparison: Comparison) -> None:
         ],
     )
     for name, result in results.items():
-        print(f"{name}: {result.contestant.title}.")
+        output.say(f"{name}: {result.contestant.title}.")
     print(
         "Step: forward and backward, the best of all rounds, and the median. Speed-up: over the dense oracle."
     )
     if comparison.others is not None and comparison.others > TOO_BUSY:
         print(f"Other programs used {comparison.others:.0%} of the processors: measure again without them.")
     for name, reason in comparison.notes.items():
-        print(f"Left out: {name} ({reason}).")
+        output.say(f"Left out: {name} ({reason}).")
     print(one_line(describe_machine()))

@@ -49,7 +49,7 @@ def import_(
     if json:
         output.print_json({"command": "checkpoint import", "run_dir": str(folder), "epochs": epochs})
     else:
-        print(f"Epoch {epochs} is done in {folder}. To go on: cocoop-fast train -c {folder}/config.yaml")
+        output.say(f"Epoch {epochs} is done in {folder}. To go on: cocoop-fast train -c {folder}/config.yaml")
 
 
 @app.command()
@@ -67,4 +67,4 @@ def export(run_dir: Path, *, output_: Path | None = None, json: bool = False) ->
     if json:
         output.print_json({"command": "checkpoint export", "path": str(path)})
     else:
-        print(f"{path}")
+        output.say(f"{path}")

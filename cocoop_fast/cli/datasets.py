@@ -100,9 +100,9 @@ def check(
             count = len(found.absent)
             which = "1 listed image is" if count == 1 else f"{count:,} listed images are"
             more = ", ..." if count > _SHOWN else ""
-            print(f"{which} not there: {', '.join(found.absent[:_SHOWN])}{more}.")
+            output.say(f"{which} not there: {', '.join(found.absent[:_SHOWN])}{more}.")
         for note in found.notes:
-            print(note)
+            output.say(note)
     if not whole:
         raise typer.Exit(failures.FAILED)
 
@@ -131,7 +131,7 @@ def download(name: str, *, root: Path | None = None, json: bool = False) -> None
         missing = [part.path for part in missing_parts(published, folder)]
         output.print_json({"command": "datasets download", "path": str(folder), "missing": missing})
     else:
-        print(f"{published.name} is in {folder}.")
+        output.say(f"{published.name} is in {folder}.")
 
 
 @app.command()
@@ -171,4 +171,4 @@ def sample(
     if json:
         output.print_json({"command": "datasets sample", "path": str(path), "images": len(drawn.train)})
     else:
-        print(f"{len(drawn.train):,} training images of {len(dataset.classnames):,} classes: {path}")
+        output.say(f"{len(drawn.train):,} training images of {len(dataset.classnames):,} classes: {path}")

@@ -13,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cocoop_fast.readable import printable
+
 
 @contextlib.contextmanager
 def only_json(active: bool) -> Iterator[None]:
@@ -23,7 +25,12 @@ def only_json(active: bool) -> Iterator[None]:
 
 def print_json(values: dict[str, Any]) -> None:
     """One line on stdout. A number that is not finite, which JSON does not know, becomes null."""
-    print(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False), flush=True)
+    print(printable(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False)), flush=True)
+
+
+def say(text: str) -> None:
+    """Text on stdout, without control characters of the names in it."""
+    print(printable(text))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | None]], *, left: int = 1) -> None:
@@ -35,9 +42,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | None]], *,
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i in kept:
         # Folded rather than cut: nothing that is printed is lost in a narrow terminal.
-        table.add_column(columns[i], justify="left" if i < left else "right", overflow="fold")
+        table.add_column(printable(columns[i]), justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*("-" if row[i] is None else row[i] for i in kept))
+        table.add_row(*(printable(row[i] or "") if row[i] is not None else "-" for i in kept))
     console = Console(file=sys.stdout, highlight=False, markup=False)
     with console.capture() as rendered:
         console.print(table)
@@ -48,7 +55,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | None]], *,
 def warn(lines: Sequence[str]) -> None:
     """One line each on stderr."""
     for line in lines:
-        print(f"warning: {line}", file=sys.stderr)
+        print(printable(f"warning: {line}"), file=sys.stderr)
 
 
 def teller(command: str, *, silent: bool) -> Callable[[str], None]:
@@ -56,7 +63,7 @@ def teller(command: str, *, silent: bool) -> Callable[[str], None]:
 
     def tell(line: str) -> None:
         if not silent:
-            print(f"{command}: {line}", file=sys.stderr, flush=True)
+            print(printable(f"{command}: {line}"), file=sys.stderr, flush=True)
 
     return tell
 

@@ -215,7 +215,7 @@ def _print(found: dict[str, Any]) -> None:
             "In pieces it costs one more forward pass."
         )
     for name, value in found["device_rates"].items():
-        print(f"{name.capitalize()}: {value}.")
+        output.say(f"{name.capitalize()}: {value}.")
 
 
 def _print_devices(json: bool) -> None:

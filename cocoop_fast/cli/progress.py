@@ -15,6 +15,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
+from cocoop_fast.readable import printable
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Observer, RunInfo, StepInfo
 
 PLAIN_LINES = 10  # of a method's training, at most
@@ -91,7 +92,7 @@ class Lines(_Shown):
 
     def _print(self, text: str) -> None:
         # One write, so that lines of several processes do not mix.
-        self._stream.write(f"{self._prefix}{text}\n")
+        self._stream.write(f"{self._prefix}{printable(text)}\n")
         self._stream.flush()
 
 
@@ -149,7 +150,7 @@ class Bars(_Shown):
         self._task = None
 
     def _print(self, text: str) -> None:
-        self._progress.console.print(text, markup=False)
+        self._progress.console.print(printable(text), markup=False)
 
     def _show(self, completed: int | None, status: str) -> None:
         if self._task is not None:

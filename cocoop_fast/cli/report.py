@@ -52,4 +52,4 @@ def command(
         plots = [f"{picture.name}{suffix}" for picture in report.pictures for suffix in (".svg", ".png")]
         output.print_json({"command": "report", "page": str(page), "plots": plots})
     else:
-        print(f"Written: {page}, with {len(report.pictures)} plots as SVG and PNG beside it")
+        output.say(f"Written: {page}, with {len(report.pictures)} plots as SVG and PNG beside it")

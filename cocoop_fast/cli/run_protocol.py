@@ -205,11 +205,11 @@ def finish(
         output.print_json({"command": "run", "output_dir": str(experiment.root), **results})
     else:
         entries = make_table(experiment, outcomes)
-        print(experiment.protocol.title)
+        output.say(experiment.protocol.title)
         output.print_table(*columns_and_rows(entries), left=2)
         for note in notes(entries, outcomes):
-            print(note)
-        print(f"Written: results.json, table.md and table.csv in {experiment.root}")
+            output.say(note)
+        output.say(f"Written: results.json, table.md and table.csv in {experiment.root}")
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     output.warn([f"{outcome.cell} failed: {' '.join(outcome.error.split())}" for outcome in failed])
     if failed:

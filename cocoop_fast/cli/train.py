@@ -115,4 +115,4 @@ def _print(results: Results) -> None:
         print(
             "Accuracy in percent. Base: classes trained on; new: classes never seen; H: their harmonic mean."
         )
-    print(f"Run directory: {results.output_dir}")
+    output.say(f"Run directory: {results.output_dir}")

@@ -132,7 +132,7 @@ def command(
 
 def _print(found: dict[str, Any], verdicts: list[Verdict]) -> None:
     images = output.images(found["batch"])
-    print(f"{found['model']}: {found['classes']} classes, {images} a step, {found['device']}.")
+    output.say(f"{found['model']}: {found['classes']} classes, {images} a step, {found['device']}.")
     output.print_table(
         ["Path", "In", *COLUMNS.values(), "Verdict"],
         [
@@ -153,7 +153,7 @@ def _print(found: dict[str, Any], verdicts: list[Verdict]) -> None:
     for verdict in verdicts:
         for name, error, most in verdict.outside():
             path = f"{verdict.contestant.name} in {verdict.contestant.precision}"
-            print(f"{path}: {COLUMNS[name].lower()} is off by {error:.1e}, but {most:.1e} is allowed.")
+            output.say(f"{path}: {COLUMNS[name].lower()} is off by {error:.1e}, but {most:.1e} is allowed.")
     print("Equivalent: every error is within its bound." if found["within"] else "NOT equivalent.")
 
 

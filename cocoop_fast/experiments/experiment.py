@@ -22,7 +22,7 @@ from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.experiments.training_run import TrainingRun, refuse_other_images
 from cocoop_fast.methods import knows_other_classes
 from cocoop_fast.runs import checkpoint, reference_checkpoint
-from cocoop_fast.runs.directory import RunDirectory, check_same_run, open_run, read_run
+from cocoop_fast.runs.directory import RunDirectory, check_same_run, open_run, read_run, refuse_link
 from cocoop_fast.runs.recipe import resolve, with_data, with_method
 from cocoop_fast.training.observer import Observer
 
@@ -111,6 +111,8 @@ def opened(
         UserError: a check failed.
     """
     _refuse_untrainable(plans, material.dataset)
+    for plan in plans[1:]:
+        refuse_link(plan.output_dir)
     if overwrite or any(RunDirectory(plan.output_dir).results() is None for plan in plans):
         for plan in plans:  # is anything wrong with model, images, prompts and class names?
             for subset in material.tested(plan.prompt):
@@ -165,6 +167,7 @@ def _run_method(config: ResolvedConfig, directory: RunDirectory, material: Mater
     metrics = material.evaluate(config.prompt, learned, str(directory.path), training.observer, subsets)
     row = _row(config, metrics, training.trainer.seconds)
     if ranks.is_first:
+        directory.refuse_gone()
         if "ctx" in learned:
             reference_checkpoint.save(
                 directory.prompt_learner,

@@ -126,4 +126,8 @@ def _checked_momentum(
             "with `cocoop-fast eval --reference-checkpoint`.",
             exit_status=1,
         )
+    if not all(value.isfinite().all() for value in theirs.momentum.values()):
+        raise UserError(
+            f"{theirs.path} has momentum that is not finite, so training cannot go on from it.", exit_status=1
+        )
     return theirs.momentum

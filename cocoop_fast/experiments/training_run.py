@@ -51,7 +51,9 @@ class TrainingRun:
         self._ranks = material.ranks
         if self._ranks.is_first:
             next_rate = partial(learning_rate, config.optim) if config.reference_compat else None
-            log = RunLog(directory.path, config.print_freq, config.data.subset, next_rate)
+            log = RunLog(
+                directory.path, config.print_freq, config.data.subset, next_rate, directory.refuse_gone
+            )
             self.observer = Observers(log, material.observer)
         self._train = material.classes(config.data.subset)
         self._mapping, self._fingerprint = to_mapping(config), fingerprint(self._train)
@@ -173,7 +175,13 @@ class TrainingRun:
     def save(self) -> None:
         """Write a checkpoint; the first rank does so for all."""
         if self._ranks.is_first:
-            self.observer.on_checkpoint(checkpoint.save(self.directory.checkpoints, self.state()))
+            try:
+                self.directory.refuse_gone()
+                path = checkpoint.save(self.directory.checkpoints, self.state())
+            except UserError as error:
+                self.directory.refuse_gone(error.__cause__)  # it may have gone just now
+                raise
+            self.observer.on_checkpoint(path)
 
 
 def fingerprint(dataset: Dataset) -> str:

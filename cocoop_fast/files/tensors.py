@@ -28,10 +28,14 @@ class TensorFiles:
     Args:
         folder: made when the first file is written.
         on_message: told when a file is damaged.
+        parents: folders above it are made as well. Not so in a run directory, which somebody may have deleted.
     """
 
-    def __init__(self, folder: Path, on_message: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, folder: Path, on_message: Callable[[str], None] | None = None, *, parents: bool = True
+    ) -> None:
         self.folder = folder
+        self._parents = parents
         self._on_message = on_message or (lambda text: None)
 
     def find(self, name: str, key: str) -> Tensors | None:
@@ -67,7 +71,7 @@ class TensorFiles:
         if found is not None:
             return found
         path = self._path(name, key)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=self._parents, exist_ok=True)
         with locked(path.with_suffix(".lock")):
             found = self.find(name, key)  # another process may have made it in the meantime
             if found is None:

@@ -10,6 +10,7 @@ from cocoop_fast.config import DataConfig
 from cocoop_fast.errors import UserError
 from cocoop_fast.experiments import experiment
 from cocoop_fast.experiments.shared import Shared
+from cocoop_fast.files.atomic import make_folder
 from cocoop_fast.protocols.cells import Cell
 from cocoop_fast.runs.directory import RunDirectory
 from cocoop_fast.runs.log import RunLog
@@ -91,7 +92,7 @@ def _run_test(cell: Cell, name: str, data: DataConfig, shared: Shared, observer:
         observer=_Named(name, Observers(log, observer)),
         shared=shared,
     )[data.subset]
-    folder.path.mkdir(exist_ok=True)
+    make_folder(folder.path)
     folder.write_results({"test": asked, **metrics.summary()})
     return metrics.accuracy
 

@@ -10,7 +10,7 @@ import jinja2
 from cocoop_fast.config import flatten, to_mapping
 from cocoop_fast.protocols.outputs import notes
 from cocoop_fast.protocols.table import AVERAGE, METRICS, Entry, by_row, metrics_of
-from cocoop_fast.readable import readable_bytes, readable_flops, readable_time
+from cocoop_fast.readable import printable, readable_bytes, readable_flops, readable_time
 from cocoop_fast.report.chapters import Chapter
 from cocoop_fast.report.cost import Cost
 from cocoop_fast.report.sources import Source
@@ -37,6 +37,7 @@ def render(chapters: Sequence[Chapter], most_images: int) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cocoop_fast", "assets/report"),
         autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is HTML already
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

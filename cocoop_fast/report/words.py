@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from cocoop_fast.methods.records import METHODS, method_title
+from cocoop_fast.readable import printable
 from cocoop_fast.report.style import INK, PALETTE
 
 SUBSETS = {"base": "base classes", "new": "new classes", "all": "all classes"}
@@ -25,7 +26,7 @@ def method_colour(label: str) -> str:
 
 def data_name(dataset: str) -> str:
     """``oxford_pets`` as ``oxford pets``; an average says so."""
-    return dataset.replace("_", " ")
+    return printable(dataset.replace("_", " "))
 
 
 def slug(*parts: str) -> str:
@@ -34,7 +35,8 @@ def slug(*parts: str) -> str:
 
 
 def shorten(text: str, limit: int = 24) -> str:
-    """Cut in the middle, where names differ least."""
+    """Cut in the middle, where names differ least; without control characters, for a drawing."""
+    text = printable(text)
     if len(text) <= limit:
         return text
     kept = limit - 1

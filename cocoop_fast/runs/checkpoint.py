@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.files.atomic import sync_directory, write_atomically
+from cocoop_fast.files.atomic import make_folder, sync_directory, write_atomically
 from cocoop_fast.methods.base import PromptClassifier
 
 _MAGIC = "cocoop_fast checkpoint"
 _VERSION = 1
 _NAME = re.compile(r"step-(\d{10})\.pt")
 _KEPT = 2  # the newest and, in case the disk damages it, the one before
+_SET_ASIDE = ".set-aside"  # what follows the name of a file that cannot be read
+_ADVICE = "delete it to go on from an older checkpoint, or start again with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,23 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write ``folder/step-<step>.pt`` durably, then delete all but the two newest files.
 
+    Files that cannot be read do not count among the two. They get another name, and are never deleted.
+
     Raises:
-        UserError: the file cannot be written (no space, no permission).
+        UserError: the file cannot be written (no space, no permission), or what it would hold is not finite.
     """
     path = folder / f"step-{checkpoint.step:010d}.pt"
+    bad = _not_finite(vars(checkpoint))
+    if bad is not None:
+        raise UserError(
+            f"After step {checkpoint.step}, {bad} is not finite, so it is not saved in {folder}; what was saved before is "
+            "kept. Use a smaller learning rate.",
+            exit_status=1,
+        )
     content = {"format": _MAGIC, "version": _VERSION, **vars(checkpoint)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        _set_aside_unreadable(folder)
         write_atomically(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         raise UserError(
@@ -71,9 +83,8 @@ def load(path: Path) -> Checkpoint:
     """Read and verify one file. No code in it is run.
 
     Raises:
-        UserError: missing, torn or altered, or not a checkpoint of this program and version.
+        UserError: missing, torn or altered, not a checkpoint of this program and version, or not finite.
     """
-    advice = "delete it to go on from an older checkpoint, or start again with --overwrite"
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -82,12 +93,12 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"The checkpoint {path} does not exist.", exit_status=1) from error
     except Exception as error:  # zip, pickle and torch each raise their own on a file that is not theirs
         raise UserError(
-            f"The checkpoint {path} is damaged or not a checkpoint; {advice}.", exit_status=1
+            f"The checkpoint {path} is damaged or not a checkpoint; {_ADVICE}.", exit_status=1
         ) from error
     if damaged:
-        raise UserError(f"The checkpoint {path} is damaged (in {damaged}); {advice}.", exit_status=1)
+        raise UserError(f"The checkpoint {path} is damaged (in {damaged}); {_ADVICE}.", exit_status=1)
     if not isinstance(content, dict) or content.get("format") != _MAGIC:
-        raise UserError(f"{path} is not a checkpoint of cocoop_fast; {advice}.", exit_status=1)
+        raise UserError(f"{path} is not a checkpoint of cocoop_fast; {_ADVICE}.", exit_status=1)
     if content.get("version") != _VERSION:
         raise UserError(
             f"{path} is a checkpoint of format {content.get('version')}, and this version of cocoop_fast reads "
@@ -96,7 +107,18 @@ def load(path: Path) -> Checkpoint:
         )
     names = [field.name for field in fields(Checkpoint)]
     if any(name not in content for name in names):
-        raise UserError(f"The checkpoint {path} is incomplete; {advice}.", exit_status=1)
+        raise UserError(f"The checkpoint {path} is incomplete; {_ADVICE}.", exit_status=1)
+    if not _is_named_tensors(content["parameters"]) or not isinstance(content["optimizer"], dict):
+        raise UserError(
+            f"The checkpoint {path} holds something else than parameters; {_ADVICE}.", exit_status=1
+        )
+    bad = _not_finite(content)
+    if bad is not None:
+        raise UserError(
+            f"The checkpoint {path} has values that are not finite in {bad}: its training diverged, or it was altered; "
+            f"{_ADVICE}.",
+            exit_status=1,
+        )
     return Checkpoint(**{name: content[name] for name in names})
 
 
@@ -105,7 +127,7 @@ def load_newest(folder: Path, on_message: Callable[[str], None] | None = None) -
 
     Args:
         folder: where :func:`save` wrote.
-        on_message: told of a damaged file that was passed over.
+        on_message: told of a file that cannot be read, or is not finite, and was passed over.
 
     Raises:
         UserError: there are files, and none can be read.
@@ -135,7 +157,7 @@ def learned_parameters(model: PromptClassifier) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_parameters(model: PromptClassifier, parameters: dict[str, Tensor], where: str) -> None:
-    """Copy learned parameters into a model, converted to its dtype and device.
+    """Copy learned parameters into a model, converted to its dtype and device. If they do not fit, it stays as it was.
 
     Args:
         model: with a ``prompt_learner``.
@@ -143,7 +165,7 @@ def load_parameters(model: PromptClassifier, parameters: dict[str, Tensor], wher
         where: the file they come from, for messages.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: names or shapes differ, or a value is not finite (in the model's dtype).
     """
     own = dict(model.prompt_learner.named_parameters())
     check_parameters(own, parameters, where)
@@ -155,7 +177,7 @@ def check_parameters(own: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     """Compare what a model learns with what is to be loaded into it.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: names or shapes differ, or a value is not finite (in the model's dtype).
     """
     if own.keys() != parameters.keys():
         missing, extra = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
@@ -168,6 +190,40 @@ def check_parameters(own: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
                 f"{tuple(parameter.shape)}; use the CLIP model and context length it was trained with.",
                 exit_status=1,
             )
+        if not parameters[name].to(parameter.dtype).isfinite().all():
+            raise UserError(
+                f"{where} has `{name}` with values that are not finite in {str(parameter.dtype).removeprefix('torch.')}; "
+                "its training diverged, or the file was altered.",
+                exit_status=1,
+            )
+
+
+def _is_named_tensors(values: object) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        for name, value in values.items()
+    )
+
+
+def _not_finite(content: Mapping[str, Any]) -> str | None:
+    """The first parameter, or the optimizer's memory of one, that has a NaN or an infinite value."""
+    for name, value in content["parameters"].items():
+        if not value.isfinite().all():
+            return f"`{name}`"
+    states = content["optimizer"].get("state")
+    for state in states.values() if isinstance(states, dict) else ():
+        for name, value in state.items() if isinstance(state, dict) else ():
+            if isinstance(value, Tensor) and value.layout == torch.strided and not value.isfinite().all():
+                return f"the optimizer's `{name}`"
+    return None
+
+
+def _set_aside_unreadable(folder: Path) -> None:
+    for path in _files(folder):
+        try:
+            load(path)
+        except UserError:
+            path.replace(path.with_name(path.name + _SET_ASIDE))
 
 
 def _files(folder: Path) -> list[Path]:

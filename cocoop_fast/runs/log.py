@@ -11,6 +11,9 @@ from typing import Any
 
 from cocoop_fast.engine.memory import peak_of_process
 from cocoop_fast.evaluation.metrics import Metrics
+from cocoop_fast.files.atomic import make_folder, through_no_link
+from cocoop_fast.readable import printable
+from cocoop_fast.runs.directory import DELETION_SECONDS
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Means, Observer, RunInfo, StepInfo
 
 
@@ -27,6 +30,7 @@ class RunLog(Observer):
         print_freq: batches between lines.
         trained_on: the subset of classes whose accuracy belongs into ``log.txt``.
         next_rate: the learning rate of an epoch, to print the next one's at an epoch's last batch, as the reference does.
+        before_writing: raises if the run directory is gone.
     """
 
     def __init__(
@@ -35,13 +39,16 @@ class RunLog(Observer):
         print_freq: int,
         trained_on: str,
         next_rate: Callable[[int], float] | None = None,
+        before_writing: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = folder
         self._print_freq = print_freq
         self._trained_on = trained_on
         self._next_rate = next_rate
+        self._before_writing = before_writing
         self._device = "cpu"
         self._means = Means()
+        self._written: set[Path] = set()
         _end_torn_line(folder / "metrics.jsonl")
         _end_torn_line(folder / "log.txt")
 
@@ -98,16 +105,30 @@ class RunLog(Observer):
         folder = self._folder
         if info.subset != self._trained_on:
             folder = folder / f"test_{info.subset}"
-            folder.mkdir(exist_ok=True)
-        _append(folder / "log.txt", evaluation_text(info.metrics))
+            self._before_writing()
+            make_folder(folder)
+        self._append(folder / "log.txt", evaluation_text(info.metrics))
         self._record("evaluation", subset=info.subset, seconds=info.seconds, **info.metrics.summary())
 
     def _text(self, line: str) -> None:
-        _append(self._folder / "log.txt", line)
+        self._append(self._folder / "log.txt", printable(line))
 
     def _record(self, event: str, **values: Any) -> None:
         record = {"event": event, "unix_time": time.time(), **values}
-        _append(self._folder / "metrics.jsonl", json.dumps(record, ensure_ascii=False))
+        self._append(self._folder / "metrics.jsonl", json.dumps(record, ensure_ascii=False))
+
+    def _append(self, path: Path, text: str) -> None:
+        self._before_writing()
+        if path in self._written and not path.exists():
+            time.sleep(DELETION_SECONDS)  # is the run directory being deleted, or was it this file alone?
+            self._before_writing()
+        try:
+            with open(path, "a", encoding="utf-8", opener=through_no_link) as file:
+                file.write(text + "\n")
+        except OSError as error:
+            error.filename = str(path)  # a full disk does not say which file has no room
+            raise
+        self._written.add(path)
 
 
 def evaluation_text(metrics: Metrics) -> str:
@@ -122,14 +143,9 @@ def evaluation_text(metrics: Metrics) -> str:
     )
 
 
-def _append(path: Path, text: str) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text + "\n")
-
-
 def _end_torn_line(path: Path) -> None:
     """A killed process may have left half a line: end it, so that the next record has its own."""
     if path.exists():
-        with open(path, "rb+") as file:
+        with open(path, "rb+", opener=through_no_link) as file:
             if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
                 file.write(b"\n")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cocoop_fast.config import OptimConfig
 from cocoop_fast.errors import UserError
-from cocoop_fast.files.atomic import write_atomically
+from cocoop_fast.files.atomic import make_folder, write_atomically
 from cocoop_fast.files.torch_archive import read_archive
 from cocoop_fast.methods.base import PromptClassifier
 from cocoop_fast.training.schedule import reference_state
@@ -47,7 +47,7 @@ def load(path: Path) -> ReferenceCheckpoint:
             directory, or its ``prompt_learner`` folder).
 
     Raises:
-        UserError: missing, damaged, in the format of PyTorch before 1.6, or without a learned context.
+        UserError: missing, damaged, in the format of PyTorch before 1.6, without a learned context, or not finite.
     """
     path = _find(path)
     try:
@@ -72,6 +72,13 @@ def load(path: Path) -> ReferenceCheckpoint:
         for name, value in state.items()
         if isinstance(value, Tensor) and name not in _TOKEN_BUFFERS
     }
+    bad = [name for name, value in parameters.items() if not value.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"{path} has `{bad[0]}` with values that are not finite: its training diverged, or it was altered; use an "
+            "earlier checkpoint.",
+            exit_status=1,
+        )
     return ReferenceCheckpoint(
         parameters=parameters,
         momentum=_momentum(content.get("optimizer"), parameters),
@@ -116,7 +123,8 @@ def save(
         "val_result": accuracy,
     }
     path = folder / f"model.pth.tar-{epochs}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomically(path, lambda file: torch.save(content, file))
     write_atomically(folder / "checkpoint", lambda file: file.write(f"{path.name}\n".encode()))
     return path

@@ -45,7 +45,7 @@ class CachedViews:
         self._clip = clip
         self._batches = batches
         self._views = views
-        self._files = TensorFiles(folder, on_message)
+        self._files = TensorFiles(folder, on_message, parents=False)
         self._labels = torch.tensor([sample.label for sample in batches.samples])
         self._opened: dict[int, Tensor] = {}
 

@@ -113,6 +113,18 @@ def test_what_cannot_be_continued_is_refused_and_nothing_written(tmp_path):
     refused("no momentum of SGD", file=saved(tmp_path, whole, optimizer={"state": {0: {}}}))
     refused("does not say how many epochs", file=saved(tmp_path, whole, epoch=None))
     refused("was trained 9 epochs, but the configuration says 2", file=saved(tmp_path, whole, epoch=9))
+    ctx = torch.full_like(whole["state_dict"]["ctx"], float("nan"))
+    refused(
+        "`ctx` with values that are not finite",
+        saved(tmp_path, whole, state_dict={**whole["state_dict"], "ctx": ctx}),
+    )
+    momentum = {
+        i: {"momentum_buffer": one["momentum_buffer"] / 0} for i, one in whole["optimizer"]["state"].items()
+    }
+    refused(
+        "momentum that is not finite",
+        saved(tmp_path, whole, optimizer={**whole["optimizer"], "state": momentum}),
+    )
     refused("shape", prompt={"ctx_init": "", "n_ctx": 7})
     refused("also has meta_net", prompt__method="coop")
     refused("does not exist", file=tmp_path / "none")

@@ -39,7 +39,7 @@ def sample(step: int = 7) -> Checkpoint:
 
 def test_round_trip(tmp_path):
     saved = sample()
-    path = checkpoint.save(tmp_path / "deep" / "folder", saved)
+    path = checkpoint.save(tmp_path / "folder", saved)
     assert path.name == "step-0000000007.pt"
     loaded = checkpoint.load(path)
     assert torch.equal(loaded.parameters["ctx"], saved.parameters["ctx"])
@@ -66,6 +66,57 @@ def test_the_two_newest_are_kept(tmp_path):
         checkpoint.save(tmp_path, sample(step))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000000010.pt", "step-0000009000.pt"]
     assert checkpoint.load_newest(tmp_path).step == 9000
+
+
+def test_what_is_damaged_displaces_nothing_that_is_whole(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, sample(step))
+    torn = (tmp_path / "step-0000000002.pt").read_bytes()[:-100]
+    (tmp_path / "step-0000000002.pt").write_bytes(torn)
+    checkpoint.save(tmp_path, sample(3))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-0000000001.pt", "step-0000000002.pt.set-aside", "step-0000000003.pt",
+    ]  # fmt: skip
+    (tmp_path / "step-0000000003.pt").write_bytes(b"")
+    assert checkpoint.load_newest(tmp_path).step == 1
+    checkpoint.save(tmp_path, sample(3))  # the run went on from there: the damaged file is not overwritten
+    assert (tmp_path / "step-0000000002.pt.set-aside").read_bytes() == torn
+    assert (tmp_path / "step-0000000003.pt.set-aside").read_bytes() == b""
+    assert [checkpoint.load(path).step for path in sorted(tmp_path.glob("*.pt"))] == [1, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["parameters", "optimizer"])
+def test_what_is_not_finite_is_neither_saved_nor_read(tmp_path, value, part):
+    diverged = sample(2)
+    tensor = {
+        "parameters": diverged.parameters["ctx"],
+        "optimizer": diverged.optimizer["state"][0]["momentum_buffer"],
+    }
+    tensor[part][1, 2] = value
+    checkpoint.save(tmp_path, sample(1))
+    with pytest.raises(UserError, match=r"After step 2, .* is not finite, so it is not saved") as error:
+        checkpoint.save(tmp_path, diverged)
+    assert error.value.exit_status == 1
+    path = tmp_path / "step-0000000002.pt"
+    torch.save({"format": "cocoop_fast checkpoint", "version": 1, **vars(diverged)}, path)
+    with pytest.raises(
+        UserError, match=r"has values that are not finite in .*delete it to go on from an older"
+    ):
+        checkpoint.load(path)
+    heard = []
+    assert checkpoint.load_newest(tmp_path, heard.append).step == 1 and "not finite" in heard[0]
+
+
+@pytest.mark.parametrize(
+    "parameters", [None, [], {"ctx": [1.0]}, {1: torch.ones(2)}, {"ctx": torch.eye(2).to_sparse()}]
+)
+def test_parameters_of_other_kinds(tmp_path, parameters):
+    path = tmp_path / "step-0000000001.pt"
+    content = {"format": "cocoop_fast checkpoint", "version": 1, **vars(sample())}
+    torch.save({**content, "parameters": parameters}, path)
+    with pytest.raises(UserError, match=r"holds something else than parameters|damaged or not a checkpoint"):
+        checkpoint.load(path)
 
 
 def test_a_damaged_newest_file_is_passed_over(tmp_path):
@@ -169,3 +220,8 @@ def test_parameters_must_fit():
         checkpoint.load_parameters(model, {**good, "ctx": good["bias"]}, "file")
     with pytest.raises(UserError, match=r"`weight` of shape \(3, 4\) where the model needs \(2, 4\)"):
         checkpoint.load_parameters(model, {**good, "weight": torch.zeros(3, 4)}, "file")
+    with pytest.raises(UserError, match=r"file has `bias` with values that are not finite in float32"):
+        checkpoint.load_parameters(model, {**good, "bias": torch.tensor([0.0, float("nan")])}, "file")
+    with pytest.raises(UserError, match=r"not finite in float16"):
+        checkpoint.load_parameters(model.half(), {**good, "bias": torch.tensor([0.0, 1e6])}, "file")
+    assert all(value.isfinite().all() for value in model.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -67,17 +68,51 @@ def test_other_peoples_files_are_left_alone(tmp_path):
     assert (tmp_path / "log.txt").read_text() == "somebody's log"
 
 
-def test_overwriting_discards_the_run_and_nothing_else(tmp_path):
-    with open_run(config(tmp_path)) as directory:
-        directory.write_results({})
-        (tmp_path / "checkpoints").mkdir()
-        (tmp_path / "checkpoints" / "step-0000000001.pt").write_text("x")
-        (tmp_path / "notes.md").write_text("mine")
-        (tmp_path / "coop").mkdir()
+OURS = (
+    "results.json", "log.txt", "metrics.jsonl", ".results.json.tmp", "checkpoints/step-0000000001.pt",
+    "checkpoints/.step-0000000002.pt.tmp", "few_shot/shot_2-seed_1-0a1b.json", "prompt_learner/checkpoint",
+    "prompt_learner/model.pth.tar-10", "views/view1-0123456789abcdef01234567.safetensors", "test_new/log.txt",
+    "test_dtd/results.json", "tensorboard/events.out.tfevents.1.host.2.0",
+)  # fmt: skip
+FOREIGN = (
+    "notes.md", "test_utils.py", "test_results_2024.csv", "test_data/a", "test_data/log.txt", "coop/log.txt",
+    "checkpoints/weights.bin", "checkpoints/best/step-0000000001.pt", "few_shot/notes.json", "views/home.html",
+    "prompt_learner/model.pth.tar-best", "test_new/predictions.csv",
+)  # fmt: skip
+
+
+def write(folder, names, text="precious"):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_overwriting_discards_what_the_run_wrote_and_nothing_else(tmp_path):
+    with open_run(config(tmp_path)):
+        write(tmp_path, (*OURS, *FOREIGN))
     with open_run(config(tmp_path, seed=2), overwrite=True) as directory:
         assert directory.results() is None
-    found = {path.name for path in tmp_path.iterdir()}
-    assert found == {".lock", "config.yaml", "notes.md", "coop"}
+    assert files_in(tmp_path) == {".lock", "config.yaml", *FOREIGN}
+    assert not (tmp_path / "tensorboard").exists()  # an emptied folder goes as well
+
+
+@pytest.mark.parametrize("content", ["name: my web app", "optim: {lr: 0.1}", "[", "- a list", "", "\0"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_that_no_run_began_is_left_as_it_is(tmp_path, content, overwrite):
+    """Even one that has files by all the names of ours."""
+    write(tmp_path, (*OURS, *FOREIGN))
+    write(tmp_path, ["config.yaml"], content)
+    with (
+        pytest.raises(UserError, match=r"config.yaml that no run of this version of cocoop_fast wrote"),
+        open_run(config(tmp_path), overwrite=overwrite),
+    ):
+        pass
+    assert files_in(tmp_path) == {"config.yaml", *OURS, *FOREIGN}
+    assert (tmp_path / "config.yaml").read_text() == content
 
 
 def _hold(path, ready, done):
@@ -95,6 +130,47 @@ def test_two_runs_at_once(tmp_path):
     with pytest.raises(UserError, match=r"Another process is running in"), open_run(config(tmp_path)):
         pass
     other.kill()  # a killed process leaves no lock behind
+    other.join()
+    with open_run(config(tmp_path)):
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a locked file cannot be removed there")
+@pytest.mark.parametrize("removed", [False, True])
+def test_two_runs_in_two_threads(tmp_path, removed):
+    """Also after a cleaner of hidden files has been there."""
+    said = []
+
+    def other():
+        try:
+            with open_run(config(tmp_path)):
+                said.append("ran")
+        except UserError as error:
+            said.append(str(error))
+
+    with open_run(config(tmp_path)):
+        if removed:
+            (tmp_path / ".lock").unlink()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "Another process is running in" in said.pop()
+    other()
+    assert said == ["ran"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a locked file cannot be removed there")
+def test_two_processes_after_the_lock_file_was_removed(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(30)
+    (tmp_path / ".lock").unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"Another process is running in"), open_run(config(tmp_path)):
+            pass
+    done.set()
     other.join()
     with open_run(config(tmp_path)):
         pass
@@ -151,3 +227,45 @@ def test_children_that_outlive_a_killed_run_do_not_keep_its_directory(tmp_path):
             pass
     finally:
         os.kill(child.value, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [".lock", "log.txt", "metrics.jsonl", "results.json", "config.yaml", "checkpoints", "views", "few_shot"],
+)
+def test_links_that_somebody_prepared(tmp_path, name, begun, overwrite):
+    victim = tmp_path / "victim"
+    write(victim, ["step-0000000001.pt"])
+    path = tmp_path / "run"
+    path.mkdir()
+    if begun:
+        with open_run(config(path)):
+            pass
+        (path / name).unlink(missing_ok=True)
+    is_folder = "." not in name
+    (path / name).symlink_to(victim if is_folder else victim / "step-0000000001.pt")
+    with (
+        pytest.raises(
+            UserError, match=rf"run/{name} is a symbolic link, and a run writes through none"
+        ) as error,
+        open_run(config(path), overwrite=overwrite),
+    ):
+        pass
+    assert error.value.exit_status == 1
+    assert (victim / "step-0000000001.pt").read_text() == "precious"
+
+
+def test_the_output_directory_itself_may_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    with open_run(config(tmp_path / "run")):
+        pass
+    assert (tmp_path / "disk" / "config.yaml").is_file()
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match=r"config.yaml is not a file"), open_run(config(tmp_path)):
+        pass

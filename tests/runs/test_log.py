@@ -110,3 +110,25 @@ def test_a_line_torn_by_a_crash_does_not_swallow_the_next(tmp_path):
     RunLog(tmp_path, print_freq=1, trained_on="base").on_step(step(1))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines[1] == '{"event": "st' and json.loads(lines[2])["loss"] == 1.0
+
+
+def test_no_log_is_written_through_a_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "log.txt").write_text("precious")
+    log = RunLog(tmp_path, print_freq=20, trained_on="base")
+    (tmp_path / "log.txt").symlink_to(victim / "log.txt")
+    (tmp_path / "test_new").symlink_to(victim)
+    for write in (
+        lambda: log.on_message("hello"),
+        lambda: log.on_evaluation_end(result("new", 4)),
+        lambda: RunLog(tmp_path, print_freq=20, trained_on="base"),
+    ):
+        with pytest.raises(OSError, match="symbolic links"):
+            write()
+    assert (victim / "log.txt").read_text() == "precious"
+
+
+def test_names_in_a_log_do_nothing_to_a_terminal(tmp_path):
+    RunLog(tmp_path, print_freq=20, trained_on="base").on_message("left out: \x1b]0;pwned\x07.jpg")
+    assert (tmp_path / "log.txt").read_text() == r"left out: \u001b]0;pwned\u0007.jpg" + "\n"

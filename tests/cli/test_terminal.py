@@ -1,0 +1,90 @@
+"""Names of other people's files and classes do nothing to a terminal, nor to a drawing."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+from tiny_runs import write_images
+
+from cocoop_fast import UserError, cli
+from cocoop_fast.cli import output
+from cocoop_fast.cli.progress import Lines
+
+TITLE, CLIPBOARD = "\x1b]0;pwned\x07", "\x9b2J\x1b]52;c;cHduZWQ=\x07"
+HOSTILE = f"{TITLE}{CLIPBOARD}\u202ecat"
+
+
+def harmless(text: str) -> str:
+    """The text, which is what a terminal may be sent."""
+    assert not [
+        one
+        for one in text
+        if (ord(one) < 32 and one not in "\t\n") or 127 <= ord(one) < 160 or one == "\u202e"
+    ]
+    return text
+
+
+def test_names_on_the_command_line(tmp_path, capsys):
+    [image] = write_images(tmp_path, 1)
+    assert cli.run(["predict", str(image), "--classes", f"{HOSTILE},dog", "--device", "cpu"]) == 0
+    assert r"\u001b]0;pwned\u0007" in harmless(capsys.readouterr().out)
+    assert cli.run(["predict", str(image), "--classes", f"{HOSTILE},dog", "--device", "cpu", "--json"]) == 0
+    line = harmless(capsys.readouterr().out)
+    names = {one["name"] for one in json.loads(line)["predictions"][0]["classes"]}
+    assert names == {HOSTILE, "dog"}  # a program gets what it was given
+
+
+def test_names_in_a_list(tmp_path, capsys):
+    write_images(tmp_path / "one", 2)
+    rows = ["path,classname,split", f"{HOSTILE}.png,a,train", "one/001.png,b,test"]
+    (tmp_path / "list.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    arguments = ["--root", str(tmp_path / "list.csv"), "-o", str(tmp_path / "out"), "--subset", "all"]
+    assert cli.run(["train", "-q", "--no-compare", *arguments]) in (1, 2)
+    said = harmless(capsys.readouterr().err)
+    assert said.startswith("error: ") and r"\u001b]0;pwned" in said
+
+
+@pytest.mark.parametrize(
+    "tell",
+    [
+        lambda: output.say(HOSTILE),
+        lambda: output.warn([HOSTILE]),
+        lambda: output.teller("report", silent=False)(HOSTILE),
+        lambda: output.print_table(["Name", HOSTILE], [[HOSTILE, "1"]]),
+        lambda: output.print_json({HOSTILE: [HOSTILE]}),
+    ],
+)
+def test_everything_that_is_printed(capsys, tell):
+    tell()
+    printed = capsys.readouterr()
+    assert "pwned" in harmless(printed.out + printed.err)
+
+
+def test_progress(capsys):
+    import sys
+
+    Lines(sys.stderr, "[cell] ").on_message(HOSTILE)
+    assert "pwned" in harmless(capsys.readouterr().err)
+
+
+def test_errors(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise UserError(f"The image {HOSTILE} cannot be read.")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert cli.run([]) == 2
+    assert "pwned" in harmless(capsys.readouterr().err)
+
+
+def test_drawings():
+    pytest.importorskip("matplotlib")
+    from cocoop_fast.report.style import drawing, picture
+    from cocoop_fast.report.words import data_name, method_name, shorten
+
+    with drawing(6.0) as (figure, axes):
+        axes.set_yticks([0, 1], [shorten(HOSTILE), shorten(HOSTILE, 20)])
+        axes.set_title(f"{method_name(shorten(HOSTILE))} on {data_name(HOSTILE)}")
+        drawn = picture(figure, "name", alt="", caption="")
+    ET.fromstring(harmless(drawn.svg))  # XML has no place for control characters either
