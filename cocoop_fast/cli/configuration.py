@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,7 @@ def build(
         if fields.get("model.name", merged.get("model.name")) != merged.get("model.name"):
             merged.pop("model.pretrained", None)  # those were the weights of another architecture
         merged.update(fields)
+    _expand_home(merged)
     _name_data(merged)
     if str(merged.get("prompt.csc", "")).lower() == "true":
         merged.setdefault("prompt.ctx_init", "")  # contexts of single classes begin from random vectors
@@ -155,6 +157,20 @@ def _openai_spelling(fields: dict[str, Any]) -> None:
     if found is not None:
         fields["model.name"] = found[0]
         fields.setdefault("model.pretrained", found[1])
+
+
+def _expand_home(merged: dict[str, Any]) -> None:
+    """``~`` in paths, as a shell does where it sees one: not after ``--root=``, nor in a file."""
+    for field in (
+        "data.root",
+        "data.few_shot",
+        "data.class_names",
+        "model.name",
+        "model.pretrained",
+        "output_dir",
+    ):
+        if str(merged.get(field, "")).startswith("~"):
+            merged[field] = os.path.expanduser(str(merged[field]))
 
 
 def _name_data(merged: dict[str, Any]) -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cocoop_fast.data import content
 from cocoop_fast.data.dataset import Sample, Splits
 from cocoop_fast.errors import UserError
 
 _SHOWN = 3
-_SAMPLE = 4096  # bytes that tell nearly all different files of one size apart
-_THREADS = 8
 
 
 def look_for_duplicates(splits: Splits, root: Path, where: str) -> tuple[str, ...]:
@@ -74,8 +70,8 @@ def _same_content(root: Path, sources: Iterable[str]) -> list[list[str]]:
     """Groups of two or more sources whose files hold the same bytes. Few files are read in full: those of one size
     that agree in the middle."""
     groups = [list(sources)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for look in (_size, _middle, _digest):
+    with ThreadPoolExecutor(content.THREADS) as pool:
+        for look in (content.size, content.middle, content.whole):
             finer: list[list[str]] = []
             for group in groups:
                 by_look: dict[Hashable, list[str]] = defaultdict(list)
@@ -85,35 +81,3 @@ def _same_content(root: Path, sources: Iterable[str]) -> list[list[str]]:
                 finer += [same for same in by_look.values() if len(same) > 1]
             groups = finer
     return groups
-
-
-def _size(path: Path) -> int | None:
-    try:
-        found = path.stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) and found.st_size else None
-
-
-def _middle(path: Path) -> bytes | None:
-    return _bytes(path, _SAMPLE)
-
-
-def _digest(path: Path) -> bytes | None:
-    return _bytes(path, None)
-
-
-def _bytes(path: Path, count: int | None) -> bytes | None:
-    """A digest of so many bytes in the middle of a file, or of all."""
-    try:
-        with open(path, "rb") as file:
-            if count is None:
-                digest = hashlib.blake2b(digest_size=16)
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                return digest.digest()
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, (size - count) // 2))
-            return hashlib.blake2b(file.read(count), digest_size=16).digest()
-    except OSError:
-        return None  # it is named when images are checked

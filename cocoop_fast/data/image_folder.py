@@ -13,7 +13,7 @@ from cocoop_fast.data.class_names import note_on_names, read_class_names
 from cocoop_fast.data.dataset import Dataset, Sample, Splits, prompt_name
 from cocoop_fast.data.duplicates import look_for_duplicates
 from cocoop_fast.data.images import FileReader, endings
-from cocoop_fast.data.listing import natural_order, visible_files, visible_folders
+from cocoop_fast.data.listing import holds_runs, natural_order, visible_files, visible_folders
 from cocoop_fast.data.split import split_by_class
 from cocoop_fast.data.split_names import looks_like_split, split_of
 from cocoop_fast.errors import UserError
@@ -82,7 +82,10 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, Path]:
 
     A folder called "train" may be a class of vehicles: it is a split only if it holds folders itself.
     """
-    folders = visible_folders(root)
+    folders = _class_folders(root)
+    for folder in visible_folders(root):
+        if folder not in folders:
+            listing.runs.append(f"{folder.name}/")
     found = [folder for folder in folders if split_of(folder.name)]
     splits: dict[str, Path] = {}
     for folder in found:
@@ -127,7 +130,7 @@ def _refuse_splits_as_classes(root: Path, folders: list[Path]) -> None:
 
 def _classes(folder: Path, names_file: Path | None) -> dict[str, str]:
     """Folder name -> class name, in the natural order of folder names."""
-    folders = sorted(visible_folders(folder), key=lambda path: natural_order(path.name))
+    folders = sorted(_class_folders(folder), key=lambda path: natural_order(path.name))
     if not folders:
         raise UserError(f"{folder} has no class folders; {_ADVICE}.")
     if len(folders) == 1:
@@ -150,6 +153,11 @@ def _classes(folder: Path, names_file: Path | None) -> dict[str, str]:
         taken[name] = path.name
         names[_same_form(path.name)] = name
     return names
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    """Without those that hold runs."""
+    return [one for one in visible_folders(folder) if not holds_runs(one)]
 
 
 def _deeper(folder: Path) -> str:
@@ -176,6 +184,7 @@ class _Listing:
     left_out: Counter[str] = field(default_factory=Counter)
     nested: dict[str, int] = field(default_factory=dict)  # images in folders within a class's, by folder
     renamed: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.leave_out_files(self.root)
@@ -184,7 +193,7 @@ class _Listing:
         """The images of the class folders in ``folder``, class by class."""
         labels = {name: label for label, name in enumerate(classnames)}
         found: dict[int, list[Sample]] = {}
-        for path in visible_folders(folder):
+        for path in _class_folders(folder):
             name = _same_form(path.name)
             if name not in labels:
                 raise UserError(f"Class {path.name!r} is in {folder} but not among the classes to train on.")
@@ -207,6 +216,8 @@ class _Listing:
 
     def notes(self) -> tuple[str, ...]:
         notes = [f"In {self.root} {', '.join(self.renamed)}."] if self.renamed else []
+        if self.runs:
+            notes.append(f"In {self.root} {', '.join(self.runs)} holds runs, and is not read as a class.")
         counts = [_counted(what, count) for what, count in sorted(self.left_out.items()) if count]
         if counts:
             notes.append(f"Left out below {self.root}: {', '.join(counts)}.")

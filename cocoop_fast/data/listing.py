@@ -22,6 +22,15 @@ def visible_files(folder: Path) -> list[Path]:
     return [folder / name for name in _names(folder, directories=False)]
 
 
+def holds_runs(folder: Path) -> bool:
+    """Whether a folder is a run's directory or has one a few folders down, as ``output/`` has."""
+    return any(
+        (config.parent / "log.txt").exists() or (config.parent / "results.json").exists()
+        for depth in range(4)
+        for config in folder.glob("*/" * depth + "config.yaml")
+    )
+
+
 def misplaced(root: Path, path: str) -> Path | None:
     """Where something lies that should be at ``root / path``: one folder too deep, or too high; ``None``: not there.
 

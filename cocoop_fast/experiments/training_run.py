@@ -10,6 +10,7 @@ from pathlib import Path
 from cocoop_fast.config import ResolvedConfig, to_mapping
 from cocoop_fast.data import Dataset
 from cocoop_fast.data.batches import TrainBatches
+from cocoop_fast.data.content import glances, size
 from cocoop_fast.data.few_shot_files import write_few_shot
 from cocoop_fast.data.transforms import Normalize, TrainTransform
 from cocoop_fast.errors import UserError
@@ -185,9 +186,20 @@ class TrainingRun:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A digest of the training images and their labels, in order."""
-    lines = "\n".join(f"{sample.label}\t{sample.source}" for sample in dataset.train)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    """A digest of the training images, in order: labels, names below the root, and what the files hold at a glance.
+
+    Of the test images' files the sizes enter, so that a folder of other versions of them is noticed.
+    """
+    root = getattr(dataset.read, "root", None)  # images in files have one, embedded images have not
+    digest = hashlib.sha256()
+    held = [""] * len(dataset.train)
+    if root is not None:
+        held = glances(root / str(sample.source) for sample in dataset.train)
+        for sample in dataset.test:
+            digest.update(f"{sample.source}\t{size(root / str(sample.source))}\n".encode())
+    for sample, content in zip(dataset.train, held, strict=True):
+        digest.update(f"{sample.label}\t{sample.source}\t{content}\n".encode())
+    return digest.hexdigest()
 
 
 def refuse_other_images(
@@ -201,7 +213,7 @@ def refuse_other_images(
     same = state.classnames == list(train.classnames)
     if not same or not (classes_alone or state.data_fingerprint == fingerprint(train)):
         raise UserError(
-            f"The training images in {train.where} are not those that the run in {path} began with; restore them, "
-            "choose another output directory, or use --overwrite.",
+            f"The images in {train.where} are not those that the run in {path} began with; restore them, choose another "
+            "output directory, or use --overwrite.",
             exit_status=1,
         )

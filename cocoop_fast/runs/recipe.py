@@ -49,7 +49,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
     if scale is not None and scale[0] > scale[1]:
         raise UserError(f"augment.crop_scale is {scale[0]:g} to {scale[1]:g}; give the smaller share first.")
     # Seeds lie side by side, as the reference's result parser expects them.
-    own_place = Path("output") / config.data.name / name / f"seed{config.seed}"
+    own_place = Path("output") / _data_name(config.data) / name / f"seed{config.seed}"
     return _as(
         ResolvedConfig,
         config,
@@ -74,6 +74,13 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
         ),
         output_dir=_given(config.output_dir, own_place),
     )
+
+
+def _data_name(data: DataConfig) -> str:
+    """Of the default directory: one's own images are told apart by the name of their folder or list."""
+    own = data.name in ("folder", "list") and data.root is not None
+    place = data.root.resolve().name if own and data.root is not None else ""
+    return f"{data.name}-{place}" if place else data.name
 
 
 def with_method(config: RunConfig, method: Method, output_dir: Path) -> RunConfig:

@@ -28,6 +28,17 @@ def test_later_layers_win(tmp_path):
     assert not built.is_default_experiment
 
 
+def test_home_is_meant_by_a_tilde_wherever_a_shell_does_not_see_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    file = tmp_path / "photos.yaml"
+    file.write_text("data: {root: ~/photos}\noutput_dir: ~/run")
+    config = configuration.build(files=[file]).config
+    assert (config.data.root, config.output_dir) == (tmp_path / "photos", tmp_path / "run")
+    config = configuration.build(options={"data.root": ("--root", "~/photos")}).config
+    assert (config.data.root, config.data.name) == (tmp_path / "photos", "folder")
+
+
 def test_a_written_configuration_reads_back_the_same(tmp_path):
     import yaml
 

@@ -357,3 +357,22 @@ def test_registry_says_what_is_missing(tmp_path):
     assert missing(DataConfig(name="folder", root=tmp_path)) == ()
     assert missing(DataConfig(name="folder", root=tmp_path / "x")) == (str(tmp_path / "x"),)
     assert REGISTRY["digits"].missing(DataConfig()) == ()
+
+
+@pytest.mark.parametrize("place", ["output", "output/folder-x/cocoop/seed1"])
+def test_a_directory_of_runs_is_no_class(tmp_path, place):
+    for name in "abc":
+        write_images(tmp_path / name, 4)
+    write_images(tmp_path / place / "images", 2)  # a report's pictures
+    for name in ("config.yaml", "log.txt"):
+        (tmp_path / place / name).touch()
+    data = load(tmp_path)
+    assert data.classnames == ("a", "b", "c")
+    assert f"In {tmp_path} output/ holds runs, and is not read as a class." in data.notes
+
+
+def test_a_class_may_have_a_file_of_that_name(tmp_path):
+    for name in "abc":
+        write_images(tmp_path / name, 4)
+    (tmp_path / "a/config.yaml").touch()
+    assert load(tmp_path).classnames == ("a", "b", "c")

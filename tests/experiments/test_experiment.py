@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import StopAfter, tiny_config, use_tiny_clip, write_images
 
 from cocoop_fast import UserError
@@ -244,6 +246,23 @@ def test_changed_images_are_noticed(tmp_path):
     write_images(moved, 9)
     with pytest.raises(UserError, match=r"not those that the run in .* began with"):
         run(config)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_finished_run_is_not_shown_for_other_images_of_the_same_names(tmp_path, split):
+    for part, count in (("train", 4), ("test", 2)):
+        for name in "abcd":
+            write_images(tmp_path / "raw" / part / name, count)
+    shutil.copytree(tmp_path / "raw", tmp_path / "cropped")
+    for image in (tmp_path / "cropped" / split).glob("*/*.png"):
+        Image.open(image).crop((4, 4, 18, 18)).save(image)
+    config = tiny_config(tmp_path / "run", data__name="folder", data__root=str(tmp_path / "raw"))
+    run(config)
+    before = (tmp_path / "run/config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"cropped are not those that the run in .* began with"):
+        run(replace(config, data=replace(config.data, root=tmp_path / "cropped")))
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
+    assert run(config).rows == run(config).rows  # its own are shown
 
 
 def test_a_moved_data_set_is_the_same(tmp_path):

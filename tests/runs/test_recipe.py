@@ -28,6 +28,20 @@ def test_cocoop():
     assert config.output_dir == Path("output/digits/cocoop/seed1")
 
 
+@pytest.mark.parametrize(
+    ("name", "root", "place"),
+    [
+        ("folder", "photos/cats", "folder-cats"),
+        ("list", "photos/cats.csv", "list-cats.csv"),
+        ("oxford_pets", "photos/cats", "oxford_pets"),
+        ("folder", "/", "folder"),
+    ],
+)
+def test_ones_own_images_have_a_directory_by_their_name(name, root, place):
+    config = resolved(data={"name": name, "root": root}, model={"device": "cpu"})
+    assert config.output_dir == Path("output") / place / "cocoop/seed1"
+
+
 @pytest.mark.parametrize(("shots", "epochs"), [(16, 200), (8, 200), (4, 100), (2, 100), (1, 50), (0, 50)])
 def test_coop_trains_longer_on_more_shots(shots, epochs):
     config = resolved(prompt={"method": "coop"}, data={"shots": shots})
