@@ -19,7 +19,7 @@ TOO_BUSY = 0.05  # share of the processors that other programs may use before ti
 @options.command()
 def command(
     *,
-    classes: Path | None = None,
+    classes: list[str] | None = None,
     k: Positive | None = None,
     model: str | None = None,
     pretrained: str | None = None,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ PANELS = {  # of the help; all others are in the first one
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}
 HELP = {
     "batch_size": "Images a step.",
-    "classes": "Class names, one a line. Default: ImageNet's.",
+    "classes": "Names separated by commas, or a file with one a line; may be repeated. Default: ImageNet's.",
     "config": "YAML file, ours or the reference's; may be repeated, later ones win.",
     "ctx_init": "Words that the context begins as; they fix its length.",
     "device": "auto, cpu, cuda or cuda:N.",
@@ -287,23 +288,56 @@ def methods_of(text: str, option: str) -> tuple[Method, ...]:
     return cast("tuple[Method, ...]", tuple(names))
 
 
-def class_names(path: Path | None, k: int | None, otherwise: int) -> tuple[str, ...]:
+def class_names(texts: list[str] | None, k: int | None, otherwise: int) -> tuple[str, ...]:
     """The names that ``--classes`` and ``--k`` ask for; of ImageNet, ``otherwise`` of them if nothing is said.
 
     Raises:
-        UserError: a file that is not such a list, or has too few names.
+        UserError: no such list, or too few names.
     """
-    from cocoop_fast.measure.problem import imagenet_names, read_class_names
+    from cocoop_fast.measure.problem import imagenet_names
 
-    if path is None:
+    names = class_list(texts)
+    if names is None:
         return imagenet_names(otherwise if k is None else k)
-    try:
-        names = read_class_names(path.read_text(encoding="utf-8").splitlines(), str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"The class list {path} is not text in UTF-8.", exit_status=1) from error
     if k is not None and k > len(names):
-        raise UserError(f"--k is {k}, but {path} holds {len(names)} class names.")
-    return names[:k]
+        raise UserError(f"--k is {k}, but --classes gives {len(names)} class names.")
+    return tuple(names[:k])
+
+
+def class_list(texts: list[str] | None) -> list[str] | None:
+    """The names that ``--classes`` gives, in every command: a file's lines, or separated by commas.
+
+    Args:
+        texts: of each ``--classes``; ``None`` or none: not given.
+
+    Raises:
+        UserError: a file that cannot be read, an empty name, one name given twice, or one name alone.
+    """
+    if not texts:
+        return None
+    names: list[str] = []
+    for text in texts:
+        path = os.path.expanduser(text.removeprefix("@"))
+        if text.startswith("@") or os.path.isfile(path):
+            from cocoop_fast.data.listing import text_lines
+
+            names += text_lines(Path(path))
+        else:
+            names += text.split(",")
+    names = [" ".join(name.split()) for name in names]
+    if "" in names:
+        raise UserError(
+            "--classes has an empty class name; separate names by single commas, as in 'cat,dog'."
+        )
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise UserError(f"--classes names {twice!r} twice.")
+    if len(names) == 1:
+        raise UserError(
+            f"--classes gives one class, {names[0]!r}, and there is no file of that name; give two classes or more, or a "
+            "file with one a line."
+        )
+    return names
 
 
 def problem_spec(

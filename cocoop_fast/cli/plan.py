@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cocoop_fast.cli import options, output
@@ -24,7 +23,7 @@ STEP = ("rows", "gemm_flops", "flops", "bytes", "launches", "saved_bytes", "acti
 @options.command()
 def command(
     *,
-    classes: Path | None = None,
+    classes: list[str] | None = None,
     k: Positive | None = None,
     model: str = "ViT-B-16-quickgelu",
     batch_size: Positive = 1,

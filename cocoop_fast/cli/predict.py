@@ -30,10 +30,10 @@ def command(
     Model, weights and template are for predictions without --run; a run has its own.
 
     Args:
-        images: Image files.
+        images: Image files, and folders, of which all images at any depth are taken.
         run: What `cocoop-fast train` wrote. Default: none, and zero-shot CLIP answers.
-        classes: Names separated by commas; may be repeated. Default: those the run was trained on, or the digits that
-            the embedded CLIP knows.
+        classes: Names separated by commas, or a file with one a line; may be repeated. Default: those the run was trained
+            on, or the digits that the embedded CLIP knows.
         top_k: Classes to show of each image.
         device: auto, cpu, cuda or cuda:N. Default: as the run's, or auto.
 
@@ -42,7 +42,7 @@ def command(
         Classes of your own: predict *.jpg --run RUN_DIR --classes "tabby cat,red fox" --top-k 2
         Nothing learned: predict photo.jpg --model ViT-B/16 --classes cat --classes dog
     """
-    names = class_list(classes)
+    names = options.class_list(classes)
     if run is not None and given:
         option, _ = next(iter(given.values()))
         raise UserError(f"{option} is for predictions without --run; a run has its own.")
@@ -54,7 +54,10 @@ def command(
             predictor = _zero_shot(given, names, device)
         else:
             predictor = Predictor.from_run(run, classnames=names, device=device)
-        found = predictor.predict(images, topk=top_k)
+        files = _files(images)
+        unreadable: dict[Path, str] = {}
+        found = predictor.predict(files, topk=top_k, on_unreadable=unreadable.__setitem__)
+    answers = [(image, ranked) for image, ranked in zip(files, found, strict=True) if ranked]
     if json:
         output.print_json(
             {
@@ -62,17 +65,45 @@ def command(
                 "run_dir": None if run is None else str(run),
                 "predictions": [
                     {"image": str(image), "classes": [{"name": name, "probability": p} for name, p in ranked]}
-                    for image, ranked in zip(images, found, strict=True)
+                    for image, ranked in answers
                 ],
+                "unreadable": [{"image": str(image), "fault": fault} for image, fault in unreadable.items()],
             }
         )
-        return
-    rows = [
-        [str(image) if place == 0 else "", name, f"{100 * p:.2f} %"]
-        for image, ranked in zip(images, found, strict=True)
-        for place, (name, p) in enumerate(ranked)
-    ]
-    output.print_table(["Image", "Class", "Probability"], rows, left=2)
+    elif answers:
+        rows = [
+            [str(image) if place == 0 else "", name, f"{100 * p:.2f} %"]
+            for image, ranked in answers
+            for place, (name, p) in enumerate(ranked)
+        ]
+        output.print_table(["Image", "Class", "Probability"], rows, left=2)
+    if unreadable:
+        raise UserError(_fault(unreadable, len(files)), exit_status=1)
+
+
+def _fault(unreadable: dict[Path, str], count: int) -> str:
+    if count == 1:
+        [(image, fault)] = unreadable.items()
+        return f"The image {image} cannot be read: {fault}."
+    shown = "; ".join(f"{image} ({fault})" for image, fault in unreadable.items())
+    return f"{len(unreadable)} of {count} images cannot be read: {shown}."
+
+
+def _files(images: list[Path]) -> list[Path]:
+    """Images of folders in place of the folders.
+
+    Raises:
+        UserError: a folder without images.
+    """
+    from cocoop_fast.data.image_folder import images_below
+
+    files: list[Path] = []
+    for image in images:
+        found = images_below(image) if image.is_dir() else [image]
+        if not found:
+            raise UserError(f"The folder {image} has no images.", exit_status=1)
+        files += found
+    return files
 
 
 def _zero_shot(given: Given, names: list[str] | None, device: str | None) -> Predictor:
@@ -94,22 +125,3 @@ def _zero_shot(given: Given, names: list[str] | None, device: str | None) -> Pre
         config = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, template=template))
     clip = load_clip(config.model)
     return Predictor(build_model(config.prompt, names, clip), clip, names)
-
-
-def class_list(texts: list[str] | None) -> list[str] | None:
-    """Names from repeated, comma-separated lists; ``None`` if none was given.
-
-    Raises:
-        UserError: an empty name, or one name given twice.
-    """
-    if not texts:
-        return None
-    names = [" ".join(name.split()) for text in texts for name in text.split(",")]
-    if "" in names:
-        raise UserError(
-            "--classes has an empty class name; separate names by single commas, as in 'cat,dog'."
-        )
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise UserError(f"--classes names {twice!r} twice.")
-    return names

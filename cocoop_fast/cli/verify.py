@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
@@ -28,7 +27,7 @@ COLUMNS = {
 @options.command()
 def command(
     *,
-    classes: Path | None = None,
+    classes: list[str] | None = None,
     k: Positive | None = None,
     model: str | None = None,
     pretrained: str | None = None,

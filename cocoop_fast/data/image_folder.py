@@ -247,6 +247,11 @@ class _Listing:
         return images
 
 
+def images_below(folder: Path) -> list[Path]:
+    """Images at any depth, in the same order on every machine; hidden ones apart."""
+    return _scan(folder)[0]
+
+
 def _scan(folder: Path) -> tuple[list[Path], Counter[str]]:
     """Images at any depth, sorted by their parts (the same order on every machine), and how many other files of each
     kind; hidden ones apart."""

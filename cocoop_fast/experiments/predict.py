@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.data.images import ImageError, as_meant, open_rgb
@@ -60,12 +62,20 @@ class Predictor:
         return cls(model, shared.clip(config.model), names, config.eval_batch_size)
 
     @torch.no_grad()
-    def predict(self, images: Sequence[Path | str | Image], topk: int = 5) -> list[list[tuple[str, float]]]:
+    def predict(
+        self,
+        images: Sequence[Path | str | Image],
+        topk: int = 5,
+        *,
+        on_unreadable: Callable[[Any, str], None] | None = None,
+    ) -> list[list[tuple[str, float]]]:
         """The likeliest classes of each image with their probabilities (softmax of the logits), best first.
 
         Args:
             images: files, or images in memory.
             topk: classes to return; fewer if there are fewer.
+            on_unreadable: told of each image that cannot be read, and why; it has no classes in the result. ``None``: such
+                an image is an error.
 
         Raises:
             UserError: a file that cannot be read as an image, or ``topk`` below 1.
@@ -73,22 +83,39 @@ class Predictor:
         if topk < 1:
             raise UserError(f"`topk` is {topk}; ask for at least one class.")
         transform = test_transform(self.clip)
-        best: list[list[tuple[str, float]]] = []
+        best: list[list[tuple[str, float]]] = [[] for _ in images]
         for start in range(0, len(images), self._batch_size):
-            views = [transform(_rgb(image)) for image in images[start : start + self._batch_size]]
-            batch = torch.stack(views).to(self.clip.device, self.model.dtype)
-            with autocast(self.clip.precision, self.clip.device):
-                logits = self.model.forward_features(self.model.image_encoder(batch))
-            probabilities, labels = logits.float().softmax(dim=1).topk(min(topk, len(self.classnames)))
-            best += [
-                [(self.classnames[label], probability) for label, probability in zip(*pair, strict=True)]
-                for pair in zip(labels.tolist(), probabilities.tolist(), strict=True)
-            ]
+            views: dict[int, Tensor] = {}
+            for place, image in enumerate(images[start : start + self._batch_size], start):
+                try:
+                    views[place] = transform(_rgb(image))
+                except ImageError as error:
+                    if on_unreadable is None:
+                        raise UserError(
+                            f"The image {image} cannot be read: {error}.", exit_status=1
+                        ) from error
+                    on_unreadable(image, str(error))
+            if views:
+                for place, ranked in zip(
+                    views, self._ranked(torch.stack([*views.values()]), topk), strict=True
+                ):
+                    best[place] = ranked
         return best
+
+    def _ranked(self, views: Tensor, topk: int) -> list[list[tuple[str, float]]]:
+        batch = views.to(self.clip.device, self.model.dtype)
+        with autocast(self.clip.precision, self.clip.device):
+            logits = self.model.forward_features(self.model.image_encoder(batch))
+        probabilities, labels = logits.float().softmax(dim=1).topk(min(topk, len(self.classnames)))
+        return [
+            [(self.classnames[label], probability) for label, probability in zip(*pair, strict=True)]
+            for pair in zip(labels.tolist(), probabilities.tolist(), strict=True)
+        ]
 
 
 def _rgb(image: Path | str | Image) -> Image:
-    try:
-        return as_meant(image)[0] if isinstance(image, Image) else open_rgb(Path(image))
-    except ImageError as error:
-        raise UserError(f"The image {image} cannot be read: {error}.", exit_status=1) from error
+    """
+    Raises:
+        ImageError: it cannot be read.
+    """
+    return as_meant(image)[0] if isinstance(image, Image) else open_rgb(Path(image))

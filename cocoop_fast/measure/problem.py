@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -152,15 +151,3 @@ def build_problem(spec: ProblemSpec, clip_model: nn.Module | None = None) -> Pro
         weights=frozen.text_weights(),
         learned={name: value.detach().clone() for name, value in learner.named_parameters()},
     )
-
-
-def read_class_names(lines: Sequence[str], source: str) -> tuple[str, ...]:
-    """One name a line; empty lines and surrounding spaces do not count.
-
-    Raises:
-        UserError: there is no name.
-    """
-    names = tuple(line.strip() for line in lines if line.strip())
-    if not names:
-        raise UserError(f"{source} holds no class names; write one name a line.")
-    return names

@@ -171,7 +171,7 @@ BAD = [
     Bad("evaluating unknown classes", "eval . --subset old", "--subset is 'old'"),
     Bad("predicting nothing", "predict", "Missing argument 'IMAGE"),
     Bad("predicting a missing image", "predict none.jpg", "none.jpg cannot be read: missing", FAILED),
-    Bad("predicting a directory", "predict .", "cannot be read: a directory", FAILED),
+    Bad("predicting a directory", "predict .", "The folder . has no images", FAILED),
     Bad("predicting text", "predict x.jpg", "x.jpg cannot be read: not an image", FAILED, a_file("x.jpg", "text")),
     Bad("predicting by no run", "predict picture.png --run .", "not a run directory", disk=a_picture),
     Bad("no classes shown", "predict picture.png --top-k 0", "--top-k is 0", disk=a_picture),

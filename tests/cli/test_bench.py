@@ -214,7 +214,8 @@ def test_threads_are_set_for_the_measurement_only(capsys):
             ["--model", "demo", "--only", "dense", "--max-seconds", "1e-6", "-q"],
             "No contestant could be measured: dense",
         ),
-        (["--classes", "no-such-file"], "no-such-file: No such file or directory."),
+        (["--classes", "no-such-file"], "one class, 'no-such-file', and there is no file of that name"),
+        (["--classes", "@no-such-file"], "no-such-file"),
     ],
 )
 def test_bad_input_is_one_sentence(capsys, options, sentence):
@@ -228,9 +229,9 @@ def test_bad_input_is_one_sentence(capsys, options, sentence):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"\n  \n", "holds no class names"),
-        (b"\xff\xfe\x00", "is not text in UTF-8"),
-        (b"cat\n", "holds 1 class"),
+        (b"\n  \n", "is empty"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"cat\n", "gives one class, 'cat'"),
     ],
 )
 def test_a_bad_class_list_is_one_sentence(capsys, tmp_path, content, sentence):

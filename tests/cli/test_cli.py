@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,37 @@ def test_predict_among_classes_of_ones_own(digits, pictures, capsys):
     assert cli.run([*call, *classes]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.rstrip().endswith("%")]
     assert len(rows) == 2
+
+
+def test_predict_takes_folders_and_names_what_it_cannot_read(tmp_path, pictures, capsys):
+    folder = tmp_path / "deep" / "er"
+    folder.mkdir(parents=True)
+    for name in ("2.png", "1.png"):
+        shutil.copy(pictures["digit two"], folder / name)
+    (folder / "bad.jpg").write_text("no image")
+    (folder / "notes.txt").write_text("left out")
+    call = ["predict", str(tmp_path / "deep"), str(pictures["digit one"]), "--top-k", "1"]
+    assert cli.run([*call, "--json"]) == 1
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    images = [str(folder / "1.png"), str(folder / "2.png"), str(pictures["digit one"])]
+    assert [one["image"] for one in result["predictions"]] == images
+    assert all(len(one["classes"]) == 1 for one in result["predictions"])
+    assert result["unreadable"] == [{"image": str(folder / "bad.jpg"), "fault": "not an image"}]
+    assert err == f"error: 1 of 4 images cannot be read: {folder / 'bad.jpg'} (not an image).\n"
+    assert cli.run(call) == 1
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.rstrip().endswith("%")]
+    assert len(rows) == 3
+
+
+@pytest.mark.parametrize("mark", ["", "@"])
+def test_classes_may_come_from_a_file_in_every_command(tmp_path, pictures, capsys, mark):
+    names = tmp_path / "names.txt"
+    names.write_text("digit two\n\nsorrel, horse\n")
+    call = ["predict", str(pictures["digit two"]), "--classes", f"{mark}{names}", "--json"]
+    assert cli.run(call) == 0
+    [prediction] = json.loads(capsys.readouterr().out)["predictions"]
+    assert {one["name"] for one in prediction["classes"]} == {"digit two", "sorrel, horse"}
 
 
 def test_datasets_says_what_is_missing(tmp_path, capsys):
