@@ -1,4 +1,4 @@
-"""This machine measured: the prediction against steps that are really run."""
+"""This machine measured: what is measured of it, and the memory that is predicted. Times are in benchmarks/test_plan.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from cocoop_fast.errors import UserError
 from cocoop_fast.measure import this_machine as measure
 from cocoop_fast.measure.cost import Product, RowKernel, TreeCost, layout_on
-from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
+from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names
 from cocoop_fast.measure.this_machine import Machine, measure_cpu, measure_rates, use_threads
 from cocoop_fast.ops.extensions import CPP
 
@@ -39,15 +39,6 @@ def check_plan():
     sys.modules["check_plan"] = module
     spec.loader.exec_module(module)
     return module
-
-
-@needs_extension
-@pytest.mark.slow
-@pytest.mark.parametrize(("classes", "batch"), [(100, 1), (20, 6)])
-def test_the_predicted_step_takes_what_it_takes(check_plan, classes, batch):
-    problem = build_problem(ProblemSpec(imagenet_names(classes), batch=batch), random_text_tower(layers=4))
-    for predicted, measured in check_plan.check_seconds(problem, rounds=2).values():
-        assert predicted == pytest.approx(measured, rel=0.25)
 
 
 @needs_extension
