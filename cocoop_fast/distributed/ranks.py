@@ -120,6 +120,8 @@ class Ranks:
 
     def highest(self, value: int) -> int:
         """The highest of the ranks' values."""
+        if self.everyone.size == 1:  # nothing on a device is waited for
+            return value
         return int(torch.stack(self.everyone.gather(torch.tensor(value))).max())
 
     def check_alike(self, what: str, value: object) -> None:
