@@ -154,9 +154,8 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
     greys = np.asarray(image)
     low, high = greys.min(), greys.max()
     white = 65535 if image.mode != "F" else 1 if high <= 1 else 255
-    if (
-        image.mode == "I" and high <= 255 and image.format == "TIFF"
-    ):  # small numbers that were saved as large ones
+    # Small numbers that were saved as large ones.
+    if image.mode == "I" and high <= 255 and image.format == "TIFF":
         white = 255
     if not (low >= 0 and high <= white):  # or not numbers at all
         raise ImageError(f"grey values from {low:g} to {high:g}; scale them to 8 or 16 bits")
