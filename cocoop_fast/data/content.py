@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 _SAMPLE = 4096  # bytes that tell nearly all different files of one size apart
@@ -39,8 +40,18 @@ def glances(paths: Iterable[Path]) -> list[str]:
 
 
 def _glance(path: Path) -> str:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return ""
+    return _glance_at(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 17)
+def _glance_at(path: Path, length: int, changed: int) -> str:
+    """Read once, however many methods are trained on the images and however often a run is looked for."""
     found = middle(path)
-    return "" if found is None else f"{size(path)} {found.hex()}"
+    return "" if found is None else f"{length} {found.hex()}"
 
 
 def _digest_of(path: Path, count: int | None) -> bytes | None:
