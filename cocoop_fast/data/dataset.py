@@ -71,6 +71,11 @@ class Dataset:
         return not self.train
 
     @property
+    def folder(self) -> Path | None:
+        """What the samples' sources are relative to; ``None`` for embedded images."""
+        return getattr(self.read, "root", None)
+
+    @property
     def val_is_test(self) -> bool:
         """Whether the test images validate as well, as in ImageNet."""
         return bool(self.test) and self.val == self.test

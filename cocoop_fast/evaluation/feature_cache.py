@@ -112,9 +112,8 @@ def feature_key(clip: LoadedClip, dataset: Dataset, samples: Sequence[Sample], t
     digest = hashlib.sha256()
     decides = [_VERSION, _weights_digest(clip), clip.precision, repr(transform), dataset.name]
     digest.update(json.dumps(decides).encode())
-    root = getattr(dataset.read, "root", None)  # images in files have one, embedded images have not
     for sample in samples:
-        digest.update(f"{sample.source}\t{_state(root, sample)}\n".encode())
+        digest.update(f"{sample.source}\t{_state(dataset.folder, sample)}\n".encode())
     return digest.hexdigest()
 
 

@@ -190,7 +190,7 @@ def fingerprint(dataset: Dataset) -> str:
 
     Of the test images' files the sizes enter, so that a folder of other versions of them is noticed.
     """
-    root = getattr(dataset.read, "root", None)  # images in files have one, embedded images have not
+    root = dataset.folder
     digest = hashlib.sha256()
     held = [""] * len(dataset.train)
     if root is not None:
