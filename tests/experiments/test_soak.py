@@ -6,6 +6,7 @@ would be served from there and seen by nobody.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -135,6 +136,7 @@ def test_the_gauge_notices(tmp_path, leak):
 
 @pytest.mark.parametrize("steps", [160, pytest.param(1600, marks=[pytest.mark.slow, pytest.mark.soak])])
 def test_reading_processes_end_with_their_epoch(tmp_path, steps):
+    gc.collect()  # what earlier tests left open and nothing holds: closed in between, it would hide a leak
     before = open_files(), threading.active_count()
     children = []
 
@@ -145,4 +147,6 @@ def test_reading_processes_end_with_their_epoch(tmp_path, steps):
     soak(tmp_path, steps, Count(), data__workers=2)
     assert max(children) == 2
     assert multiprocessing.active_children() == []
-    assert (open_files(), threading.active_count()) == before
+    gc.collect()
+    assert open_files() <= before[0]
+    assert threading.active_count() <= before[1]
