@@ -53,10 +53,17 @@ LETTERS = {
 }  # fmt: skip
 METAVARS = {
     "compare": "[METHOD,...]", "datasets": "NAME ...", "devices": "DEVICE ...", "images": "IMAGE",
-    "methods": "METHOD ...", "pairs": "KEY VALUE", "runs": "RUN", "seeds": "N ...",
+    "methods": "METHOD ...", "pairs": "KEY VALUE", "runs": "RUN", "seeds": "N ...", "shot_counts": "N ...",
 }  # fmt: skip
 # Options that take several values, `--seeds 1 2 3`, and what they are without one.
-LISTS = {"--compare": "all", "--datasets": "", "--devices": "all", "--methods": "", "--seeds": ""}
+LISTS = {
+    "--compare": "all",
+    "--datasets": "",
+    "--devices": "all",
+    "--methods": "",
+    "--seeds": "",
+    "--shot-counts": "",
+}
 PANELS = {  # of the help; all others are in the first one
     "Recipe": "optim.epochs optim.batch_size optim.lr optim.prune_mass reference_compat",
     "Machine": "precision backend memory_budget device devices jobs shard workers threads skip_bad_images cache_views "

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cocoop_fast.protocols.protocol import Protocol
     from cocoop_fast.protocols.run_cell import Outcome
 
+_DIGITS = 18  # of a number that fits in 64 bits
 DEMO = "digits"  # the images that are always there
 FIELDS = "data.root data.shots model.name model.pretrained model.precision data.workers"
 
@@ -35,6 +36,7 @@ def run(
     seeds: str = "1,2,3",
     source: str | None = None,
     all_classes: bool = False,
+    shot_counts: str | None = None,
     devices: str | None = None,
     jobs: AtLeastOne = 1,
     output_dir: Path | None = None,
@@ -50,12 +52,13 @@ def run(
     Features of test images are computed once for all methods and seeds.
 
     Args:
-        protocol: base2new, cross-dataset or domain-generalization.
+        protocol: base2new, cross-dataset, domain-generalization or few-shot.
         datasets: Of `cocoop-fast datasets`, or NAME=PATH for your own. Default: the paper's; without --root, digits.
         methods: Those of the table.
         seeds: Each draws its own shots.
-        source: Data set to train on; not for base2new. Default: imagenet, the paper's.
+        source: Data set to train on; for cross-dataset and domain-generalization. Default: imagenet, the paper's.
         all_classes: base2new: test on base and new classes together, too.
+        shot_counts: few-shot: numbers of training images a class. Default: 1 2 4 8 16.
         devices: Several cells at a time, in one process for each of these devices: cpu, cuda:N, or all, which is every
             GPU, or the CPU.
         jobs: Cells at a time on each of the devices.
@@ -68,6 +71,7 @@ def run(
         Table 1 on the paper's data sets: run base2new --root DATA --model ViT-B/16 --seeds 1 2 3
         On two GPUs, two cells at a time on each: run base2new --devices cuda:0 cuda:1 --jobs 2 --root DATA
             --model ViT-B/16
+        The few-shot curves of your own folders: run few-shot --datasets photos=photos --model ViT-B/16
         Table 2 with folders of your own: run cross-dataset --source a=photos/a --datasets b=photos/b c=photos/c
             --model ViT-B/16
     """
@@ -90,7 +94,7 @@ def run(
     setting = find_protocol(protocol)
     built = configuration.build(config, given, pairs)
     output.warn(built.warnings)
-    if all_classes and setting.source is not None:
+    if all_classes and setting.subset != "base":
         raise UserError(
             f"--all-classes is for {next(iter(PROTOCOLS))}, where models know half of the classes."
         )
@@ -101,10 +105,11 @@ def run(
         data=places,
         datasets=tested_on,
         methods=options.methods_of(methods, "--methods"),
-        seeds=_seeds(seeds),
+        seeds=_whole_numbers(seeds, "--seeds", "seeds", least=0),
         root=output_dir or Path("output") / setting.name,
         source=trained_on,
         all_classes=all_classes,
+        shots=shots_of(setting, shot_counts),
     )
     check_present(asked)
 
@@ -169,6 +174,8 @@ def data_sets(
         data = replace(data, name=DEMO)  # a root alone implies a folder of classes; here it holds data sets
     decided = {"data.subset", "seed", "prompt.method", "output_dir"} & built.said
     decided |= {"data.name"} if data.name != DEMO else set()
+    if protocol.shots and "data.shots" in built.said:
+        raise UserError(f"{protocol.name} has several numbers of shots; give them as --shot-counts 1 2 4.")
     if decided:
         raise UserError(
             f"`{min(decided)}` is decided cell by cell; use the options of `cocoop-fast run --help`."
@@ -238,11 +245,25 @@ def device_names(text: str) -> list[str]:
     return names
 
 
-def _seeds(text: str) -> tuple[int, ...]:
-    names = options.list_of(text, "--seeds")
+def shots_of(protocol: Protocol, text: str | None) -> tuple[int, ...]:
+    """The numbers of training images a class that ``--shot-counts`` names, or the protocol's own, from few to many.
+
+    Raises:
+        UserError: something else than numbers from 1, or the option with a protocol that has one number of them.
+    """
+    if text is None:
+        return protocol.shots
+    if not protocol.shots:
+        raise UserError(f"--shot-counts is for few-shot; {protocol.name} has one number of shots: --shots.")
+    return tuple(sorted(_whole_numbers(text, "--shot-counts", "shots", least=1)))
+
+
+def _whole_numbers(text: str, option_name: str, what: str, least: int) -> tuple[int, ...]:
+    """What an option lists, each once."""
+    names = options.list_of(text, option_name)
     for name in names:
-        if not name.isascii() or not name.isdigit():
-            raise UserError(f"--seeds has {name!r}, but seeds are whole numbers from 0.")
+        if not name.isascii() or not name.isdigit() or len(name) > _DIGITS or int(name) < least:
+            raise UserError(f"{option_name} has {name!r}, but {what} are whole numbers from {least}.")
     return tuple(dict.fromkeys(int(name) for name in names))
 
 

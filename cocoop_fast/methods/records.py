@@ -33,6 +33,7 @@ class MethodRecord:
         colour: of its plots: a name in the palette of :mod:`cocoop_fast.report.style`.
         batch_size: of its published recipe.
         epochs: of its published recipe; None: by the number of shots, as CoOp; 0: it has no steps.
+        learns: whether anything of it depends on the training images.
         knows_other_classes: whether what it learns on some classes can be used on others, by its options.
     """
 
@@ -41,6 +42,7 @@ class MethodRecord:
     colour: str
     batch_size: int = 1
     epochs: int | None = 0
+    learns: bool = True
     knows_other_classes: Callable[[PromptConfig], bool] = lambda prompt: not prompt.csc
 
 
@@ -70,7 +72,9 @@ def _zero_shot(
 
 
 METHODS: dict[str, MethodRecord] = {
-    "zeroshot": MethodRecord("zero-shot CLIP", _zero_shot, "grey", knows_other_classes=lambda _: True),
+    "zeroshot": MethodRecord(
+        "zero-shot CLIP", _zero_shot, "grey", learns=False, knows_other_classes=lambda _: True
+    ),
     "coop": MethodRecord("CoOp", partial(_context_model, CoOp), "blue", batch_size=32, epochs=None),
     "cocoop": MethodRecord("CoCoOp", partial(_context_model, CustomCLIP), "orange", epochs=10),
     "meta-nets": MethodRecord("M Meta-Nets", partial(_context_model, MetaNetsCLIP), "green", epochs=10),

@@ -11,8 +11,8 @@ from typing import TypeVar, cast
 from cocoop_fast.config import DataConfig, Method, RunConfig, load_yaml, to_mapping
 from cocoop_fast.data import REGISTRY, Dataset
 from cocoop_fast.errors import UserError
-from cocoop_fast.methods import knows_other_classes
-from cocoop_fast.protocols.protocol import Protocol
+from cocoop_fast.methods.records import METHODS, knows_other_classes
+from cocoop_fast.protocols.protocol import Protocol, in_shots
 from cocoop_fast.runs.directory import check_same_run
 from cocoop_fast.runs.recipe import resolve
 
@@ -25,13 +25,15 @@ class Experiment:
 
     Args:
         protocol: the paper's setting.
-        config: what all cells have in common; method, data set, classes, seed and directory are set by cell.
+        config: what all cells have in common; method, data set, classes, shots of a protocol that has several
+            numbers of them, seed and directory are set by cell.
         data: where each data set is, by the name it has in tables and directories.
         datasets: names of those to test on, and to train on unless there is a source.
         methods, seeds: every one with every data set.
         root: of everything that is written.
         source: name of the data set that is trained on; ``None`` for base-to-new.
         all_classes: base-to-new models are also tested on base and new classes together.
+        shots: training images a class, one cell each; empty: the configuration's.
     """
 
     protocol: Protocol
@@ -43,6 +45,7 @@ class Experiment:
     root: Path
     source: str | None = None
     all_classes: bool = False
+    shots: tuple[int, ...] = ()
 
     @property
     def trained_on(self) -> tuple[str, ...]:
@@ -59,6 +62,7 @@ class Cell:
         config: of the run.
         tests: beyond those of the run itself, by name: images, and in ``subset`` of which classes. Their results are in
             test_<name>/ of the run directory.
+        several_shots: whether the experiment has cells that differ in their shots alone.
     """
 
     dataset: str
@@ -67,12 +71,20 @@ class Cell:
     config: RunConfig
     tests: tuple[tuple[str, DataConfig], ...]
 
+    several_shots: bool = False
+
     @property
     def run_dir(self) -> Path:
         return cast(Path, self.config.output_dir)
 
+    @property
+    def shots(self) -> int:
+        """Training images a class; 0: all of them."""
+        return self.config.data.shots
+
     def __str__(self) -> str:
-        return f"{self.dataset}, {self.method}, seed {self.seed}"
+        shots = f"{in_shots(self.shots)}, " if self.several_shots else ""
+        return f"{self.dataset}, {self.method}, {shots}seed {self.seed}"
 
 
 _Computed = TypeVar("_Computed", Experiment, Cell)
@@ -82,28 +94,32 @@ def make_cells(experiment: Experiment) -> tuple[Cell, ...]:
     """All cells, those of one data set together, so that its images are listed and encoded once.
 
     Run directories are ``<root>/<data set>/<method>/seed<N>``: seeds side by side, as the reference's result
-    parser expects them.
+    parser expects them. Where there are several numbers of shots, ``shots_<N>`` lies between method and seed; a method
+    that learns from no image has cells of the first number alone.
     """
     source, config = experiment.source, experiment.config
     cells = []
     for dataset in experiment.trained_on:
-        data = replace(experiment.data[dataset], subset="base" if source is None else "all")
+        data = replace(experiment.data[dataset], subset=experiment.protocol.subset)
         if source is None:
             elsewhere = {"all": data} if experiment.all_classes else {}
         else:
             elsewhere = {name: experiment.data[name] for name in experiment.datasets if name != source}
         tests = tuple((name, replace(there, subset="all")) for name, there in elsewhere.items())
-        for method, seed in product(experiment.methods, experiment.seeds):
-            own = replace(
-                config,
-                prompt=replace(config.prompt, method=method),
-                data=data,
-                seed=seed,
-                output_dir=experiment.root / dataset / method / f"seed{seed}",
-            )
-            # A method that learns one context or weight a class has nothing to say about other classes.
-            beyond = tests if knows_other_classes(own.prompt) else ()
-            cells.append(Cell(dataset, method, seed, own, beyond))
+        for method in experiment.methods:
+            numbers = experiment.shots if METHODS[method].learns else experiment.shots[:1]
+            for shots, seed in product(numbers or (None,), experiment.seeds):
+                of_shots = "" if shots is None else f"shots_{shots}"
+                own = replace(
+                    config,
+                    prompt=replace(config.prompt, method=method),
+                    data=data if shots is None else replace(data, shots=shots),
+                    seed=seed,
+                    output_dir=experiment.root / dataset / method / of_shots / f"seed{seed}",
+                )
+                # A method that learns one context or weight a class has nothing to say about other classes.
+                beyond = tests if knows_other_classes(own.prompt) else ()
+                cells.append(Cell(dataset, method, seed, own, beyond, several_shots=bool(experiment.shots)))
     return tuple(cells)
 
 

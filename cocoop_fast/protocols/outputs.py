@@ -14,7 +14,7 @@ from cocoop_fast.files.atomic import write_atomically, write_json
 from cocoop_fast.protocols.cells import Experiment
 from cocoop_fast.protocols.published import UNCHECKED, published_setting
 from cocoop_fast.protocols.run_cell import Outcome
-from cocoop_fast.protocols.table import METRICS, Entry, by_row, make_table, metrics_of
+from cocoop_fast.protocols.table import Entry, by_row, make_table, metrics_of
 
 FORMAT, VERSION = "cocoop_fast protocol results", 1
 NOTHING = "-"
@@ -42,7 +42,7 @@ def columns_and_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str
             paper = [row[metric].published if metric in row else None for metric in metrics]
             if any(paper):
                 rows.append(["", f"{method}, paper", *(str(number or NOTHING) for number in paper)])
-    return ["Data set", "Method", *(METRICS[metric] for metric in metrics)], rows
+    return ["Data set", "Method", *metrics.values()], rows
 
 
 def notes(entries: Sequence[Entry], outcomes: Sequence[Outcome] = ()) -> list[str]:
@@ -79,7 +79,8 @@ def markdown(experiment: Experiment, outcomes: Sequence[Outcome]) -> str:
         lines.append("")
     config = experiment.config
     model = " ".join(filter(None, (config.model.name, config.model.pretrained)))
-    lines.append(f"- Model {model}, {config.data.shots or 'all'} shots.")
+    shots = ", ".join(map(str, experiment.shots)) or config.data.shots or "all"
+    lines.append(f"- Model {model}, {shots} shots.")
     lines += [f"- {note}" for note in notes(entries, outcomes)]
     return "\n".join(lines) + "\n"
 
@@ -97,6 +98,7 @@ def _csv(entries: Sequence[Entry]) -> str:
 
 def _mapping(experiment: Experiment, outcomes: Sequence[Outcome], entries: Sequence[Entry]) -> dict[str, Any]:
     common = flatten(to_mapping(experiment.config))
+    by_cell = {*_BY_CELL, "data.shots"} if experiment.shots else _BY_CELL
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -106,12 +108,14 @@ def _mapping(experiment: Experiment, outcomes: Sequence[Outcome], entries: Seque
         "methods": list(experiment.methods),
         "seeds": list(experiment.seeds),
         "all_classes": experiment.all_classes,
-        "config": {name: value for name, value in common if name not in _BY_CELL},
+        "shots": list(experiment.shots),
+        "config": {name: value for name, value in common if name not in by_cell},
         "cells": [
             {
                 "dataset": outcome.cell.dataset,
                 "method": outcome.cell.method,
                 "seed": outcome.cell.seed,
+                "shots": outcome.cell.shots,
                 "status": outcome.status,
                 "accuracy": outcome.accuracy,
                 "train_seconds": outcome.train_seconds,

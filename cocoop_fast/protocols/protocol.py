@@ -1,9 +1,10 @@
-"""The three protocols of the paper's section 4, as data."""
+"""The three protocols of the paper's section 4, and the few-shot one of CoOp's, as data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cocoop_fast.config import Subset
 from cocoop_fast.errors import UserError
 
 # In the order of the paper's tables.
@@ -22,15 +23,18 @@ class Protocol:
     Args:
         name: on the command line.
         title: over a table.
-        source: the data set that is trained on, with all its classes; ``None``: each data set of its own, on
-            the first half of its classes.
+        source: the data set that is trained on; ``None``: each data set of its own.
         datasets: the paper's choice of data sets to test on.
+        subset: which of its classes are trained on: the first half, "base", or "all".
+        shots: training images a class, each a column of the table; empty: one number of them, the configuration's.
     """
 
     name: str
     title: str
     source: str | None
     datasets: tuple[str, ...]
+    subset: Subset = "all"
+    shots: tuple[int, ...] = ()
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -41,6 +45,7 @@ PROTOCOLS: dict[str, Protocol] = {
             title="Trained on base classes, tested on base and new classes (Table 1)",
             source=None,
             datasets=(IMAGENET, *TRANSFER_SETS),
+            subset="base",
         ),
         Protocol(
             name="cross-dataset",
@@ -54,8 +59,20 @@ PROTOCOLS: dict[str, Protocol] = {
             source=IMAGENET,
             datasets=IMAGENET_VARIANTS,
         ),
+        Protocol(
+            name="few-shot",
+            title="Trained on a few images of all classes, tested on the same classes (few-shot learning)",
+            source=None,
+            datasets=(IMAGENET, *TRANSFER_SETS),
+            shots=(1, 2, 4, 8, 16),  # Zhou et al., Learning to Prompt for Vision-Language Models, section 4.1
+        ),
     )
 }
+
+
+def in_shots(number: int) -> str:
+    """A number of training images a class, in words."""
+    return f"{number} shot{'' if number == 1 else 's'}" if number else "all images"
 
 
 def find_protocol(name: str) -> Protocol:

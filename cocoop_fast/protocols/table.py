@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 
 from cocoop_fast.evaluation.metrics import harmonic_mean
+from cocoop_fast.methods.records import METHODS
 from cocoop_fast.protocols.cells import Experiment
+from cocoop_fast.protocols.protocol import in_shots
 from cocoop_fast.protocols.published import Published, published_results
 from cocoop_fast.protocols.run_cell import Outcome
 
 AVERAGE = "average"
 # In a table's order, with their titles. "accuracy" is of all classes, where a protocol tests on several data sets.
-METRICS = {"base": "Base", "new": "New", "h": "H", "all": "All", "accuracy": "Accuracy"}
+# After them: "shots_N", the accuracy on all classes with N training images of each.
+_METRICS = {"base": "Base", "new": "New", "h": "H", "all": "All", "accuracy": "Accuracy"}
+_SHOTS = "shots_"
 BySeed = dict[int, float]
 
 
@@ -32,7 +36,7 @@ class Entry:
     Args:
         dataset: tested on, or "average".
         method: by its short name.
-        metric: one of METRICS.
+        metric: "base", "new", "h", "all", "accuracy" or "shots_N".
         mean: percent.
         std: over seeds; ``None`` for a single one.
         seeds: the value of each.
@@ -69,7 +73,10 @@ def make_table(experiment: Experiment, outcomes: Sequence[Outcome]) -> tuple[Ent
     for outcome in outcomes:
         cell = outcome.cell
         for tested_on, value in outcome.accuracy.items():
-            if experiment.source is None:  # on some classes of the data set trained on
+            if experiment.shots:
+                for shots in (cell.shots,) if METHODS[cell.method].learns else experiment.shots:
+                    accuracy[cell.dataset, cell.method][f"{_SHOTS}{shots}"][cell.seed] = value
+            elif experiment.source is None:  # on some classes of the data set trained on
                 accuracy[cell.dataset, cell.method][tested_on][cell.seed] = value
             else:  # on a data set
                 accuracy[tested_on, cell.method]["accuracy"][cell.seed] = value
@@ -96,7 +103,7 @@ def _average(measured: Sequence[Mapping[str, BySeed]], seeds: Sequence[int]) -> 
         return {}
     return {
         metric: {seed: float(np.mean([one[metric][seed] for one in measured])) for seed in seeds}
-        for metric in METRICS
+        for metric in measured[0]
         if all(set(one.get(metric, ())) == set(seeds) for one in measured)
     }
 
@@ -128,14 +135,23 @@ def entries_of(
             seeds=by_seed[metric],
             published=published_results().get((protocol, dataset, method, metric)) if protocol else None,
         )
-        for metric in METRICS
-        if metric in by_seed
+        for metric in sorted(by_seed, key=_place)
     ]
 
 
-def metrics_of(entries: Sequence[Entry]) -> list[str]:
-    """The metrics that occur, in a table's order."""
-    return [metric for metric in METRICS if any(entry.metric == metric for entry in entries)]
+def metrics_of(entries: Sequence[Entry]) -> dict[str, str]:
+    """The metrics that occur, in a table's order, with their titles."""
+    found = sorted({entry.metric for entry in entries}, key=_place)
+    return {metric: _METRICS.get(metric) or in_shots(shots_of(metric)) for metric in found}
+
+
+def shots_of(metric: str) -> int:
+    """Training images a class of an accuracy by the number of them; 0 for any other metric."""
+    return int(metric.removeprefix(_SHOTS)) if metric.startswith(_SHOTS) else 0
+
+
+def _place(metric: str) -> tuple[int, int]:
+    return shots_of(metric), list(_METRICS).index(metric) if metric in _METRICS else 0
 
 
 def by_row(entries: Iterable[Entry]) -> dict[str, dict[str, dict[str, Entry]]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.protocols.table import AVERAGE
+from cocoop_fast.protocols.table import AVERAGE, shots_of
 from cocoop_fast.report import figures
 from cocoop_fast.report.cost import Cost, estimate
 from cocoop_fast.report.inspection import Inspection, Inspector
@@ -40,7 +40,7 @@ class Chapter:
 
     Args:
         source: the table and its runs.
-        bars: of accuracies.
+        bars: of accuracies, or their curves over the number of shots.
         curves: of each method on each data set.
         close_ups: of one run of each method on each data set, as many as were asked for.
         left_out: how many more there would be.
@@ -109,7 +109,10 @@ def _bars(source: Source, prefix: tuple[str, ...]) -> Iterator[Picture]:
     datasets = dict.fromkeys(entry.dataset for entry in entries)
     for dataset in sorted(datasets, key=lambda name: name != AVERAGE):  # the average answers first
         own = [entry for entry in entries if entry.dataset == dataset]
-        yield figures.accuracy_bars(own, "metric", slug("accuracy", *prefix, dataset))
+        if all(shots_of(entry.metric) for entry in own):
+            yield figures.shot_curves(own, slug("accuracy", *prefix, dataset))
+        else:
+            yield figures.accuracy_bars(own, "metric", slug("accuracy", *prefix, dataset))
 
 
 def _look_at(run: Run, inspector: Inspector, prefix: tuple[str, ...]) -> CloseUp:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cocoop_fast.protocols.table import METRICS, Entry, metrics_of
+from cocoop_fast.protocols.table import Entry, metrics_of, shots_of
 from cocoop_fast.report import style
 from cocoop_fast.report.contexts import Shifts
 from cocoop_fast.report.inspection import Tested
@@ -33,8 +33,10 @@ def accuracy_bars(entries: Sequence[Entry], by: str, name: str) -> Picture:
         by: "metric" or "dataset", which then differ.
         name: of the picture.
     """
-    titles = METRICS if by == "metric" else {entry.dataset: data_name(entry.dataset) for entry in entries}
-    groups = metrics_of(entries) if by == "metric" else list(titles)
+    titles = (
+        metrics_of(entries) if by == "metric" else {one.dataset: data_name(one.dataset) for one in entries}
+    )
+    groups = list(titles)
     methods = list(dict.fromkeys(entry.method for entry in entries))
     height, published = 0.84 / len(methods), False
     with drawing(1.1 + _BAR * (len(groups) * (len(methods) + 1) + len(methods) // 3)) as (figure, axes):
@@ -71,6 +73,42 @@ def accuracy_bars(entries: Sequence[Entry], by: str, name: str) -> Picture:
             caption="Test accuracy in percent"
             + (", with the standard deviation over seeds" if any(entry.std for entry in entries) else "")
             + ("; the dark line across a bar is the published number." if published else "."),
+        )
+
+
+def shot_curves(entries: Sequence[Entry], name: str) -> Picture:
+    """Accuracy by the number of training images a class, a line for each method, with its deviation over seeds.
+
+    Args:
+        entries: of one data set, their metrics "shots_N".
+        name: of the picture.
+    """
+    methods = list(dict.fromkeys(entry.method for entry in entries))
+    numbers = sorted({shots_of(entry.metric) for entry in entries})
+    with drawing(3.6) as (figure, axes):
+        for method, line, marker in zip(methods, cycle(style.LINES), cycle(style.MARKERS), strict=False):
+            own = sorted(
+                (entry for entry in entries if entry.method == method), key=lambda e: shots_of(e.metric)
+            )
+            axes.errorbar(
+                [numbers.index(shots_of(entry.metric)) for entry in own], [entry.mean for entry in own],
+                yerr=[entry.std or 0 for entry in own] if any(entry.std for entry in own) else None,
+                color=method_colour(method), linestyle=line, marker=marker, markersize=4, linewidth=1.4, capsize=2,
+                label=method_name(shorten(method, 30)),
+            )  # fmt: skip
+        axes.set_xticks(range(len(numbers)), list(map(str, numbers)))
+        axes.set_xlabel("Training images a class")
+        axes.set_ylabel("Accuracy (%)")
+        axes.set_title(data_name(entries[0].dataset))
+        figure.legend(loc="outside lower center", ncols=3)
+        titles = metrics_of(entries)
+        values = "; ".join(f"{method_name(one.method)}, {titles[one.metric]} {one}" for one in entries)
+        return picture(
+            figure,
+            name,
+            alt=f"Curves of the accuracy on {data_name(entries[0].dataset)} by training images a class: {values}.",
+            caption="Test accuracy in percent by the number of training images of each class"
+            + (", with the standard deviation over seeds." if any(entry.std for entry in entries) else "."),
         )
 
 

@@ -9,7 +9,7 @@ import jinja2
 
 from cocoop_fast.config import flatten, to_mapping
 from cocoop_fast.protocols.outputs import notes
-from cocoop_fast.protocols.table import AVERAGE, METRICS, Entry, by_row, metrics_of
+from cocoop_fast.protocols.table import AVERAGE, Entry, by_row, metrics_of
 from cocoop_fast.readable import printable, readable_bytes, readable_flops, readable_time
 from cocoop_fast.report.chapters import Chapter
 from cocoop_fast.report.cost import Cost
@@ -59,7 +59,6 @@ def render(chapters: Sequence[Chapter], most_images: int) -> str:
         title=_title(chapters),
         chapters=chapters,
         most_images=most_images,
-        metric_titles=METRICS,
         subsets=SUBSETS,
     )
 
@@ -69,13 +68,17 @@ def answer(source: Source) -> str:
     datasets = list(dict.fromkeys(entry.dataset for entry in source.entries))
     dataset = AVERAGE if AVERAGE in datasets else datasets[0] if len(datasets) == 1 else None
     here = [entry for entry in source.entries if entry.dataset == dataset]
-    metric = next((name for name in _ANSWERS if any(entry.metric == name for entry in here)), None)
+    metrics = metrics_of(here)
+    metric = next((name for name in _ANSWERS if name in metrics), None)
+    if metric is None and metrics:  # the curves' end, where most is learned
+        metric = list(metrics)[-1]
     if metric is None:
         return ""
+    reached = _ANSWERS.get(metric) or f"with {metrics[metric]} an accuracy of"
     found = [entry for entry in here if entry.metric == metric]
     best, *others = sorted(found, key=lambda entry: -entry.mean)
     where = "on average over the data sets" if dataset == AVERAGE else f"on {data_name(best.dataset)}"
-    sentence = f"{method_name(best.method)} reaches {_ANSWERS[metric]} {best} % {where}"
+    sentence = f"{method_name(best.method)} reaches {reached} {best} % {where}"
     if others:
         *gaps, last = [f"{best.mean - one.mean:.2f} points above {method_name(one.method)}" for one in others]
         sentence += ": " + " and ".join([", ".join(gaps), last] if gaps else [last])

@@ -12,7 +12,7 @@ from typing import Any
 from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml, to_mapping
 from cocoop_fast.errors import UserError
 from cocoop_fast.protocols.outputs import FORMAT, VERSION
-from cocoop_fast.protocols.protocol import find_protocol
+from cocoop_fast.protocols.protocol import find_protocol, in_shots
 from cocoop_fast.protocols.table import BySeed, Entry, entries_of
 from cocoop_fast.report.history import History, read_history
 from cocoop_fast.report.words import SUBSETS
@@ -132,17 +132,20 @@ def _read_protocol(path: Path) -> Source:
             run = None
             if (folder / "config.yaml").is_file():
                 run = _read_run(folder, cell["dataset"], features=path / "features")
+                if results.get("shots"):
+                    run = replace(run, label=f"{run.label} ({in_shots(run.config.data.shots)})")
                 runs.append(run)
             if cell["status"] != "finished":
                 why = cell["error"] or ("not begun" if run is None else run.history.progress())
-                name = f"{cell['dataset']}, {cell['method']}, seed {cell['seed']}"
+                shots = f"{in_shots(cell['shots'])}, " if results.get("shots") else ""
+                name = f"{cell['dataset']}, {cell['method']}, {shots}seed {cell['seed']}"
                 missing.append(f"{name}: {why.rstrip('.')}.")
         return Source(
             title=find_protocol(results["protocol"]).title,
             entries=tuple(Entry.from_mapping(entry) for entry in results["table"]),
             runs=tuple(runs),
             missing=tuple(missing),
-            setting=_setting(results["config"]),
+            setting=_setting(results["config"], results.get("shots") or ()),
         )
 
 
@@ -221,9 +224,10 @@ def _decides(config: RunConfig) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(value)) for name, value in flatten(to_mapping(config)) if name not in _BESIDE)
 
 
-def _setting(config: Mapping[str, Any]) -> str:
+def _setting(config: Mapping[str, Any], shots: Sequence[int] = ()) -> str:
     model = " ".join(filter(None, (config["model.name"], config["model.pretrained"])))
-    return f"{model}, {config['data.shots'] or 'all'} training images a class"
+    number = ", ".join(map(str, shots)) or config["data.shots"] or "all"
+    return f"{model}, {number} training images a class"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

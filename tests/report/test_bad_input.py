@@ -44,7 +44,7 @@ def another_version(folder):
 
 
 def another_protocol(folder):
-    damage_results(folder, lambda results: results.update(protocol="few-shot"))
+    damage_results(folder, lambda results: results.update(protocol="one-shot"))
 
 
 def no_table(folder):
@@ -90,7 +90,7 @@ def step_without_number(folder):
         (not_fields, "is damaged (it holds no fields)"),
         (another_format, "holds no results of a protocol"),
         (another_version, "has format 99, and this version of cocoop_fast reads format 1"),
-        (another_protocol, "There is no protocol 'few-shot'"),
+        (another_protocol, "There is no protocol 'one-shot'"),
         (no_table, "is damaged (KeyError('table'))"),
         (entry_without_mean, "is damaged (KeyError('mean'))"),
         (seed_that_is_no_number, "is damaged (ValueError"),
