@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from cocoop_fast.config import DataConfig
-from cocoop_fast.data import digits, image_folder, image_list
+from cocoop_fast.data import digits, icons, image_folder, image_list
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.data.sets import SETS, record
 from cocoop_fast.errors import UserError
@@ -42,6 +42,16 @@ REGISTRY: dict[str, DatasetEntry] = {
             layout="",
             load=digits.load,
             missing=lambda config: (),
+        ),
+        *(
+            DatasetEntry(
+                name=name,
+                title=f"{icon_set.title} (fonts of qtawesome)",
+                layout="",
+                load=partial(icons.load, name),
+                missing=icons.missing,
+            )
+            for name, icon_set in icons.ICON_SETS.items()
         ),
         DatasetEntry(
             name="folder",
