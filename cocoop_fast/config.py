@@ -29,6 +29,7 @@ Precision = Literal["auto", "fp32", "fp16", "bf16", "amp"]
 Subset = Literal["base", "new", "all"]
 ShardBy = Literal["auto", "images", "classes", "both"]
 OnNonfinite = Literal["stop", "skip"]
+ConsistencyKind = Literal["none", "l1", "cosine"]
 
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -74,6 +75,8 @@ class PromptConfig:
     """A context for each class, from random vectors; it knows no class but those trained on."""
     class_position: ClassPosition = "end"
     """Of the class name: after, amid or before the context."""
+    ablate_image: bool = False
+    """Show the Meta-Net the same random vector for every image: what is left is not due to the image."""
     template: str | None = None
     """Zero-shot prompt, e.g. 'a photo of a {}.'. Default: the data set's own."""
     ensemble: Ensemble = "none"
@@ -130,6 +133,14 @@ class OptimConfig:
     """Leave the unlikeliest classes out of backward, up to this share of the wrong classes' probability; 0 is exact."""
     on_nonfinite: OnNonfinite = "stop"
     """At a step whose loss or gradient is NaN or infinite."""
+    consistency: ConsistencyKind = "none"
+    """Keep learned text features near those of hand-written prompts: by their l1 distance as PromptSRC, or cosine as KgCoOp."""
+    text_weight: NotNegative | None = None
+    """Of that distance. Default: l1 25, cosine 8."""
+    logit_weight: NotNegative | None = None
+    """Of the divergence from zero-shot CLIP's probabilities, with consistency. Default: l1 1, cosine 0."""
+    average: bool | None = None
+    """Keep the Gaussian-weighted mean of all epochs, as PromptSRC, not the last. Default: with consistency l1."""
     batch_size: AtLeastOne | None = None
     """Images a step. Default: CoCoOp 1, CoOp 32."""
     epochs: Count | None = None
@@ -184,6 +195,9 @@ class ResolvedOptim(OptimConfig):
 
     batch_size: AtLeastOne
     epochs: Count
+    text_weight: NotNegative
+    logit_weight: NotNegative
+    average: bool
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

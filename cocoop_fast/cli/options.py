@@ -65,7 +65,7 @@ LISTS = {
     "--shot-counts": "",
 }
 PANELS = {  # of the help; all others are in the first one
-    "Recipe": "optim.epochs optim.batch_size optim.lr optim.prune_mass reference_compat",
+    "Recipe": "optim.epochs optim.batch_size optim.lr optim.consistency optim.average optim.prune_mass reference_compat",
     "Machine": "precision backend memory_budget device devices jobs shard workers threads skip_bad_images cache_views "
     "on_nonfinite",
     "Output": "output_dir output overwrite redo_changed checkpoint_steps tensorboard plot json quiet",

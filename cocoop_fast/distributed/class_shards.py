@@ -41,6 +41,11 @@ class ClassShards:
     """
 
     def __init__(self, model: LearnedPromptCLIP, group: Group) -> None:
+        if model.anchor is not None:
+            raise UserError(
+                "Consistency with hand-written prompts compares all classes on each rank, so they cannot be shared out; use "
+                "--shard images with a larger batch."
+            )
         self._model = model
         self._group = group
         self._shares = balanced_shares(model.tree_encoder.tree, group.size)

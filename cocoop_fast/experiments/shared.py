@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 
 from cocoop_fast.clip.load import LoadedClip, load_clip, resolve_device, resolve_precision
-from cocoop_fast.config import DataConfig, ModelConfig, RunConfig
+from cocoop_fast.config import DataConfig, Ensemble, ModelConfig, RunConfig
 from cocoop_fast.data import Dataset, load_dataset
 from cocoop_fast.evaluation.feature_cache import FeatureCache
 from cocoop_fast.methods import build_model
 from cocoop_fast.methods.base import PromptedCLIP
+from cocoop_fast.methods.consistency import Consistency
+from cocoop_fast.methods.zeroshot import ensemble_templates
 
 _DATASETS_KEPT = 2  # ImageNet's training list alone takes a few hundred megabytes
 
@@ -49,6 +51,7 @@ class Shared:
             backend=config.model.backend,
             memory_budget=config.model.memory_budget,
             prune_mass=config.optim.prune_mass,
+            consistency=consistency_of(config),
         )
 
     def dataset(self, config: DataConfig) -> Dataset:
@@ -58,6 +61,16 @@ class Shared:
     def test_set(self, config: DataConfig) -> Dataset:
         """The same without training and validation images; all of them are kept."""
         return self._load_test_set(_list_of(config))
+
+
+def consistency_of(config: RunConfig) -> Consistency | None:
+    """What training keeps prompts near: the ensemble of the configuration, or else the reference's seven templates."""
+    optim, prompt = config.optim, config.prompt
+    if optim.consistency == "none":
+        return None
+    ensemble: Ensemble = "select" if prompt.ensemble == "none" else prompt.ensemble
+    templates = ensemble_templates(ensemble, prompt.template or "")
+    return Consistency(optim.consistency, optim.text_weight or 0.0, optim.logit_weight or 0.0, templates)
 
 
 def _list_of(config: DataConfig) -> DataConfig:

@@ -61,7 +61,7 @@ class TrainingRun:
         self._ranks.check_alike("their configuration", self._mapping)
         self._ranks.check_alike("the training images", self._fingerprint)
         rng.seed_everything(config.seed)
-        self.model = material.model(config.prompt, config.data.subset)
+        self.model = material.shared.model(config, self._train.classnames)
         self.trainer = self._make_trainer()
 
     def _make_trainer(self) -> Trainer:
@@ -114,6 +114,8 @@ class TrainingRun:
             checkpoint.load_parameters(trainer.model, newest.parameters, str(folder))
             trainer.optimizer.load_state_dict(newest.optimizer)
             trainer.scaler.load_state_dict(newest.scaler)
+            if trainer.average is not None:
+                trainer.average.load_state_dict(newest.average)
             trainer.position = Position(newest.epoch, newest.batch)
             trainer.seconds = newest.seconds
             rng.restore(newest.rng)
@@ -166,6 +168,7 @@ class TrainingRun:
             parameters=checkpoint.learned_parameters(self.model),
             optimizer=trainer.optimizer.state_dict(),
             scaler=trainer.scaler.state_dict(),
+            average=trainer.average.state_dict() if trainer.average is not None else {},
             rng=rng.capture(),
             epoch=trainer.position.epoch,
             batch=trainer.position.batch,

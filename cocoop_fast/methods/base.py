@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -13,6 +13,7 @@ from cocoop_fast.engine.encoder import TreeTextEncoder
 from cocoop_fast.engine.pruning import Pruned, check_prune_mass, pruned_cross_entropy
 from cocoop_fast.errors import UserError
 from cocoop_fast.methods.learner import Learner
+from cocoop_fast.ops.consistency import Anchor
 from cocoop_fast.ops.head import cosine_cross_entropy, cosine_logits_ref
 from cocoop_fast.prompts.tree import ClassTree
 
@@ -71,6 +72,11 @@ class PromptedCLIP(nn.Module):
         self.image_encoder: nn.Module = clip_model.visual
         self.logit_scale: nn.Parameter = clip_model.logit_scale
 
+    @property
+    def anchor(self) -> Anchor | None:
+        """What training keeps text features near; ``None``: nothing."""
+        return None
+
     def text_features(self, image_features: Tensor) -> Tensor:
         """(B, E) unit-length image features to text features: (B, K, E), or (1, K, E) if no image matters."""
         raise NotImplementedError
@@ -115,7 +121,9 @@ class PromptedCLIP(nn.Module):
         """
         image_features = self.checked(image_features, label)
         text_features = self.text_features(image_features)
-        return cosine_cross_entropy(image_features, text_features, self.logit_scale, label, self.backend)
+        return cosine_cross_entropy(
+            image_features, text_features, self.logit_scale, label, self.backend, self.anchor
+        )
 
     def logits(self, image_features: Tensor) -> Tensor:
         """Scaled cosines (B, K) of image features (B, E) with the text features of their prompts."""
@@ -190,9 +198,36 @@ class LearnedPromptCLIP(PromptedCLIP):
         super().__init__(clip_model, len(learner.layout.symbols), backend=backend)
         self.prompt_learner = learner
         self.prune_mass = check_prune_mass(prune_mass)
+        self._near: tuple[Callable[[Sequence[str]], Anchor], Sequence[str]] | None = None
+        self._anchor: Anchor | None = None
         self.tree_encoder = TreeTextEncoder(
             clip_model, ClassTree.from_layout(learner.layout), backend=backend, memory_budget=memory_budget
         )
+
+    def keep_near(self, anchor_of: Callable[[Sequence[str]], Anchor], classnames: Sequence[str]) -> None:
+        """Add a term to the loss that keeps text features near those of hand-written prompts.
+
+        Args:
+            anchor_of: those of class names; asked for at the first step with them.
+            classnames: those there are now.
+
+        Raises:
+            UserError: backward leaves classes out, while the term has all of them.
+        """
+        if self.prune_mass:
+            raise UserError(
+                "Pruning leaves classes out of backward, and consistency keeps the text features of all of them near; "
+                "use one or the other."
+            )
+        self._near, self._anchor = (anchor_of, classnames), None
+
+    @property
+    def anchor(self) -> Anchor | None:
+        """What text features are kept near; ``None``: nothing."""
+        if self._anchor is None and self._near is not None:
+            anchor_of, classnames = self._near
+            self._anchor = anchor_of(classnames)
+        return self._anchor
 
     def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         if not (self.prune_mass and torch.is_grad_enabled()):
@@ -217,6 +252,8 @@ class LearnedPromptCLIP(PromptedCLIP):
         return features if features.ndim == 3 else features[None]
 
     def set_classnames(self, classnames: Sequence[str]) -> None:
+        if self._near is not None:
+            self.keep_near(self._near[0], classnames)
         self.prompt_learner.set_classnames(classnames)
         self.tree_encoder.set_tree(ClassTree.from_layout(self.prompt_learner.layout))
         self.n_classes = len(self.prompt_learner.layout.symbols)

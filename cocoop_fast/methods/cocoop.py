@@ -66,7 +66,7 @@ class PromptLearner(ContextLearner):
 
     def shift(self, image_features: Tensor) -> Tensor:
         """h_theta(x): (B, E) to (B, d), the same for all context vectors."""
-        return self.meta_net(image_features)
+        return self.meta_net(self.seen(image_features))
 
     def forward(self, im_features: Tensor) -> Tensor:
         """The reference's output: (B, E) image features to dense prompts (B, K, L, d), of the model's dtype."""
@@ -172,10 +172,16 @@ def reference_cfg(
     image_size: int,
     csc: bool = False,
     class_position: ClassPosition = "end",
+    ablate_image: bool = False,
 ) -> SimpleNamespace:
     """A cfg of the reference's form, for those who have none."""
     options = SimpleNamespace(
-        N_CTX=n_ctx, CTX_INIT=ctx_init, PREC=precision, CSC=csc, CLASS_TOKEN_POSITION=class_position
+        N_CTX=n_ctx,
+        CTX_INIT=ctx_init,
+        PREC=precision,
+        CSC=csc,
+        CLASS_TOKEN_POSITION=class_position,
+        ABLATE_IMAGE=ablate_image,
     )
     return SimpleNamespace(
         TRAINER=SimpleNamespace(COCOOP=options, COOP=options),

@@ -49,7 +49,8 @@ class ContextLearner(Learner):
 
     Args:
         cfg: any object with ``INPUT.SIZE`` and, in ``TRAINER.<section>``, ``N_CTX`` and ``CTX_INIT``. If there,
-            ``CSC`` (a context for each class) and ``CLASS_TOKEN_POSITION`` ("end", "middle", "front") are read.
+            ``CSC`` (a context for each class), ``CLASS_TOKEN_POSITION`` ("end", "middle", "front") and ``ABLATE_IMAGE``
+            (what shifts the context is shown the same random vector for every image) are read.
         classnames: K names; an underscore counts as a space.
         clip_model: an open_clip or OpenAI CLIP.
 
@@ -63,6 +64,7 @@ class ContextLearner(Learner):
             that are to begin from words, or a cfg whose image size is not the model's.
     """
 
+    _stand_in: Tensor
     section = "COOP"
     saves_tokens = (
         False  # `token_prefix` and `token_suffix` in state dicts; they are loaded without them, too
@@ -75,6 +77,9 @@ class ContextLearner(Learner):
         self._ctx_init: str = options.CTX_INIT
         self._class_specific = bool(getattr(options, "CSC", False))
         self._class_position: ClassPosition = getattr(options, "CLASS_TOKEN_POSITION", "end")
+        self._ablate_image = bool(getattr(options, "ABLATE_IMAGE", False))
+        drawn = torch.randn(self._frozen.embed_dim, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("_stand_in", drawn / drawn.norm(), persistent=False)
         self._check_options(cfg.INPUT.SIZE[0])
         self.n_ctx: int = options.N_CTX
         self._read(classnames)
@@ -92,6 +97,12 @@ class ContextLearner(Learner):
     def shift(self, image_features: Tensor) -> Tensor | None:
         """h_m(x): from (B, E) features to (B, d), or (B, M, d) where each vector has its own; None: there is none."""
         return None
+
+    def seen(self, image_features: Tensor) -> Tensor:
+        """(B, E) what the shift is made of: the image features, or in their place the same unit vector for all images."""
+        if not self._ablate_image:
+            return image_features
+        return self._stand_in.to(image_features).expand_as(image_features)
 
     def set_classnames(self, classnames: Sequence[str]) -> None:
         if self._class_specific and len(classnames) != self.n_cls:

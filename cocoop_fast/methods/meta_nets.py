@@ -30,7 +30,8 @@ class MetaNetsLearner(ContextLearner):
 
     def shift(self, image_features: Tensor) -> Tensor:
         """(B, E) to (B, M, d)."""
-        return torch.stack([net(image_features) for net in self.meta_nets], dim=1)
+        seen = self.seen(image_features)
+        return torch.stack([net(seen) for net in self.meta_nets], dim=1)
 
 
 class MetaNetsCLIP(CoOp):

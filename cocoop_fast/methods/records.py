@@ -14,8 +14,9 @@ from typing_extensions import Unpack
 
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import PromptConfig
-from cocoop_fast.methods.base import EngineOptions, PromptedCLIP
+from cocoop_fast.methods.base import EngineOptions, LearnedPromptCLIP, PromptedCLIP
 from cocoop_fast.methods.cocoop import CustomCLIP, reference_cfg
+from cocoop_fast.methods.consistency import Consistency
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.methods.linear_probe import LinearProbe
 from cocoop_fast.methods.meta_nets import MetaNetsCLIP
@@ -60,6 +61,7 @@ def _context_model(
         image_size=clip.image_size,
         csc=prompt.csc,
         class_position=prompt.class_position,
+        ablate_image=prompt.ablate_image,
     )
     return model(cfg, classnames, clip.model, **engine)
 
@@ -88,7 +90,11 @@ METHODS: dict[str, MethodRecord] = {
 
 
 def build_model(
-    prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, **engine: Unpack[EngineOptions]
+    prompt: PromptConfig,
+    classnames: Sequence[str],
+    clip: LoadedClip,
+    consistency: Consistency | None = None,
+    **engine: Unpack[EngineOptions],
 ) -> PromptedCLIP:
     """The model of a method over K class names, ready to train.
 
@@ -96,12 +102,15 @@ def build_model(
         prompt: the method and its options.
         classnames: K names.
         clip: the frozen model.
+        consistency: keeps learned prompts near hand-written ones in training; means nothing to other methods.
         engine: backend, memory_budget and prune_mass of :class:`LearnedPromptCLIP`; what learns no prompt needs none.
 
     Raises:
         UserError: an unusable class list, context, template, backend or budget.
     """
     model = METHODS[prompt.method].build(prompt, classnames, clip, engine)
+    if consistency is not None and isinstance(model, LearnedPromptCLIP):
+        model.keep_near(partial(consistency.anchor, clip_model=clip.model), classnames)
     if clip.known_tokens is not None:
         warn_of_unknown_words(classnames, clip.known_tokens)
     return model

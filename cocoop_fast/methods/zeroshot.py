@@ -37,7 +37,8 @@ def ensemble_templates(ensemble: Ensemble, template: str) -> tuple[str, ...]:
 class ZeroShot(PromptedCLIP):
     """Text features of "a photo of a <name>." and the like, encoded once.
 
-    With several templates a class's text feature is the mean of those of its prompts, each of unit length.
+    With several templates a class's text feature is the mean of those of its prompts, each of unit length:
+    ``mean_features`` (K, E).
 
     Args:
         templates: the prompt, or prompts, each with one ``{}`` for the class name.
@@ -65,12 +66,12 @@ class ZeroShot(PromptedCLIP):
         self.set_classnames(classnames)
 
     def text_features(self, image_features: Tensor) -> Tensor:
-        return self._text_features
+        return self.mean_features[None]  # normalised with the logits
 
     @torch.no_grad()
     def set_classnames(self, classnames: Sequence[str]) -> None:
         total = reduce(torch.add, (self._encode(template, classnames) for template in self.templates))
-        self._text_features = total[None] / len(self.templates)  # (1, K, E), normalised with the logits
+        self.mean_features = total / len(self.templates)
         self.n_classes = len(classnames)
 
     def _encode(self, template: str, classnames: Sequence[str]) -> Tensor:

@@ -8,6 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cocoop_fast.ops.consistency import (
+    Anchor,
+    add_logit_gradient,
+    add_text_gradient,
+    anchor_logits,
+    consistency_fwd,
+    consistency_ref,
+)
 from cocoop_fast.ops.table import Ops, select_backend
 
 
@@ -30,13 +38,18 @@ def cosine_logits_ref(image_features: Tensor, text_features: Tensor, logit_scale
 
 
 def cosine_cross_entropy_ref(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, label: Tensor
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    label: Tensor,
+    anchor: Anchor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy of :func:`cosine_logits_ref` against the labels.
 
     Args:
         image_features, text_features, logit_scale: as there.
         label: (B,) int64.
+        anchor: adds :func:`cocoop_fast.ops.consistency.consistency_ref` to the loss.
 
     Returns:
         The scalar loss, in float32 where the features are narrower (there is no loss scale that a float16 loss could
@@ -44,11 +57,19 @@ def cosine_cross_entropy_ref(
     """
     logits = cosine_logits_ref(image_features, text_features, logit_scale)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, label), logits.detach()
+    loss = F.cross_entropy(wide, label)
+    if anchor is not None:
+        loss = loss + consistency_ref(text_features, wide, image_features, logit_scale.exp(), anchor)
+    return loss, logits.detach()
 
 
 def cosine_cross_entropy(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, label: Tensor, backend: str = "auto"
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    label: Tensor,
+    backend: str = "auto",
+    anchor: Anchor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`cosine_cross_entropy_ref` by the best backend.
 
@@ -63,10 +84,10 @@ def cosine_cross_entropy(
         if chosen.load is not None:
             scale = logit_scale.float().exp().reshape(1)
             loss, logits = _CosineCrossEntropy.apply(
-                text_features, image_features, scale, label, chosen.load()
+                text_features, image_features, scale, label, chosen.load(), anchor
             )
             return loss, logits
-    return cosine_cross_entropy_ref(image_features, text_features, logit_scale, label)
+    return cosine_cross_entropy_ref(image_features, text_features, logit_scale, label, anchor)
 
 
 class _CosineCrossEntropy(torch.autograd.Function):
@@ -74,7 +95,13 @@ class _CosineCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        node: Any, text_features: Tensor, image_features: Tensor, scale: Tensor, label: Tensor, ops: Ops
+        node: Any,
+        text_features: Tensor,
+        image_features: Tensor,
+        scale: Tensor,
+        label: Tensor,
+        ops: Ops,
+        anchor: Anchor | None,
     ) -> tuple[Tensor, Tensor]:
         batch, classes, _ = text_features.shape
         image, label = image_features.contiguous(), label.to(torch.int64).contiguous()
@@ -82,17 +109,26 @@ class _CosineCrossEntropy(torch.autograd.Function):
         ops.head_fwd(text_features, image, scale, logits, inverse_norms)
         loss = torch.empty_like(scale)
         ops.cross_entropy_fwd(logits, label, loss)
-        node.ops = ops
-        node.save_for_backward(text_features, image, scale, logits, inverse_norms, label)
+        node.ops, node.anchor = ops, anchor
+        told = None
+        if anchor is not None:
+            told = anchor_logits(image, scale, anchor).float()
+            loss += consistency_fwd(text_features, inverse_norms, logits, told, anchor)
+        node.save_for_backward(text_features, image, scale, logits, inverse_norms, label, told)
         node.mark_non_differentiable(logits)
         return loss.squeeze(0), logits
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(node: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
-        text_features, image, scale, logits, inverse_norms, label = node.saved_tensors
+    def backward(node: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        text_features, image, scale, logits, inverse_norms, label, told = node.saved_tensors
+        grad_loss, anchor = grad_loss.reshape(1), node.anchor
         grad_logits = torch.empty_like(logits)
-        node.ops.cross_entropy_bwd(logits, label, grad_loss.reshape(1), grad_logits)
+        node.ops.cross_entropy_bwd(logits, label, grad_loss, grad_logits)
+        if anchor is not None:
+            add_logit_gradient(grad_logits, logits, told, grad_loss, anchor)
         grad_text = torch.empty_like(text_features, memory_format=torch.contiguous_format)
         node.ops.head_bwd(text_features, image, scale, logits, inverse_norms, grad_logits, grad_text)
-        return grad_text, None, None, None, None
+        if anchor is not None:
+            add_text_gradient(grad_text, text_features, inverse_norms, grad_loss, anchor)
+        return grad_text, None, None, None, None, None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Checkpoint:
     batch: int  # batches of that epoch that are done
     step: int  # steps done in all
     seconds: float  # spent training so far
+    average: dict[str, Any] = field(default_factory=dict)  # over the epochs so far; empty without one
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -105,10 +106,13 @@ def load(path: Path) -> Checkpoint:
             f"format {_VERSION}; use the version that wrote it.",
             exit_status=1,
         )
-    names = [field.name for field in fields(Checkpoint)]
+    names = [one.name for one in fields(Checkpoint)]
+    content.setdefault("average", {})  # files of before there was one
     if any(name not in content for name in names):
         raise UserError(f"The checkpoint {path} is incomplete; {_ADVICE}.", exit_status=1)
-    if not _is_named_tensors(content["parameters"]) or not isinstance(content["optimizer"], dict):
+    if not _is_named_tensors(content["parameters"]) or not all(
+        isinstance(content[name], dict) for name in ("optimizer", "average")
+    ):
         raise UserError(
             f"The checkpoint {path} holds something else than parameters; {_ADVICE}.", exit_status=1
         )

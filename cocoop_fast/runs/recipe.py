@@ -31,6 +31,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
     CoCoOp: batches of 1, 10 epochs. CoOp: batches of 32, and 200 epochs for 8 and 16 shots, 100 for 2 and 4,
     50 for 1, for all images, and for ImageNet whatever the shots (the reference's configurations). The M
     Meta-Nets train as CoCoOp's one does.
+    Consistency has the weights of PromptSRC (l1) or KgCoOp (cosine), and with l1 its average over epochs.
     Zero-shot CLIP learns nothing, and a linear probe is fitted without steps: 0 epochs.
     Both learners keep the configuration's ``ctx_init``, as the reference does in the base-to-new setting.
 
@@ -44,6 +45,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
     name, model, augment, optim = config.prompt.method, config.model, config.augment, config.optim
     method, scale = METHODS[name], augment.crop_scale
     epochs = method.epochs if method.epochs is not None else _epochs(config.data.shots, dataset.name)
+    near = optim.consistency
     if epochs and optim.epochs is not None:  # what has no steps has no epochs
         epochs = optim.epochs
     if scale is not None and scale[0] > scale[1]:
@@ -70,6 +72,9 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
             optim,
             epochs=epochs,
             batch_size=_given(optim.batch_size, method.batch_size),
+            text_weight=_given(optim.text_weight, 25.0 if near == "l1" else 8.0),
+            logit_weight=_given(optim.logit_weight, 1.0 if near == "l1" else 0.0),
+            average=_given(optim.average, near == "l1"),
             master_weights=optim.master_weights and not config.reference_compat,
         ),
         output_dir=_given(config.output_dir, own_place),
@@ -86,7 +91,7 @@ def _data_name(data: DataConfig) -> str:
 def with_method(config: RunConfig, method: Method, output_dir: Path) -> RunConfig:
     """The same experiment by another method: that method's own recipe, in a directory of its own."""
     prompt = _as(PromptConfig, config.prompt, method=method)
-    optim = _as(OptimConfig, config.optim, batch_size=None, epochs=None)
+    optim = _as(OptimConfig, config.optim, batch_size=None, epochs=None, consistency="none", average=None)
     return _as(RunConfig, config, prompt=prompt, optim=optim, output_dir=output_dir)
 
 

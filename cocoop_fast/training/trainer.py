@@ -21,6 +21,7 @@ from cocoop_fast.distributed.class_shards import share_classes
 from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.errors import UserError, is_out_of_memory
 from cocoop_fast.methods.base import PromptClassifier
+from cocoop_fast.training.average import GaussianAverage
 from cocoop_fast.training.features import EncodedBatch, FeatureSource, ImageFeatures
 from cocoop_fast.training.observer import EpochInfo, Means, Observer, StepInfo
 from cocoop_fast.training.optimizer import build_optimizer
@@ -93,6 +94,7 @@ class Trainer:
 
     Attributes:
         features, optimizer, scaler: what it is made of.
+        average: of the parameters over the epochs, which they become at the end; ``None``: the last ones stay.
         position: the next step's.
         rate: the learning rate of a 1-based epoch.
         seconds: spent training, earlier processes included.
@@ -123,6 +125,7 @@ class Trainer:
             on_gpu = Launching(True, record_cuda_graph if cuda_graph else None, _STEPS_UNDER_WAY)
             launching = on_gpu if device.type == "cuda" else Launching()
         self.optimizer = build_optimizer(self._parameters, optim, fused=launching.fused)
+        self.average = GaussianAverage(self._parameters, optim.epochs) if optim.average else None
         scaled = needs_loss_scaling(precision, optim.master_weights, device)
         self.scaler = LossScaler(device, enabled=scaled)
         self.features = features or ImageFeatures(
@@ -220,6 +223,8 @@ class Trainer:
                 if save_every and self.step % save_every == 0:
                     settle_and_save()
         self._settle()
+        if self.average is not None:
+            self.average.add(epoch)
         seconds = time.perf_counter() - epoch_started
         self.observer.on_epoch_end(
             EpochInfo(
