@@ -17,7 +17,7 @@ demo: $(INSTALLED) ## train CoCoOp on the digits that come with the package
 	$(BIN)/cocoop-fast train
 
 test: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest tests/
+	$(BIN)/python -m pytest tests/ -n auto --maxprocesses 8 --dist worksteal
 
 soak: $(INSTALLED) ## the long tests: 10,000 steps, a hundred kills
 	$(BIN)/python -m pytest tests/ -m soak
