@@ -8,7 +8,12 @@ import signal
 # For the processes that tests start, too; read when torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import torch
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton loads

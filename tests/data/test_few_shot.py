@@ -45,7 +45,7 @@ def expected_draw(seed: int, shots: int, train: list[int], val: list[int]) -> tu
 labels = st.lists(st.integers(0, 5), min_size=1, max_size=60)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(labels, labels, st.integers(1, 20), st.integers(0, 1000))
 def test_sampling_is_the_references(train, val, shots, seed):
     full = dataset(train, val, n_classes=6)

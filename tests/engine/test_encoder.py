@@ -72,7 +72,7 @@ names = st.lists(st.lists(words, min_size=1, max_size=4).map(" ".join), min_size
 
 
 @pytest.mark.filterwarnings("ignore:Classes with the same prompt")
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(names, st.integers(1, 16), st.integers(1, 3), st.booleans(), st.integers(0, 1000))
 def test_random_class_lists(classnames, n_ctx, batch, quick_gelu, seed):
     model = MODELS[quick_gelu]

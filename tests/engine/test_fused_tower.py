@@ -95,7 +95,7 @@ FUZZED = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(class_lists, st.integers(1, 32), st.integers(1, 2), st.booleans(), st.integers(0, 9))
 def test_fuzzed_trees(paths, n_ctx, batch, quick_gelu, seed):
     tree = ClassTree(token_rows(paths, n_ctx, 100), n_ctx)

@@ -77,7 +77,7 @@ def test_deep_prompts_in_pieces(monkeypatch):
 paths = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=6), min_size=1, max_size=30)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(names=paths, nodes=st.integers(1, 40))
 def test_shards_cover_the_tree(names, nodes):
     tree = tree_of(names)

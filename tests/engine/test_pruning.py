@@ -22,7 +22,7 @@ from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.ops.head import cosine_logits_ref
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     batch=st.integers(1, 4),
     k=st.integers(1, 30),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cocoop_fast.evaluation.metrics import harmonic_mean, measure
 
 
-@settings(deadline=None)  # the first call imports scikit-learn
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=80))
 def test_against_the_definitions(pairs):
     metrics = measure(*(np.array(column) for column in zip(*pairs, strict=True)), 7)

@@ -94,7 +94,7 @@ def test_rows_further_apart_than_32_bits_count(batch, strides):
         assert torch.equal(there, here)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     names=st.lists(st.lists(st.integers(1, 3), max_size=12), min_size=1, max_size=12),
     n_ctx=st.integers(1, 32),
@@ -221,7 +221,7 @@ def visible_rows(plan):
     return seen, slots
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     names=st.lists(st.lists(st.integers(1, 4), max_size=30), min_size=1, max_size=60),
     n_ctx=st.integers(1, 32),

@@ -147,7 +147,7 @@ def test_empty_batch(isa):
     assert case.backward()[0].shape == (0, case.rows, 16)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     names=st.lists(st.lists(st.integers(1, 3), max_size=14), min_size=1, max_size=60),
     n_ctx=st.integers(1, 6),

@@ -115,7 +115,7 @@ words = st.sampled_from(["cat", "dog", "tabby", "blue whale", "digit", "zero", "
 class_lists = st.lists(st.lists(words, min_size=1, max_size=3).map(" ".join), min_size=1, max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(class_lists, st.integers(1, 6), st.sampled_from(POSITIONS), st.booleans())
 def test_no_row_is_there_twice_or_for_nothing(names, m, position, class_specific):
     layout = layout_at(tokenize_prompts(names, n_ctx=m), position, class_specific=class_specific)
@@ -219,7 +219,7 @@ def test_deep_prompts_leave_the_fast_tower_to_plain_contexts():
     assert (deeper - plain).abs().max() > 1e-2
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(class_lists, st.integers(1, 5), st.integers(0, 99))
 def test_both_attentions_agree(names, m, seed):
     """Where both serve: the attention along paths is the attention of the tree."""

@@ -57,7 +57,7 @@ def test_imagenet_names_have_the_published_size():
     assert (tree.n_classes, len(tree), len(tree.leaves)) == (1000, 4003, 998)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=8), min_size=1, max_size=40), st.integers(1, 4)
 )
