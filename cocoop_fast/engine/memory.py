@@ -7,8 +7,10 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -75,8 +77,9 @@ class PassMemory:
         return self.scratch.nbytes + self.floats.nbytes + saved
 
     def statistics(self, name: str, rows: int) -> Statistics:
-        """Mean and reciprocal standard deviation of so many rows."""
-        mean, rstd = self.floats.get(f"statistics of {name}", 2, rows).unbind()
+        """Mean and reciprocal standard deviation of so many rows; both aligned to 16 bytes, or Triton's kernels would be
+        compiled again for a number of rows that does not do so."""
+        mean, rstd = self.floats.get(f"statistics of {name}", 2, (rows + 3) // 4 * 4)[:, :rows].unbind()
         return mean, rstd
 
 
@@ -97,11 +100,26 @@ class PassSize(NamedTuple):
         return cls(*(max(column) for column in zip(*sizes, strict=True)))
 
 
+_keeper: ContextVar[list[PassMemory] | None] = ContextVar("keeper", default=None)
+
+
+@contextmanager
+def lent_for_good() -> Iterator[list[PassMemory]]:
+    """What passes of this thread borrow meanwhile is in the list, and nobody else gets it: for a CUDA graph, which writes into
+    it whenever it is replayed, and has to hold it."""
+    kept: list[PassMemory] = []
+    token = _keeper.set(kept)
+    try:
+        yield kept
+    finally:
+        _keeper.reset(token)
+
+
 class Pool:
     """Memory of passes that are done with, for the next pass.
 
-    While a CUDA graph is recorded, every pass gets new memory, which never comes here: the graph writes into it
-    whenever it is replayed, so that nobody else may have it.
+    While a CUDA graph is recorded, what a pass gets never comes back here: see :func:`lent_for_good`. If whoever records does
+    not say so, it is new memory of the graph's own.
 
     Args:
         make: more memory.
@@ -113,6 +131,10 @@ class Pool:
 
     def borrow(self) -> Lease:
         """Memory that nobody else has until the lease is given back."""
+        keeper = _keeper.get()
+        if keeper is not None:
+            keeper.append(self._free.pop() if self._free else self._make())
+            return Lease(keeper[-1], None)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return Lease(self._make(), None)
         try:

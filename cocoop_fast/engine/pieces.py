@@ -157,6 +157,10 @@ class MemoryBudget:
             known[batch, keeps] = self._decide(tower, batch, keeps)
         return known[batch, keeps]
 
+    def shards(self, tree: ClassTree) -> bool:
+        """Whether a batch has gone through this tree in shards of its classes."""
+        return any(pieces.shards for pieces in self._known.get(tree, {}).values())
+
     def step_bytes(self, tower: Tower, batch: int) -> int:
         """What a training step of B images allocates, whole or in pieces; from the contexts to their gradient.
 

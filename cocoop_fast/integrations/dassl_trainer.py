@@ -17,7 +17,7 @@ from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
 from cocoop_fast.training.step import Step, loss_and_gradients
-from cocoop_fast.training.step_graph import RecordedSteps
+from cocoop_fast.training.step_graph import CudaGraphs, RecordedSteps
 
 
 class FastTrainer:
@@ -77,7 +77,8 @@ class FastTrainer:
         self.scaler = LossScaler(self.device, enabled=needs_loss_scaling(self.precision, True, self.device))
         self._step: Step = loss_and_gradients(self.model, self._parameters, self.precision, self.scaler)
         if self.device.type == "cuda":
-            self._step = RecordedSteps(self._step, print)
+            graphs = CudaGraphs(self.device)
+            self._step = RecordedSteps(self._step, print, graphs, self.model.why_not_recorded)
             if torch.cuda.device_count() > 1:
                 print("One GPU is used; train further seeds or data sets on the others")
 

@@ -247,6 +247,14 @@ class LearnedPromptCLIP(PromptedCLIP):
         """
         self.tree_encoder.lower_memory(batch)
 
+    def why_not_recorded(self) -> str | None:
+        """Why a training step waits for the device, so that no CUDA graph can be made of it; None if it does not."""
+        if self.prune_mass:
+            return "optim.prune_mass chooses the classes of each step by its probabilities"
+        if self.tree_encoder.memory.shards(self.tree_encoder.tree):
+            return "the classes go through the text tower in shards, for want of memory"
+        return None
+
     def text_features(self, image_features: Tensor) -> Tensor:
         features = self.tree_encoder(self.prompt_learner.contexts(image_features))
         return features if features.ndim == 3 else features[None]

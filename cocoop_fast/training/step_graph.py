@@ -7,14 +7,17 @@ rate may change and its loss scaler may skip it without recording anew.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
 
+from cocoop_fast.engine.memory import PassMemory, lent_for_good
 from cocoop_fast.training.step import Step, StepResult
 
 # Steps of a shape that are done without a graph first: they compile kernels and let libraries allocate
@@ -26,19 +29,65 @@ MOST_GRAPHS = 4
 
 Record: TypeAlias = Callable[[Callable[[], StepResult]], tuple[StepResult, Callable[[], None]]]
 
+# Of streams: the image encoder's is 0, so that a step goes before the features of the steps to come.
+_BEFORE_THE_ENCODER = -1
 
-def record_cuda_graph(work: Callable[[], StepResult]) -> tuple[StepResult, Callable[[], None]]:
-    """Record the launches of ``work`` on the current device, without running them.
 
-    Returns:
-        Its result, whose memory has no content yet, and a function that fills it by running the launches again
-        with what the inputs' memory then holds.
+class CudaGraphs:
+    """Records launches as CUDA graphs.
+
+    The stream that records is one of the device's own: torch's default belongs to the GPU that recorded first in this
+    process, and on another GPU it would record nothing. Whatever happens while recording, it ends, and the caller's stream is
+    the current one again.
+
+    Args:
+        device: where the work is launched.
     """
-    graph = torch.cuda.CUDAGraph()
-    # "thread_local": a data loader may pin memory in another thread meanwhile, which is no business of the graph.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = work()
-    return result, graph.replay
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, work: Callable[[], StepResult]) -> tuple[StepResult, Callable[[], None]]:
+        """Record the launches of ``work``, without running them.
+
+        The passes of ``work`` get the memory that passes before it used, and keep it.
+
+        Returns:
+            Its result, whose memory has no content yet, and a function that fills it by running the launches again
+            with what the inputs' memory then holds.
+
+        Raises:
+            RuntimeError: a launch cannot be recorded, or memory does not suffice.
+        """
+        graph = cuda.CUDAGraph()
+        with cuda.device(self._device), lent_for_good() as memory:
+            gc.collect()
+            cuda.synchronize(self._device)
+            cuda.empty_cache()  # the graph allocates apart from what is cached
+            stream = cuda.Stream(self._device, priority=_BEFORE_THE_ENCODER)
+            stream.wait_stream(cuda.current_stream(self._device))
+            with cuda.stream(stream):  # unlike torch.cuda.graph it restores the stream where ending fails
+                # "thread_local": a data loader may pin memory in another thread meanwhile, no business of the graph.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    result = work()
+                except BaseException:
+                    with suppress(RuntimeError):  # what could not be recorded has broken the recording
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        return result, _Replay(graph, memory)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """Runs a graph, and holds the memory that it writes into."""
+
+    graph: cuda.CUDAGraph
+    memory: list[PassMemory]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 class RecordedSteps:
@@ -48,17 +97,23 @@ class RecordedSteps:
     between steps; the parameters it learns are read anew by each.
 
     Args:
-        step: without host synchronisation and data-dependent shapes. One that cannot be recorded is done as it is.
+        step: without data-dependent shapes. One that cannot be recorded is done as it is.
         on_message: told, once, why steps are not recorded.
         record: how work is recorded.
+        why_not: asked before recording: why the step waits for the device and so cannot be recorded, or ``None``.
     """
 
     def __init__(
-        self, step: Step, on_message: Callable[[str], None], record: Record = record_cuda_graph
+        self,
+        step: Step,
+        on_message: Callable[[str], None],
+        record: Record,
+        why_not: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._step = step
         self._on_message = on_message
         self._record = record
+        self._why_not = why_not
         self._recordings: dict[Hashable, _Recording] = {}
         self._seen: Counter[Hashable] = Counter()
         self._given_up = False
@@ -67,7 +122,7 @@ class RecordedSteps:
         shape = (features.shape, features.dtype, label.shape)
         self._seen[shape] += 1
         if self._seen[shape] > WARM_UP_STEPS and not self._given_up and shape not in self._recordings:
-            self._make(shape, features.clone(), label.clone())
+            self._make(shape, features, label)
         recording = self._recordings.get(shape)
         if recording is None:
             return self._step(features, label)
@@ -76,20 +131,36 @@ class RecordedSteps:
         recording.replay()
         return recording.result
 
+    def release(self) -> None:
+        """Let go of the graphs and their memory; steps are not recorded from now on. For want of memory."""
+        self._given_up = True
+        self._recordings.clear()
+
     def _make(self, shape: Hashable, features: Tensor, label: Tensor) -> None:
-        """Record a step of this shape in the inputs' memory, or give up recording and tell why."""
-        try:
-            if len(self._recordings) == MOST_GRAPHS:
-                raise RuntimeError(f"there are graphs of {MOST_GRAPHS} batch sizes already")
-            result, replay = self._record(lambda: self._step(features, label))
-            self._recordings[shape] = _Recording(features, label, result, replay)
-        except RuntimeError as error:  # from an operation or the driver: not everything can be recorded
+        """Record a step of this shape, or give up recording and tell why."""
+        reason = self._why_not()
+        if reason is None and len(self._recordings) == MOST_GRAPHS:
+            reason = f"there are graphs of {MOST_GRAPHS} batch sizes already"
+        if reason is None:
+            reason = self._try(shape, features, label)
+        if reason is not None:
             self._given_up = True
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._on_message(
                 f"Steps are not recorded as CUDA graphs from here on ({reason}); the result is the same, "
                 "but small steps may be slower."
             )
+
+    def _try(self, shape: Hashable, features: Tensor, label: Tensor) -> str | None:
+        """Why not, if not. Nothing refers to what a failed recording allocated when this is over."""
+        try:
+            features, label = features.clone(), label.clone()  # the inputs' memory
+            result, replay = self._record(lambda: self._step(features, label))
+        except (
+            RuntimeError
+        ) as error:  # from an operation, the driver or the allocator: not everything can be recorded
+            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self._recordings[shape] = _Recording(features, label, result, replay)
+        return None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from cocoop_fast.training.step import (
     repeated_together,
     summed_over_ranks,
 )
-from cocoop_fast.training.step_graph import Record, RecordedSteps, record_cuda_graph
+from cocoop_fast.training.step_graph import CudaGraphs, Record, RecordedSteps
 from cocoop_fast.training.stop_signals import StopSignals
 
 # On a GPU the host launches steps without waiting for them. So many may be under way before it reads the loss of the
@@ -122,7 +122,7 @@ class Trainer:
         self._parameters = [p.requires_grad_(True) for p in model.prompt_learner.parameters()]
         self.device = device = next(model.parameters()).device
         if launching is None:
-            on_gpu = Launching(True, record_cuda_graph if cuda_graph else None, _STEPS_UNDER_WAY)
+            on_gpu = Launching(True, CudaGraphs(device) if cuda_graph else None, _STEPS_UNDER_WAY)
             launching = on_gpu if device.type == "cuda" else Launching()
         self.optimizer = build_optimizer(self._parameters, optim, fused=launching.fused)
         self.average = GaussianAverage(self._parameters, optim.epochs) if optim.average else None
@@ -134,8 +134,12 @@ class Trainer:
         self._ranks = ranks
         self._shared = share_classes(model, ranks.classes)
         self._step: Step = loss_and_gradients(self._shared, self._parameters, precision, self.scaler)
+        self._graphs: RecordedSteps | None = None
         if launching.record and self._shared is model:  # what ranks tell each other is not recorded
-            self._step = RecordedSteps(self._step, self.observer.on_message, launching.record)
+            why_not = getattr(model, "why_not_recorded", lambda: None)
+            self._step = self._graphs = RecordedSteps(
+                self._step, self.observer.on_message, launching.record, why_not
+            )
         if ranks.classes.size > 1:
             self._step = repeated_together(self._step, ranks.classes)
         if ranks.everyone.size > 1:
@@ -297,6 +301,8 @@ class Trainer:
                 f"The memory is used up at step {step}, however small the pieces of a step ({error}); {advice}.",
                 exit_status=1,
             ) from error
+        if self._graphs is not None:
+            self._graphs.release()
         if self.device.type == "cuda":  # what the engine and the failed step held goes back to the device
             torch.cuda.empty_cache()
         if not self._short_of_memory:

@@ -1,0 +1,222 @@
+"""Recording CUDA graphs where there is no GPU: a stub in torch's place fails as a driver does."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny_encoders import encoder
+from tiny_training import Recorder, fast_model, large_model, make_batches, recipe, run_out_of_memory
+
+from cocoop_fast.training import step_graph
+from cocoop_fast.training.step import StepResult
+from cocoop_fast.training.step_graph import WARM_UP_STEPS, CudaGraphs, RecordedSteps
+from cocoop_fast.training.trainer import Launching, Trainer
+
+GPU_1 = torch.device("cuda", 1)
+
+
+class StubCuda:
+    """What of torch.cuda recording needs. A graph is empty unless it records a stream of its own device."""
+
+    def __init__(self, begin_fails=False, end_fails=False):
+        self.fails = {"begin": begin_fails, "end": end_fails}
+        self.current = {"device": torch.device("cuda", 0), "stream": "the caller's"}
+        self.capturing = False
+        self.ends = self.begins = 0
+        stub = self
+
+        class Stream:
+            def __init__(self, device, priority=0):
+                self.device, self.priority = device, priority
+
+            def wait_stream(self, other):
+                self.waited_for = other
+
+        class CUDAGraph:
+            replays = 0
+
+            def capture_begin(self, capture_error_mode):
+                assert capture_error_mode == "thread_local" and not stub.capturing
+                if stub.fails["begin"]:
+                    raise RuntimeError("CUDA error: initialization error")
+                stub.begins += 1
+                stub.capturing, self.stream = True, stub.current["stream"]
+
+            def capture_end(self):
+                stub.ends += 1
+                stub.capturing = False
+                if stub.fails["end"]:
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+            def replay(self):
+                self.replays += 1
+
+        self.Stream, self.CUDAGraph = Stream, CUDAGraph
+
+    @contextmanager
+    def _as(self, name, value):
+        before = self.current[name]
+        self.current[name] = value
+        try:
+            yield
+        finally:
+            self.current[name] = before
+
+    def device(self, device):
+        return self._as("device", device)
+
+    def stream(self, stream):
+        return self._as("stream", stream)
+
+    def current_stream(self, device):
+        return self.current["stream"]
+
+    def synchronize(self, device):
+        assert not self.capturing
+
+    def empty_cache(self):
+        assert not self.capturing
+
+
+def stub_of(monkeypatch, **fails):
+    stub = StubCuda(**fails)
+    monkeypatch.setattr(step_graph, "cuda", stub)
+    return stub
+
+
+def untouched(stub):
+    return not stub.capturing and stub.current == {
+        "device": torch.device("cuda", 0),
+        "stream": "the caller's",
+    }
+
+
+RESULT = StepResult(torch.zeros(4), ())
+
+
+def test_the_stream_is_of_the_device_and_goes_before_the_encoders(monkeypatch):
+    stub = stub_of(monkeypatch)
+    seen = []
+
+    def work():
+        seen.append(dict(stub.current))
+        return RESULT
+
+    result, replay = CudaGraphs(GPU_1)(work)
+    [during] = seen
+    assert result is RESULT and untouched(stub)
+    assert during["device"] == during["stream"].device == GPU_1
+    assert during["stream"].priority < 0 and during["stream"].waited_for == "the caller's"
+    replay()
+    assert replay.graph.replays == 1
+
+
+@pytest.mark.parametrize("fault", ["begin_fails", "end_fails"])
+def test_a_recording_that_cannot_begin_or_end_leaves_the_callers_stream(monkeypatch, fault):
+    stub = stub_of(monkeypatch, **{fault: True})
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        CudaGraphs(GPU_1)(lambda: RESULT)
+    assert untouched(stub)
+
+
+@pytest.mark.parametrize("end_fails", [False, True])
+def test_a_launch_that_cannot_be_recorded_ends_the_recording_and_is_the_reason(monkeypatch, end_fails):
+    stub = stub_of(monkeypatch, end_fails=end_fails)
+
+    def work():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted when stream"):
+        CudaGraphs(GPU_1)(work)
+    assert untouched(stub) and stub.ends == 1
+
+
+def test_a_graph_keeps_the_memory_that_the_steps_before_used(monkeypatch):
+    """And nobody else gets it, as long as the graph is there."""
+    stub_of(monkeypatch)
+    engine = encoder(backend="cpu")
+    pool = engine.tower.shared.training
+    ctx = torch.zeros(2, 4, engine.frozen.width, requires_grad=True)
+
+    def step():
+        engine(ctx).sum().backward()
+        return RESULT
+
+    step()
+    [warm] = pool._free
+    _, replay = CudaGraphs(GPU_1)(step)
+    assert len(replay.memory) == 1 and replay.memory[0] is warm and not pool._free
+    addresses = warm.scratch.get("h", 1).data_ptr()
+    step()
+    assert pool._free and pool._free[0] is not warm
+    assert warm.scratch.get("h", 1).data_ptr() == addresses
+
+
+def trainer_with(monkeypatch, model, observer, record=None, **options):
+    launching = Launching(record=record or CudaGraphs(GPU_1))
+    return Trainer(
+        model, make_batches(32, 4), recipe(epochs=1, **options), observer=observer, launching=launching
+    )
+
+
+@pytest.mark.parametrize("fault", ["begin_fails", "end_fails"])
+def test_a_run_goes_on_where_its_steps_cannot_be_recorded(monkeypatch, fault):
+    losses = []
+    for failing in (False, True):
+        stub, observer = stub_of(monkeypatch, **{fault: True}), Recorder()
+        record = None if failing else (lambda work: (_ for _ in ()).throw(RuntimeError("no graphs")))
+        trainer_with(monkeypatch, fast_model(), observer, record).fit()
+        assert untouched(stub) and len(observer.messages) == 1
+        losses.append([step.loss for step in observer.steps])
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_out_of_memory_in_a_recording_goes_on_in_smaller_pieces(monkeypatch):
+    """Recording fails for want of memory, and the plain step after it as well: then pieces, and no graph any more."""
+    stub, observer = stub_of(monkeypatch), Recorder()
+    trainer = trainer_with(monkeypatch, large_model(), observer)
+    kind = type(trainer.model.tree_encoder.tower)
+    encode, calls = kind.encode, []
+
+    def failing(self, contexts, *rest):
+        calls.append(stub.capturing)
+        if stub.capturing or (any(calls) and calls.count(False) == WARM_UP_STEPS + 1):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return encode(self, contexts, *rest)
+
+    monkeypatch.setattr(kind, "encode", failing)
+    trainer.fit()
+    assert len(observer.steps) == 8 and untouched(stub) and stub.begins == 1
+    assert "CUDA out of memory" in observer.messages[0] and "smaller pieces" in observer.messages[1]
+
+
+def test_graphs_give_their_memory_back_when_memory_runs_out():
+    steps = RecordedSteps(lambda features, label: RESULT, print, lambda work: (work(), lambda: None))
+    for _ in range(WARM_UP_STEPS + 1):
+        steps(torch.zeros(2, 3), torch.zeros(2))
+    assert len(steps._recordings) == 1
+    steps.release()
+    steps(torch.zeros(2, 3), torch.zeros(2))
+    assert not steps._recordings
+
+
+def test_what_waits_for_the_device_is_never_recorded(monkeypatch):
+    """Pruning and shards; each is said once."""
+
+    def forbidden(work):
+        pytest.fail("it was recorded")
+
+    observer = Recorder()
+    model = fast_model()
+    model.prune_mass = 0.01
+    trainer_with(monkeypatch, model, observer, forbidden).fit()
+    assert len(observer.messages) == 1 and "prune_mass" in observer.messages[0]
+
+    observer = Recorder()
+    trainer = trainer_with(monkeypatch, large_model(), observer, forbidden)
+    run_out_of_memory(monkeypatch, trainer.model, torch.OutOfMemoryError("CUDA out of memory."), 2)
+    trainer._graphs.release = lambda: None  # as in a run whose budget was small from the start
+    trainer.fit()
+    assert any("in shards" in message for message in observer.messages)
