@@ -238,29 +238,33 @@ def _images(name: str, rows: Tensor) -> int:
 
 
 def _variants() -> tuple[Variant, ...]:
-    """Rows of each type with parameters of the same, and half-precision rows with fp32 ones."""
+    """Rows of each type with contexts and weights of the same; half-precision rows with fp32 contexts, as they are where
+    fp32 master copies are learned, and weights of either."""
     found = []
     for dtype in STORAGE:
         r, s = f"*{dtype}", "*fp32"
-        for parameters in dict.fromkeys((dtype, "fp32")):
-            p = f"*{parameters}"
-            suffix = ", fp32 parameters" if parameters != dtype else ""
+        for contexts, weights in dict.fromkeys(((dtype, dtype), ("fp32", dtype), ("fp32", "fp32"))):
+            c = f"*{contexts}"
+            suffix = ", fp32 contexts" if contexts != dtype else ""
             strides = ("stride_xb", "stride_xm", "stride_yb", "stride_ym")
-            forward = dict.fromkeys(("vectors", "shift", "position", "gamma", "beta"), p)
+            forward = {"vectors": c, "shift": c} | dict.fromkeys(("position", "gamma", "beta"), f"*{weights}")
             forward |= {"x": r, "y": r, "mean": s, "rstd": s}
             forward |= dict.fromkeys(("m", "width", *strides), "i32") | {"eps": "fp32"}
-            backward = {"dx": r, "d_vectors": p, "d_shift": p}
+            backward = {"dx": r, "d_vectors": c, "d_shift": c}
             backward |= dict.fromkeys(("batch", "m", "shared", "width", *strides[:2]), "i32")
             # A shift of each image with shared vectors, or of each row with and without them.
             forms = {"": (True, False), "rows": (True, True), "rows alone": (False, True)}
             for form, (shared, of_row) in forms.items():
                 for block, warps in ROW_BLOCKS.items():
                     name = ", ".join(filter(None, (f"d<={block}", form))) + suffix
+                    name += " and weights" if weights != dtype else ""
                     constexprs = {"SHARED": shared, "OF_ROW": of_row, "BLOCK": block}
                     found.append(
                         Variant(_assemble_prompts_fwd_kernel, name, dtype, forward, constexprs, warps)
                     )
-                if shared:  # without them it is the same kernel
+                if (
+                    shared and weights == dtype
+                ):  # without vectors it is the same kernel, and it reads no weights
                     constexprs = {"OF_ROW": of_row, "BLOCK": SUM_BLOCK}
                     name = (form + suffix).removeprefix(", ")
                     found.append(

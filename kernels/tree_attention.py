@@ -35,6 +35,9 @@ WARPS = {64: (1, 2, 2), 128: (1, 4, 4), 256: (4, 8, 4), 512: (8, 8, 8)}
 # Partials are summed in blocks of so many partials and columns.
 SUM_PARTIALS, SUM_COLUMNS, SUM_WARPS = 32, 64, 4
 
+# Whether rows that lie in two tensors come by one load; not on AMD's GPUs, see tree_attention_kernels.py.
+ONE_LOAD = torch.version.hip is None
+
 
 class TreeAttention:
     """The attention of a class tree: which keys each row reads, planned once.
@@ -79,7 +82,7 @@ class TreeAttention:
                 *pointers, o, plan.tile_query, plan.tile_chunk, plan.slot_row, plan.visible,
                 plan.n_ctx if self.all_rows else 0, plan.n_ctx, heads, head_size**-0.5,
                 *strides, o.stride(0), o.stride(1),
-                HEAD_SIZE=head_size, BLOCK_D=block, QUERIES=QUERIES, SLOTS=SLOTS, KEYS=SLOTS,
+                HEAD_SIZE=head_size, BLOCK_D=block, QUERIES=QUERIES, SLOTS=SLOTS, KEYS=SLOTS, ONE_LOAD=ONE_LOAD,
                 num_warps=_warps(o.dtype, block)[0], num_stages=1,
             )  # fmt: skip
 
@@ -133,7 +136,7 @@ class TreeAttention:
                 queries, rows, plan.partials, width,
                 grad_o.stride(0), grad_o.stride(1), *strides, dq.stride(0), dq.stride(1), *dkv_strides,
                 HEAD_SIZE=head_size, BLOCK_D=block, QUERIES=QUERIES, SLOTS=SLOTS,
-                KEYS=_backward_keys(plan.one_chunk), ONE_CHUNK=plan.one_chunk,
+                KEYS=_backward_keys(plan.one_chunk), ONE_CHUNK=plan.one_chunk, ONE_LOAD=ONE_LOAD,
                 num_warps=_warps(grad_o.dtype, block)[1 if plan.one_chunk else 2], num_stages=1,
             )  # fmt: skip
             summed = plan.summed_context if context_only else len(plan.summed_row)
@@ -255,15 +258,19 @@ def _variants() -> tuple[Variant, ...]:
                 "QUERIES": QUERIES,
                 "SLOTS": SLOTS,
                 "KEYS": SLOTS,
+                "ONE_LOAD": True,
             }
+            on_amd = {"ONE_LOAD": False}
             name = f"D={head_size}"
             forward_warps, *backward_warps = _warps(storage, block)
-            found.append(Variant(tree_attention_fwd_kernel, name, dtype, forward, shape, forward_warps))
+            found.append(
+                Variant(tree_attention_fwd_kernel, name, dtype, forward, shape, forward_warps, 1, on_amd)
+            )
             for one_chunk, warps in zip((True, False), backward_warps, strict=True):
                 found.append(
                     Variant(
                         tree_attention_bwd_kernel, name + ("" if one_chunk else ", chunks"), dtype, backward,
-                        {**shape, "KEYS": _backward_keys(one_chunk), "ONE_CHUNK": one_chunk}, warps,
+                        {**shape, "KEYS": _backward_keys(one_chunk), "ONE_CHUNK": one_chunk}, warps, 1, on_amd,
                     )
                 )  # fmt: skip
         summing = {"partials": "*fp32", "summed_row": "*i32", "summed_start": "*i32", "dk": rows, "dv": rows}

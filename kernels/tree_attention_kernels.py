@@ -26,22 +26,39 @@ def _dot(a, b):
 
 
 @triton.jit
-def _row_pointers(row, columns, n_ctx, ctx, stride_ctx, node, stride_node):
-    """(rows, columns) pointers into rows that lie in two tensors, the first n_ctx in one, the others in another."""
+def _load_rows(row, n_ctx, ctx, stride_ctx, node, stride_node, columns, mask, ONE_LOAD: tl.constexpr):
+    """(rows, columns) of rows that lie in two tensors, the first n_ctx in one, the others in another.
+
+    With ONE_LOAD the pointers are chosen, and loaded from once. AMD's compiler cannot: of a tensor below 2 GB it keeps a base
+    and an offset of 32 bits, and a choice between bases has none. There both are loaded from, each for its own rows.
+    """
     row, columns = row[:, None], columns[None, :]
     in_ctx = ctx + row.to(tl.int64) * stride_ctx + columns
     in_node = node + (row - n_ctx).to(tl.int64) * stride_node + columns
-    # The columns are in before the choice: a choice between rows alone would hide that neighbours can be loaded at once.
-    return tl.where(row < n_ctx, in_ctx, in_node)
+    of_ctx = row < n_ctx
+    if ONE_LOAD:
+        # The columns are in before the choice: a choice of rows alone would hide that neighbours can be loaded at once.
+        return tl.load(tl.where(of_ctx, in_ctx, in_node), mask=mask, other=0.0)
+    from_ctx = tl.load(in_ctx, mask=mask & of_ctx, other=0.0)
+    return tl.where(of_ctx, from_ctx, tl.load(in_node, mask=mask & (row >= n_ctx), other=0.0))
 
 
 @triton.jit
-def _load_slots(row, n_ctx, sos, ctx, stride_ctx, node, stride_node, columns, inside):
-    """(KEYS, BLOCK_D) keys or values of the rows; of SOS for row -1."""
-    of_rows = _row_pointers(row, columns, n_ctx, ctx, stride_ctx, node, stride_node)
-    of_sos = sos + tl.zeros_like(row)[:, None] + columns[None, :]
-    pointers = tl.where(row[:, None] < 0, of_sos, of_rows)
-    return tl.load(pointers, mask=inside[None, :], other=0.0)
+def _load_slots(
+    row, n_ctx, sos, ctx, stride_ctx, node, stride_node, columns, inside, ONE_LOAD: tl.constexpr
+):  # fmt: skip
+    """(KEYS, BLOCK_D) keys or values of the rows; of SOS for row -1. ONE_LOAD as in `_load_rows`."""
+    of_sos = row[:, None] < 0
+    in_sos = sos + tl.zeros_like(row)[:, None] + columns[None, :]
+    if ONE_LOAD:
+        in_ctx = ctx + row.to(tl.int64)[:, None] * stride_ctx + columns[None, :]
+        in_node = node + (row - n_ctx).to(tl.int64)[:, None] * stride_node + columns[None, :]
+        pointers = tl.where(of_sos, in_sos, tl.where(row[:, None] < n_ctx, in_ctx, in_node))
+        return tl.load(pointers, mask=inside[None, :], other=0.0)
+    of_rows = _load_rows(
+        row, n_ctx, ctx, stride_ctx, node, stride_node, columns, inside[None, :] & (row[:, None] >= 0), ONE_LOAD
+    )  # fmt: skip
+    return tl.where(of_sos, tl.load(in_sos, mask=inside[None, :] & of_sos, other=0.0), of_rows)
 
 
 @triton.jit
@@ -92,6 +109,7 @@ def tree_attention_fwd_kernel(
     QUERIES: tl.constexpr,
     SLOTS: tl.constexpr,
     KEYS: tl.constexpr,
+    ONE_LOAD: tl.constexpr,
 ):
     tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     image = tl.program_id(1).to(tl.int64)
@@ -105,11 +123,11 @@ def tree_attention_fwd_kernel(
 
     query = tl.load(tile_query + tile) + tl.arange(0, QUERIES)
     asks = (query < tl.load(tile_query + tile + 1))[:, None] & inside[None, :]
-    q_pointers = _row_pointers(
-        query, columns, q_ctx_rows,
+    q = _load_rows(
+        query, q_ctx_rows,
         q_ctx + image * stride_q_ctx_b, stride_q_ctx_r, q_node + image * stride_q_node_b, stride_q_node_r,
+        columns, asks, ONE_LOAD,
     )  # fmt: skip
-    q = tl.load(q_pointers, mask=asks, other=0.0)
 
     # Softmax some keys at a time. The first are with SOS, which every query sees: from there on `highest` is finite.
     highest = tl.full((QUERIES,), float("-inf"), tl.float32)
@@ -118,8 +136,12 @@ def tree_attention_fwd_kernel(
     for begin in range(tl.load(tile_chunk + tile) * SLOTS, tl.load(tile_chunk + tile + 1) * SLOTS, KEYS):
         slot = begin + tl.arange(0, KEYS)
         row = tl.load(slot_row + slot)
-        k = _load_slots(row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside)
-        v = _load_slots(row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside)
+        k = _load_slots(
+            row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside, ONE_LOAD
+        )
+        v = _load_slots(
+            row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside, ONE_LOAD
+        )
         scores = _scores(q, k, visible, begin, scale, QUERIES, SLOTS, KEYS)
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - higher[:, None])
@@ -220,6 +242,7 @@ def tree_attention_bwd_kernel(
     SLOTS: tl.constexpr,
     KEYS: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
+    ONE_LOAD: tl.constexpr,
 ):
     tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     image = tl.program_id(1).to(tl.int64)
@@ -236,11 +259,11 @@ def tree_attention_bwd_kernel(
     query = tl.load(tile_query + tile) + tl.arange(0, QUERIES)
     in_tile = query < tl.load(tile_query + tile + 1)
     asks = in_tile[:, None] & inside[None, :]
-    q_pointers = _row_pointers(
-        query, columns, q_ctx_rows,
+    q = _load_rows(
+        query, q_ctx_rows,
         q_ctx + image * stride_q_ctx_b, stride_q_ctx_r, q_node + image * stride_q_node_b, stride_q_node_r,
+        columns, asks, ONE_LOAD,
     )  # fmt: skip
-    q = tl.load(q_pointers, mask=asks, other=0.0)
     d_o_pointers = d_o + image * stride_dob + query.to(tl.int64) * stride_dor
     d_o_rows = tl.load(d_o_pointers[:, None] + columns[None, :], mask=asks, other=0.0)
 
@@ -250,8 +273,12 @@ def tree_attention_bwd_kernel(
     if ONE_CHUNK:
         slot = first + tl.arange(0, KEYS)
         row = tl.load(slot_row + slot)
-        k = _load_slots(row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside)
-        v = _load_slots(row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside)
+        k = _load_slots(
+            row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside, ONE_LOAD
+        )
+        v = _load_slots(
+            row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside, ONE_LOAD
+        )
         scores = _scores(q, k, visible, first, scale, QUERIES, SLOTS, KEYS)
         weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
         weights /= tl.sum(weights, axis=1)[:, None]
@@ -271,10 +298,10 @@ def tree_attention_bwd_kernel(
             slot = begin + tl.arange(0, KEYS)
             row = tl.load(slot_row + slot)
             k = _load_slots(
-                row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside
+                row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside, ONE_LOAD
             )
             v = _load_slots(
-                row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside
+                row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside, ONE_LOAD
             )
             scores = _scores(q, k, visible, begin, scale, QUERIES, SLOTS, KEYS)
             higher = tl.maximum(highest, tl.max(scores, axis=1))
@@ -289,10 +316,10 @@ def tree_attention_bwd_kernel(
             slot = begin + tl.arange(0, KEYS)
             row = tl.load(slot_row + slot)
             k = _load_slots(
-                row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside
+                row, n_ctx, sos_k, k_ctx, stride_k_ctx_r, k_node, stride_k_node_r, columns, inside, ONE_LOAD
             )
             v = _load_slots(
-                row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside
+                row, n_ctx, sos_v, v_ctx, stride_v_ctx_r, v_node, stride_v_node_r, columns, inside, ONE_LOAD
             )
             scores = _scores(q, k, visible, begin, scale, QUERIES, SLOTS, KEYS)
             weights = tl.exp2(scores - highest[:, None]) / total[:, None]

@@ -7,7 +7,7 @@ what is compiled and checked for every target before a release is what runs ther
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # Storage types of rows and weights, by the names that Triton's signatures use.
@@ -18,9 +18,8 @@ STORAGE = ("fp16", "bf16", "fp32")
 class Variant:
     """A kernel with everything fixed that its compiled form depends on, except the target.
 
-    Pointers count as aligned to 16 bytes, and the integers named `width` and `stride_*` as multiples of 16 unless the
-    kernel asks for no specialisation by them: so it is for CLIP's widths, and these are the forms with the widest loads
-    and the most registers.
+    Pointers are aligned to 16 bytes, and the integers named `width` and `stride_*` multiples of 16: so it is for CLIP's
+    widths, and these are the forms with the widest loads and the most registers.
 
     Args:
         kernel: the `@triton.jit` function.
@@ -29,6 +28,7 @@ class Variant:
         signature: the type of every argument that is not a constexpr: "*fp16", "*i32", "i32", "fp32".
         constexprs: the value of every constexpr argument.
         num_warps, num_stages: as launched.
+        constexprs_on_amd: what replaces some of the constexprs on a GPU of AMD.
     """
 
     kernel: Any
@@ -38,6 +38,11 @@ class Variant:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int = 1
+    constexprs_on_amd: Mapping[str, Any] = field(default_factory=dict)
+
+    def constexprs_for(self, backend: str) -> dict[str, Any]:
+        """The constexprs where Triton's backend is "cuda" or "hip"."""
+        return {**self.constexprs, **(self.constexprs_on_amd if backend == "hip" else {})}
 
     @property
     def kernel_name(self) -> str:

@@ -2,7 +2,7 @@
 
     python tools/compile_kernels.py                                    all kernels
     python tools/compile_kernels.py cocoop_fast.kernels.layer_norm     the kernels of these modules
-    python tools/compile_kernels.py --target sm_90 --target gfx942     for these alone
+    python tools/compile_kernels.py --target sm_90 --target gfx90a     for these alone
     python tools/compile_kernels.py --json resources.json              the figures in a file, too
 
 A module of kernels is found by its being in cocoop_fast.kernels and having VARIANTS (cocoop_fast/kernels/variants.py).
@@ -32,12 +32,13 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton loads
 
-import cocoop_fast.kernels
 import triton
-from cocoop_fast.kernels.variants import Variant
 from kernel_resources import Resources
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_without_gpu import compile_launch
+
+import cocoop_fast.kernels
+from cocoop_fast.kernels.variants import Variant
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,6 +46,16 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Compiled for if asked: their machine code is as that of the others.
+OTHER_TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+}
+ALL_TARGETS = TARGETS | OTHER_TARGETS
 
 
 def kernel_modules() -> list[str]:
@@ -78,32 +89,20 @@ def _compile_one(module: str, index: int, target: str) -> Resources:
     variant: Variant = importlib.import_module(module).VARIANTS[index]
     identity = (module.rpartition(".")[2], variant.kernel_name, variant.dtype, variant.name, target)
     try:
-        compiled = compile_variant(variant, TARGETS[target])
+        compiled = compile_variant(variant, ALL_TARGETS[target])
     except Exception as error:  # whatever the compilers raise, the others are still to be compiled
         return Resources(*identity, failure=" ".join(f"{type(error).__name__}: {error}".split()))
     return Resources(*identity, **_usage(compiled))
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
-    """Triton's CompiledKernel of a variant."""
-    names = list(variant.kernel.arg_names)
-    if missing := set(names) ^ (set(variant.signature) | set(variant.constexprs)):
+    """Triton's CompiledKernel of a variant, with tensors of less than 2 GB."""
+    names = set(variant.kernel.arg_names)
+    if missing := names ^ (set(variant.signature) | set(variant.constexprs)):
         raise ValueError(f"{variant}: not the arguments of the kernel: {', '.join(sorted(missing))}")
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, argument in enumerate(variant.kernel.params)
-        if _is_aligned(argument, variant.signature.get(argument.name, "constexpr"))
-    }
-    signature = {name: variant.signature.get(name, "constexpr") for name in names}
-    source = ASTSource(variant.kernel, signature, dict(variant.constexprs), aligned)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    return triton.compile(source, target=target, options=options)
-
-
-def _is_aligned(argument: Any, kind: str) -> bool:
-    """Whether a launch with CLIP's sizes tells the compiler that this argument is a multiple of 16."""
-    sizes = argument.name == "width" or argument.name.startswith("stride_")
-    return kind.startswith("*") or (sizes and kind != "constexpr" and not argument.do_not_specialize)
+    if target.backend == "hip":  # for larger tensors it has other instructions, which have to compile as well
+        compile_launch(variant, target, nbytes=2**31)
+    return compile_launch(variant, target)
 
 
 def _usage(compiled: Any) -> dict[str, int]:
@@ -144,7 +143,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="modules with VARIANTS; default: all")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="only for this one; repeatable")
+    parser.add_argument(
+        "--target", action="append", choices=ALL_TARGETS, help="only for this one; repeatable"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: the processors")
     options = parser.parse_args()

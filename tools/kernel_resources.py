@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Bytes of shared memory that one block may have: "Technical specifications per compute capability" of the CUDA C++
-# programming guide; the local data share of a compute unit, "AMD Instinct MI300 instruction set architecture".
+# programming guide; the local data share of a compute unit, AMD's instruction set architecture of each.
 SHARED_LIMIT = {
+    "sm_75": 64 * 1024,
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx90a": 64 * 1024,
     "gfx942": 64 * 1024,
+    "gfx1100": 64 * 1024,
 }
 
 

@@ -105,7 +105,7 @@ class _CosineCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         batch, classes, _ = text_features.shape
         image, label = image_features.contiguous(), label.to(torch.int64).contiguous()
-        logits, inverse_norms = scale.new_empty(2, batch, classes).unbind()
+        logits, inverse_norms = (scale.new_empty(batch, classes) for _ in range(2))  # both aligned
         ops.head_fwd(text_features, image, scale, logits, inverse_norms)
         loss = torch.empty_like(scale)
         ops.cross_entropy_fwd(logits, label, loss)

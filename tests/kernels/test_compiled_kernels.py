@@ -31,14 +31,16 @@ def variants():
     return {name: module.VARIANTS for name, module in modules.items() if hasattr(module, "VARIANTS")}
 
 
-def compile_kernels(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+def run_script(script, *arguments):
+    folders = (ROOT, ROOT / "tools", ROOT / "tests" / "helpers", Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
     return subprocess.run(
-        [sys.executable, ROOT / "tools" / "compile_kernels.py", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
+        [sys.executable, script, *arguments], capture_output=True, text=True, env=environment
     )
+
+
+def compile_kernels(*arguments):
+    return run_script(ROOT / "tools" / "compile_kernels.py", *arguments)
 
 
 @pytest.mark.slow
@@ -58,6 +60,29 @@ def test_every_variant_compiles_for_every_target(variants, tmp_path):
     )
     assert max(compiled.values()) == 1, "two variants have the same name"
     assert all(0 < one["registers"] <= 512 for one in found)  # 255 on NVIDIA, 512 on AMD
+
+
+@pytest.mark.slow
+def test_attention_compiles_for_the_other_gpus_of_amd():
+    others = [argument for target in ("gfx90a", "gfx1100") for argument in ("--target", target)]
+    result = compile_kernels("cocoop_fast.kernels.tree_attention", *others)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_step_launches_what_was_compiled():
+    """Pointers and sizes marked as the launch marks them: a tensor below 2 GB is another one to AMD's compiler."""
+    result = run_script(Path(__file__).with_name("launched_kernels.py"))
+    assert result.returncode == 0, result.stderr
+    targets = dict(re.findall(r"^(\w+): (\d+) launched$", result.stdout, re.M))
+    assert targets.keys() == {"sm_90", "gfx942"} and min(map(int, targets.values())) > 20
+    assert "no variant" not in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("one_load", [True, False])
+def test_rows_come_by_one_load_but_not_on_amd(variants, one_load):
+    attention = [one for one in variants["tree_attention"] if "ONE_LOAD" in one.constexprs]
+    backend = "cuda" if one_load else "hip"
+    assert attention and all(one.constexprs_for(backend)["ONE_LOAD"] is one_load for one in attention)
 
 
 def test_what_must_not_pass_is_found():

@@ -69,6 +69,18 @@ def test_gradients_in_buffers_of_their_own(mode):
     make(mode=mode, batch=2, apart=True).check()
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("names", ["branching", "deep"])
+def test_rows_of_two_tensors_by_a_load_from_each(names, mode, monkeypatch):
+    """As on AMD's GPUs; the same bits as by one load."""
+    one_load = make(names, mode).results()
+    monkeypatch.setattr(tree_attention, "ONE_LOAD", False)
+    case = make(names, mode)
+    case.check()
+    for ours, theirs in zip(case.results(), one_load, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_row_with_more_partial_sums_than_are_added_at_a_time():
     names = random_names(400, 8, 5, seed=2)
     plan = plan_attention(tree_of(names, 1), None, DEVICE)

@@ -70,15 +70,16 @@ def launch_all(device):
             added = (z(width), x) if flag else (None, None)
             layer_norm.layer_norm_fwd(x, *added, w, w, 1e-5, x, per_row, per_row)
             layer_norm.layer_norm_bwd(x, x, w, per_row, per_row, x, accumulate=flag)
-            table, images, rows = (z(*n, width, dtype=own) for n in ((3,), (2,), (2, 3)))
-            for vectors, shift in ((table, images), (table, rows), (None, rows)):
-                assemble_prompts.assemble_prompts_fwd(
-                    vectors, shift, table, w, w, 1e-5, x, x, per_row, per_row
-                )
-                assemble_prompts.assemble_prompts_bwd(x, vectors, shift)
+            for learned in dict.fromkeys((own, torch.float32)):
+                table, images, rows = (z(*n, width, dtype=learned) for n in ((3,), (2,), (2, 3)))
+                for vectors, shift in ((table, images), (table, rows), (None, rows)):
+                    assemble_prompts.assemble_prompts_fwd(
+                        vectors, shift, z(3, width, dtype=own), w, w, 1e-5, x, x, per_row, per_row
+                    )
+                    assemble_prompts.assemble_prompts_bwd(x, vectors, shift)
             pairs = f(2, 3)
-            head.head_fwd(x, images, f(1), pairs, pairs)
-            head.head_bwd(x, images, f(1), pairs, pairs, pairs, x)
+            head.head_fwd(x, z(2, width, dtype=own), f(1), pairs, pairs)
+            head.head_bwd(x, z(2, width, dtype=own), f(1), pairs, pairs, pairs, x)
             for kind in activation.KINDS:
                 activation.activation_fwd(x, kind, x)
                 activation.activation_bwd(x, kind, x)
