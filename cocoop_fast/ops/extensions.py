@@ -5,7 +5,10 @@ Importing this module loads neither.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -114,11 +117,33 @@ def why_no_cuda() -> str | None:
         return (
             "torch finds no NVIDIA GPU with a working driver here (`nvidia-smi` shows what the driver sees)"
         )
-    needed = min(int(number) for number in CUDA.load().build_info()["architectures"].split())
+    info = CUDA.load().build_info()
+    built_for = [divmod(int(number), 10) for number in info["architectures"].split()]
+    needed = min(10 * major + minor for major, minor in built_for)
     major, minor = torch.cuda.get_device_capability()
     if 10 * major + minor < needed:
         return (
             f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and the CUDA kernels "
             f"need {needed // 10}.{needed % 10} or later"
         )
+    # Machine code runs on drivers of the toolkit's major version and later; what the driver has to compile itself, for a
+    # GPU that there is no machine code for, on those of the toolkit and later.
+    toolkit = tuple(int(number) for number in info["toolkit"].split("."))
+    driver = driver_version()
+    ready = any(built[0] == major and built[1] <= minor for built in built_for)
+    if driver is not None and driver < (toolkit[:1] if ready else toolkit):
+        return (
+            f"the CUDA kernels were built with CUDA {info['toolkit']}, and the driver here knows CUDA "
+            f"{driver[0]}.{driver[1]} at most; a newer driver or an older toolkit would do"
+        )
+    return None
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver knows; None where it does not say."""
+    version = ctypes.c_int()
+    with suppress(OSError, AttributeError):
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        if driver.cuDriverGetVersion(ctypes.byref(version)) == 0:
+            return version.value // 1000, version.value % 1000 // 10
     return None

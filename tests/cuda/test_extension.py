@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cocoop_fast import UserError
+from cocoop_fast.ops import extensions
 from cocoop_fast.ops.extensions import CUDA, why_no_cuda
+from cocoop_fast.ops.table import select_backend
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,6 +141,46 @@ def test_why_it_cannot_run_here(monkeypatch):
     assert "Tesla T4 has compute capability 7.5" in why_no_cuda()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
     assert why_no_cuda() is None
+
+
+@pytest.mark.parametrize(
+    "capability, driver, works",
+    [
+        ((9, 0), (12, 8), False),  # the fault: CUDA 13's code on a driver of the year before
+        ((9, 0), (13, 0), True),
+        ((8, 6), (13, 1), True),
+        ((9, 0), (14, 0), True),
+        ((12, 0), (13, 0), True),  # compiled by the driver, which is as new as the toolkit
+        ((9, 0), None, True),  # it does not say
+    ],
+)
+def test_a_driver_older_than_the_toolkit_is_left_to_triton(monkeypatch, capability, driver, works):
+    monkeypatch.setattr(CUDA, "_found", Built)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(extensions, "driver_version", lambda: driver)
+    assert (why_no_cuda() is None) is works
+    if not works:
+        expected = r"built with CUDA 13.0, and the driver here knows CUDA 12.8 at most.*use auto or triton"
+        with pytest.raises(UserError, match=expected):
+            select_backend(torch.device("cuda"), torch.float16, "cuda")
+        assert select_backend(torch.device("cuda"), torch.float16).name == "triton"
+
+
+@pytest.mark.parametrize("driver, works", [((13, 0), False), ((13, 1), True)])
+def test_what_the_driver_compiles_needs_one_as_new_as_the_toolkit(monkeypatch, driver, works):
+    class Newer(Built):
+        @staticmethod
+        def build_info():
+            return {"toolkit": "13.1", "architectures": "80 90"}
+
+    monkeypatch.setattr(CUDA, "_found", Newer)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    monkeypatch.setattr(extensions, "driver_version", lambda: driver)
+    assert (why_no_cuda() is None) is works
 
 
 def test_built_extension_loads_without_a_gpu():
