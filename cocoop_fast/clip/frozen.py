@@ -6,7 +6,7 @@ Nothing here changes a weight, a mode or a gradient flag of the model it looks a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -81,6 +81,7 @@ class TextWeights(_Weights):
     projection: Affine  # weight (d, E), applied as `x @ weight`; bias (E,), zero in most models
     heads: int
     activation: str  # "quick_gelu" or "gelu"
+    copied_bytes: int = 0  # of them are no storage of the model's
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,6 +91,21 @@ class TextWeights(_Weights):
     @property
     def device(self) -> torch.device:
         return self.blocks[0].in_proj.weight.device
+
+    def in_dtype(self, dtype: torch.dtype) -> TextWeights:
+        """With copies of the matrices in another dtype; embeddings and LayerNorms stay as they are."""
+
+        def cast(layer: Affine) -> Affine:
+            return layer.to(layer.weight.device, dtype)
+
+        blocks = tuple(
+            replace(one, **{name: cast(getattr(one, name)) for name in ("in_proj", "out_proj", "fc", "proj")})
+            for one in self.blocks
+        )
+        weights = replace(self, blocks=blocks, projection=cast(self.projection))
+        own = {one.data_ptr() for one in self.tensors()}
+        copied = sum(one.nbytes for one in weights.tensors() if one.data_ptr() not in own)
+        return replace(weights, copied_bytes=copied)
 
     @property
     def width(self) -> int:
@@ -130,14 +146,16 @@ class FrozenCLIP:
     Args:
         clip_model: an open_clip ``CLIP`` or ``CustomTextCLIP`` with a ``TextTransformer``, or OpenAI's
             ``clip.model.CLIP``.
+        text_dtype: what the text tower computes in, with copies of its matrices; None: the model's own.
 
     Raises:
         UserError: the text tower is not causal, not pooled at EOT, or of a kind that is not CLIP's; or images are
             not square.
     """
 
-    def __init__(self, clip_model: ClipModel) -> None:
+    def __init__(self, clip_model: ClipModel, text_dtype: torch.dtype | None = None) -> None:
         self._text = text_module(clip_model)
+        self._text_dtype = text_dtype
         _check_supported(clip_model, self._text)
         self._resblocks = tuple(self._text.transformer.resblocks)
         self._last_read: tuple[Any, TextWeights] | None = None
@@ -165,7 +183,10 @@ class FrozenCLIP:
         """
         versions = [(p.data_ptr(), version_of(p)) for p in self._parameters()]
         if self._last_read is None or self._last_read[0] != versions:
-            self._last_read = versions, self._read_weights()
+            weights = self._read_weights()
+            if self._text_dtype not in (None, weights.dtype):
+                weights = weights.in_dtype(self._text_dtype)
+            self._last_read = versions, weights
         return self._last_read[1]
 
     def _parameters(self) -> Iterator[nn.Parameter]:

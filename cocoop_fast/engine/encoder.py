@@ -36,6 +36,8 @@ class TreeTextEncoder(nn.Module):
             backend was named.
         memory_budget: bytes, or text like "256MB", for all that a step allocates above the loaded model. What does
             not fit goes through the tower in pieces, see :mod:`cocoop_fast.engine.pieces`. None: most of what is free.
+        text_dtype: what the tower computes in, with copies of its matrices: float16 or bfloat16 for a float32 model. None:
+            the model's own.
 
     Raises:
         UserError: an unsupported text tower or backend, a tree that does not fit the tower's context length, or a
@@ -49,9 +51,10 @@ class TreeTextEncoder(nn.Module):
         *,
         backend: str = "auto",
         memory_budget: int | str | None = None,
+        text_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.frozen = FrozenCLIP(clip_model)
+        self.frozen = FrozenCLIP(clip_model, text_dtype)
         self.memory = MemoryBudget(memory_budget)
         self._explicit_backend = backend
         self.set_tree(tree)
@@ -93,6 +96,7 @@ class TreeTextEncoder(nn.Module):
             tower = self._current_tower(deep=bool(deep))
             rows, batched = self._rows(ctx, deep)
             features = encode_in_pieces(tower, rows, self.memory)[:, tower.constants.leaf_of_class]
+            features = features.to(self.frozen.dtype)
         return features if batched else features[0]
 
     def encode_classes(self, ctx: Contexts, classes: Tensor) -> Tensor:
@@ -251,7 +255,7 @@ class EncoderPart:
         rows, batched = self._encoder._rows(ctx)
         with _outside_inference_mode():
             features = encode_in_pieces(self._tower, rows, self._encoder.memory)
-        features = features[:, self._asked]
+        features = features[:, self._asked].to(self._encoder.frozen.dtype)
         return features if batched else features[0]
 
     def lower_memory(self, batch: int) -> None:

@@ -256,7 +256,10 @@ def _fixed_bytes(tower: Tower, batch: int) -> int:
     the leaves, in whose place the leaves' features were."""
     tree, weights = tower.constants.tree, tower.constants.weights
     features = 2 * tree.n_classes + len(tree.leaves)
-    return tower.kept_bytes + batch * features * weights.projection.weight.shape[1] * weights.dtype.itemsize
+    # Where the tower computes in copies, the features are cast to the model's own float32 as well.
+    itemsize = weights.dtype.itemsize + (4 if weights.copied_bytes else 0)
+    kept = tower.kept_bytes + weights.copied_bytes
+    return kept + batch * features * weights.projection.weight.shape[1] * itemsize
 
 
 def _size(tower: Tower, pieces: Pieces, *, keeps: bool) -> PassSize:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip.frozen import ClipModel
+from cocoop_fast.clip.load import amp_text_dtype
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast
 from cocoop_fast.methods.cocoop import CustomCLIP
@@ -62,7 +63,8 @@ class FastTrainer:
 
         print("Building custom CLIP (cocoop_fast)")
         clip_model.to(self.device).requires_grad_(False)
-        self.model = self.fast_model(cfg, self.dm.dataset.classnames, clip_model)
+        text_dtype = amp_text_dtype(self.precision, self.device)
+        self.model = self.fast_model(cfg, self.dm.dataset.classnames, clip_model, text_dtype=text_dtype)
         learner = self.model.prompt_learner
         learner.saves_tokens = True  # so that the reference's strict resume reads what is written here
         print(f"Number of context words (tokens): {learner.n_ctx}")

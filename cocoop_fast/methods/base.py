@@ -24,6 +24,7 @@ class EngineOptions(TypedDict, total=False):
     backend: str
     memory_budget: int | str | None
     prune_mass: float
+    text_dtype: torch.dtype | None
 
 
 class PromptClassifier(Protocol):
@@ -178,6 +179,7 @@ class LearnedPromptCLIP(PromptedCLIP):
             of what is free. What does not fit is computed in pieces, with the same result.
         prune_mass: tau: in training, backward leaves out classes that have at most a share tau of the probability
             that the label does not have. 0 is exact; `pruned` says what was left out.
+        text_dtype: what the text tower computes in, if not in the model's own dtype.
 
     Raises:
         UserError: an unsupported model or backend, prompts that do not fit the text tower, or a budget or tau out
@@ -194,6 +196,7 @@ class LearnedPromptCLIP(PromptedCLIP):
         backend: str = "auto",
         memory_budget: int | str | None = None,
         prune_mass: float = 0.0,
+        text_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(clip_model, len(learner.layout.symbols), backend=backend)
         self.prompt_learner = learner
@@ -201,7 +204,11 @@ class LearnedPromptCLIP(PromptedCLIP):
         self._near: tuple[Callable[[Sequence[str]], Anchor], Sequence[str]] | None = None
         self._anchor: Anchor | None = None
         self.tree_encoder = TreeTextEncoder(
-            clip_model, ClassTree.from_layout(learner.layout), backend=backend, memory_budget=memory_budget
+            clip_model,
+            ClassTree.from_layout(learner.layout),
+            backend=backend,
+            memory_budget=memory_budget,
+            text_dtype=text_dtype,
         )
 
     def keep_near(self, anchor_of: Callable[[Sequence[str]], Anchor], classnames: Sequence[str]) -> None:

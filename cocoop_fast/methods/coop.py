@@ -22,7 +22,7 @@ class CoOp(LearnedPromptCLIP):
         cfg: with the options of :class:`ContextLearner` in ``TRAINER.COOP``.
         classnames: K class names.
         clip_model: an open_clip or OpenAI CLIP with a causal, EOT-pooled text tower.
-        engine: backend, memory_budget and prune_mass of :class:`LearnedPromptCLIP`.
+        engine: backend, memory_budget, prune_mass and text_dtype of :class:`LearnedPromptCLIP`.
 
     Raises:
         UserError: an unsupported model, class list or backend, or a budget or tau out of range.

@@ -103,11 +103,13 @@ def build_model(
         classnames: K names.
         clip: the frozen model.
         consistency: keeps learned prompts near hand-written ones in training; means nothing to other methods.
-        engine: backend, memory_budget and prune_mass of :class:`LearnedPromptCLIP`; what learns no prompt needs none.
+        engine: options of :class:`LearnedPromptCLIP`; what learns no prompt needs none. `text_dtype` is the CLIP's if it is
+            not given.
 
     Raises:
         UserError: an unusable class list, context, template, backend or budget.
     """
+    engine.setdefault("text_dtype", clip.text_dtype)
     model = METHODS[prompt.method].build(prompt, classnames, clip, engine)
     if consistency is not None and isinstance(model, LearnedPromptCLIP):
         model.keep_near(partial(consistency.anchor, clip_model=clip.model), classnames)
