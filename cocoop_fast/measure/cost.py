@@ -41,7 +41,8 @@ class Product:
     inner: int
     columns: int
     backward: bool = False  # an input gradient: the weight is read the other way
-    # With the MLP's activation behind it, or in backward its derivative: a GPU launches both.
+    # With the MLP's activation behind it, or in backward its derivative. A GPU launches both, and they are counted apart
+    # where that is planned for, see CountingLinear.
     fused: bool = False
 
     @property
@@ -272,6 +273,7 @@ class CountingOps(ShapeOps):
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout)
+        self.fuses = not isinstance(layout, GpuLayout)
         self.operations: list[Operation] = []
 
     def note(self, kind: str, elements: float, flops: float = 0.0, launches: int = 1) -> None:
@@ -308,7 +310,7 @@ class CountingOps(ShapeOps):
 
 
 class CountingLinear(ShapeLinear):
-    """Notes its products, and the LayerNorm behind one."""
+    """Notes its products, and the LayerNorm behind one; the activation behind one where it does not go with the product."""
 
     def __init__(self, packed_bytes: int, columns: int, inner: int, ops: CountingOps) -> None:
         super().__init__(packed_bytes)
@@ -316,7 +318,10 @@ class CountingLinear(ShapeLinear):
 
     def _product(self, x: Tensor, *, backward: bool = False, fused: bool = False) -> None:
         inner, columns = (self.columns, self.inner) if backward else (self.inner, self.columns)
-        self.ops.operations.append(Product(len(x), inner, columns, backward, fused))
+        self.ops.operations.append(Product(len(x), inner, columns, backward, fused and self.ops.fuses))
+        if fused and not self.ops.fuses:  # u, result; du, u, du
+            kind, passes = ("activation_bwd", 3.0) if backward else ("activation_fwd", 2.0)
+            self.ops.note(kind, passes * len(x) * columns)
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         self._product(x)

@@ -140,7 +140,7 @@ def _predict(
         """The image tower's FLOPs at the rate of products that fill the device; weights are read once."""
         flops = batch * model.image_flops
         encoder = RowKernel("image_encoder", model.parameters, flops, model.image_launches)
-        return device.seconds(encoder, setting.itemsize, eager=cost.eager)
+        return device.seconds(encoder, setting.itemsize, eager=True)
 
     step, memory = cost.step(setting.batch), memory_of(setting.batch)
     step_seconds = seconds_of_pass(step, device, eager=cost.eager)
@@ -148,7 +148,8 @@ def _predict(
     steps = max(1, schedule.train_images // setting.batch) if schedule.train_images else 0
     epoch_seconds = steps * (step_seconds + image_seconds(setting.batch))
     group = max(1, min(images_of_a_test_pass, schedule.test_images))
-    pass_seconds = seconds_of_pass(cost.inference(group), device, eager=cost.eager) + image_seconds(group)
+    # Only training steps are replayed.
+    pass_seconds = seconds_of_pass(cost.inference(group), device, eager=True) + image_seconds(group)
     return Prediction(
         step=step,
         memory=memory,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comparison import assert_close
-from tiny_encoders import EOT, NAMES, SOS, M, tree_of
+from tiny_encoders import M, tree_of
 from tiny_models import tiny_clip
 from tiny_runs import loaded_tiny_clip
 from tiny_training import clip_model

@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from cocoop_fast.engine.memory import PeakBytes
 from cocoop_fast.measure import contestants as field
 from cocoop_fast.measure.cost import DenseCost, GpuLayout, Product, RowCounts, TreeCost, layout_on
+from cocoop_fast.measure.devices import find_gpu
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names
+from cocoop_fast.ops import cpu
 from cocoop_fast.ops.extensions import CPP
 
 
@@ -151,3 +153,22 @@ def test_a_product_counts_its_factors_and_results():
     assert (product.flops, product.elements, product.launches) == (2 * 3 * 5 * 7, 15 + 35 + 21, 1)
     fused = Product(3, 5, 7, fused=True)
     assert (fused.elements, fused.launches) == (15 + 35 + 42, 2)
+
+
+def test_on_a_gpu_the_activation_is_a_kernel_of_its_own_whose_traffic_hides_behind_no_product():
+    """Forward reads u and writes the result, backward reads two and writes one: none of it runs beside the product."""
+    layers, batch, width = 3, 2, 4 * 48
+    problem = problem_of(layers=layers)
+    on_gpu, fused = cost_of(problem, GpuLayout()).step(batch), cost_of(problem, cpu).step(batch)
+    assert not any(isinstance(one, Product) and one.fused for one in on_gpu.operations)
+    assert on_gpu.launches == fused.launches and on_gpu.gemm_flops == fused.gemm_flops
+    rows = (layers - 1) * on_gpu.rows + batch * len(problem.tree.leaves)
+    moved = {
+        kind: sum(n * op.elements for op, n in on_gpu.operations.items() if getattr(op, "kind", "") == kind)
+        for kind in ("activation_fwd", "activation_bwd")
+    }
+    assert moved == {"activation_fwd": 2 * rows * width, "activation_bwd": 3 * rows * width}
+    device = find_gpu("A100").at("fp16")
+    apart = sum(n * device.seconds(op, 2) for op, n in on_gpu.operations.items())
+    together = sum(n * device.seconds(op, 2) for op, n in fused.operations.items())
+    assert apart > together

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cocoop_fast.clip.frozen import FrozenCLIP
+from cocoop_fast.engine.pieces import ROWS_PER_INFERENCE_PASS
 from cocoop_fast.measure.cost import GpuLayout, TreeCost
-from cocoop_fast.measure.devices import find_gpu
+from cocoop_fast.measure.devices import EAGER_LAUNCH_SECONDS, find_gpu
 from cocoop_fast.measure.predict import (
     MOST_IMAGES,
     Model,
@@ -66,6 +67,18 @@ def test_the_sums_add_up():
     assert memory.model == 2 * 150_000_000
     assert memory.total == memory.model + memory.beyond_model
     assert memory.beyond_model == memory.class_list + step.activation_bytes + 7
+
+
+def test_what_no_graph_replays_costs_the_host_its_launches():
+    """Evaluation, and the image encoder in training."""
+    found = predict_tree(SETTING, SCHEDULE, 10**10)
+    cost = TreeCost(WEIGHTS, SETTING.tree, GpuLayout())
+    group = ROWS_PER_INFERENCE_PASS // SETTING.tree.rows
+    launches = cost.inference(group).launches + SETTING.model.image_launches
+    passes = SCHEDULE.test_images / group
+    assert found.evaluation_seconds > passes * launches * EAGER_LAUNCH_SECONDS
+    assert found.image_seconds > SETTING.model.image_launches * EAGER_LAUNCH_SECONDS
+    assert found.step_seconds < found.step.launches * EAGER_LAUNCH_SECONDS  # replayed
 
 
 def test_an_incomplete_batch_is_dropped_as_in_the_reference():
