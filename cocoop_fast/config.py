@@ -99,8 +99,8 @@ class DataConfig:
     """A file, or a folder of files, that says which images. Default: beside the images, else drawn."""
     subset: Subset = "base"
     """Classes to train on: a half, or all."""
-    workers: Count = 0
-    """Processes that read images."""
+    workers: Count | None = None
+    """Processes that read images. Default: on a GPU one for each core but one, at most 8; on a CPU none."""
     skip_bad_images: bool = False
     """Leave images out that cannot be read, and say so."""
     cache_views: Count = 0

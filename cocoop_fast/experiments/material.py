@@ -15,6 +15,7 @@ from cocoop_fast.data import Dataset, Sample
 from cocoop_fast.data.check import check_images
 from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.data.few_shot_files import few_shot_sample
+from cocoop_fast.data.workers import reading_processes
 from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.evaluation.evaluate import Features, Progress, encode_test_images, evaluate
 from cocoop_fast.evaluation.feature_cache import TestFeatures
@@ -119,7 +120,7 @@ class Material:
             self.clip,
             dataset,
             batch_size=config.eval_batch_size,
-            workers=config.data.workers,
+            workers=reading_processes(config.data.workers, self.clip.device),
             progress=progress,
         )
 

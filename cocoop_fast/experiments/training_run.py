@@ -13,6 +13,7 @@ from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.data.content import glances, size
 from cocoop_fast.data.few_shot_files import write_few_shot
 from cocoop_fast.data.transforms import Normalize, TrainTransform
+from cocoop_fast.data.workers import reading_processes
 from cocoop_fast.errors import UserError
 from cocoop_fast.experiments.material import Material
 from cocoop_fast.methods import LinearProbe
@@ -82,7 +83,7 @@ class TrainingRun:
             ),
             optim.batch_size,
             config.seed,
-            workers=data.workers,
+            workers=reading_processes(data.workers, clip.device),
             pin_memory=clip.device.type == "cuda",
             share=(ranks.images.index, ranks.images.size),
         )

@@ -18,6 +18,7 @@ from cocoop_fast.config import RunConfig, Subset
 from cocoop_fast.data import Dataset, Sample
 from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.data.images import ImageError
+from cocoop_fast.data.workers import reading_processes
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import Features, autocast, encode_test_images
 from cocoop_fast.evaluation.feature_cache import FeatureCache, TestFeatures
@@ -198,7 +199,11 @@ def _features(
     if kept is not None and {one.source for one in shown.test} <= {one.source for one in kept.samples}:
         return kept.select(shown.test, clip.device)
     return encode_test_images(
-        model, clip, shown, batch_size=config.eval_batch_size, workers=config.data.workers
+        model,
+        clip,
+        shown,
+        batch_size=config.eval_batch_size,
+        workers=reading_processes(config.data.workers, clip.device),
     )
 
 

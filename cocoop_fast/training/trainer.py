@@ -43,6 +43,8 @@ from cocoop_fast.training.stop_signals import StopSignals
 _STEPS_UNDER_WAY = 4
 # After so many steps in a row without a finite loss and gradient it is no single image's fault.
 _MOST_SKIPPED_IN_A_ROW = 10
+# A device that waited for images for more than this share of an epoch could do more; that is said once.
+_MOST_WAITING = 0.5
 # A group is read, and on a GPU encoded, while the steps of the group before it run.
 _GROUPS_AHEAD = 2
 
@@ -145,12 +147,14 @@ class Trainer:
         if ranks.everyone.size > 1:
             self._step = summed_over_ranks(self._step, ranks)
         # A step that may have to be skipped is looked at before its parameters change.
+        self._on_gpu = launching.under_way > 0
         late = launching.under_way if optim.on_nonfinite == "stop" else 0
         self._reports: Readback[tuple[StepInfo, Tensor]] = Readback(late)
         self._images = min(batches.batch_size, len(batches.samples))  # of a step, of all ranks together
         self._means = Means()  # of the epoch
         self._skipped_in_a_row = 0
-        self._short_of_memory = False
+        self._short_of_memory = self._told_of_waiting = False
+        self._waiting = 0.0  # seconds of the epoch
         self.position = Position()
         self.rate: Callable[[int], float] = partial(learning_rate, optim)
         self.seconds = 0.0
@@ -199,7 +203,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.observer.on_epoch_start(epoch, epochs, first_batch, n_batches)
-        self._means = Means()
+        self._means, self._waiting = Means(), 0.0
 
         def settle_and_save() -> None:
             self._settle()
@@ -212,6 +216,7 @@ class Trainer:
                 batch = self.position.batch + 1
                 info = StepInfo(self.step + 1, epochs * n_batches, epoch, epochs, batch, n_batches, lr=lr)
                 info.data_seconds = time.perf_counter() - mark
+                self._waiting += info.data_seconds
                 read = self._launch(encoded, info)
                 self.position = Position(epoch + 1) if batch == n_batches else Position(epoch, batch)
                 info.seconds = time.perf_counter() - mark
@@ -230,6 +235,7 @@ class Trainer:
         if self.average is not None:
             self.average.add(epoch)
         seconds = time.perf_counter() - epoch_started
+        self._tell_of_waiting(epoch, seconds)
         self.observer.on_epoch_end(
             EpochInfo(
                 epoch=epoch,
@@ -242,6 +248,17 @@ class Trainer:
             )
         )
         save()
+
+    def _tell_of_waiting(self, epoch: int, seconds: float) -> None:
+        """Say, once, if the device could have done more. On a CPU reading and computing share the cores."""
+        idle = self._on_gpu and self._waiting > _MOST_WAITING * seconds
+        if idle and not self._told_of_waiting:
+            self._told_of_waiting = True
+            self.observer.on_message(
+                f"The steps of epoch {epoch} waited for images {self._waiting:.1f} of {seconds:.1f} seconds; more "
+                f"processes that read them (--workers, now {self.batches.workers}) or fixed views (--cache-views) feed the "
+                "GPU better."
+            )
 
     def _launch(self, encoded: EncodedBatch, info: StepInfo) -> list[StepInfo]:
         """Do one step; return those whose results could be read by now, this one if nothing is under way.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tiny_training import (
 
 from cocoop_fast import UserError
 from cocoop_fast.reference import DensePromptedCLIP
+from cocoop_fast.training.features import ImageFeatures
 from cocoop_fast.training.trainer import Launching, Position, Trainer
 
 
@@ -246,3 +248,29 @@ def test_recorded_steps_and_late_results_change_nothing(method, batch_size):
     assert told[3] == told[0]
     for ours, theirs in zip(runs[3], runs[0], strict=True):
         assert torch.equal(ours, theirs)
+
+
+class Slow:
+    """A disk that takes this long for each batch."""
+
+    def __init__(self, source, seconds):
+        self.source, self.seconds = source, seconds
+
+    def epoch(self, epoch, first_batch=0):
+        for one in self.source.epoch(epoch, first_batch):
+            time.sleep(self.seconds)
+            yield one
+
+
+@pytest.mark.parametrize(("under_way", "seconds", "told"), [(2, 0.3, True), (2, 0.0, False), (0, 0.3, False)])
+def test_a_gpu_that_waits_for_images_is_noticed_once(under_way, seconds, told):
+    observer, model, batches = Recorder(), fast_model(), make_batches(6, 2)
+    source = ImageFeatures(model, batches, "fp32", torch.device("cpu"), groups_ahead=0)
+    optim, launching = recipe(epochs=2), Launching(under_way=under_way)
+    Trainer(
+        model, batches, optim, observer=observer, features=Slow(source, seconds), launching=launching
+    ).fit()
+    waits = [message for message in observer.messages if "waited for images" in message]
+    assert len(waits) == told
+    if told:
+        assert "epoch 1" in waits[0] and "--workers, now 0" in waits[0]
