@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from cocoop_fast.engine.memory import Lease, PassMemory, PassSize, Pool, Statist
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops.linear import FrozenLinear
 from cocoop_fast.ops.shapes import ShapeOps
-from cocoop_fast.ops.table import Ops
+from cocoop_fast.ops.table import Ops, TreeAttention
 from cocoop_fast.prompts.tree import ClassTree
 
 
@@ -51,11 +52,10 @@ class FusedTower:
 
     def __init__(self, constants: TowerConstants, ops: Ops, shared: SharedParts | None = None) -> None:
         self.constants, self.ops = constants, ops
-        tree, device = constants.tree, constants.weights.device
-        self.attention = ops.tree_attention(tree, None, device)
-        self.leaf_attention = ops.tree_attention(tree, tree.leaves, device)
+        tree = constants.tree
         self.leaf_rows = tree.n_ctx + constants.leaves  # among the R rows of an image
         self.shared = shared or SharedParts(constants.weights, ops)
+        self.attention, self.leaf_attention = self.shared.attentions(tree, ops)
         # The last one that keeps activations, and the last one that does not.
         self._layouts: dict[bool, Activations] = {}
 
@@ -171,7 +171,8 @@ def shape_pass(
 
 
 class SharedParts:
-    """What towers over the same weights share: the linear layers, and the memory of their passes."""
+    """What towers over the same weights share: the linear layers, the memory of their passes, and what depends on a tree
+    alone: a shard of the classes, whose tower is made anew for every pass, is planned once."""
 
     def __init__(self, weights: TextWeights, ops: Ops) -> None:
         last = len(weights.blocks) - 1
@@ -179,6 +180,18 @@ class SharedParts:
         memory = partial(PassMemory, weights.dtype, weights.device, len(weights.blocks))
         self.training = Pool(partial(memory, keeps=True))
         self.inference = Pool(partial(memory, keeps=False))
+        self._device = weights.device
+        self._attentions: WeakKeyDictionary[ClassTree, tuple[TreeAttention, TreeAttention]] = (
+            WeakKeyDictionary()
+        )
+
+    def attentions(self, tree: ClassTree, ops: Ops) -> tuple[TreeAttention, TreeAttention]:
+        """Of all rows of a tree, and of its leaves."""
+        if tree not in self._attentions:
+            queries = (None, tree.leaves)
+            all_rows, leaves = (ops.tree_attention(tree, one, self._device) for one in queries)
+            self._attentions[tree] = all_rows, leaves
+        return self._attentions[tree]
 
     @property
     def packed_bytes(self) -> int:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from cocoop_fast.clip.frozen import TextWeights
 from cocoop_fast.engine.pieces import ROWS_PER_INFERENCE_PASS
-from cocoop_fast.measure.cost import Cost, DenseCost, PassCost, RowCounts, RowKernel, TreeCost
+from cocoop_fast.measure.cost import Cost, DenseCost, GpuLayout, PassCost, RowCounts, RowKernel, TreeCost
 from cocoop_fast.measure.devices import Device
 from cocoop_fast.ops.shapes import Layout
 from cocoop_fast.prompts.tree import ClassTree
@@ -106,7 +106,8 @@ def predict_tree(setting: Setting, schedule: Schedule, budget: int) -> Predictio
         budget: bytes that everything together may take.
     """
     cost = TreeCost(setting.model.weights, setting.tree, setting.layout)
-    return _predict(cost, setting, schedule, budget, ROWS_PER_INFERENCE_PASS // setting.tree.rows)
+    rows = ROWS_PER_INFERENCE_PASS["cuda" if isinstance(setting.layout, GpuLayout) else "cpu"]
+    return _predict(cost, setting, schedule, budget, rows // setting.tree.rows)
 
 
 def predict_dense(setting: Setting, schedule: Schedule, budget: int) -> Prediction:

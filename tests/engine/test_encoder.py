@@ -89,7 +89,7 @@ def test_gradients_off_gives_the_same_in_groups(monkeypatch):
     tokens, ctx = setup(model, NAMES[:7], batch=5)
     encoder = TreeTextEncoder(model, ClassTree(tokens, 4))
     expected = encoder(ctx).detach()
-    monkeypatch.setattr("cocoop_fast.engine.pieces.ROWS_PER_INFERENCE_PASS", 2 * encoder.tree.rows)
+    monkeypatch.setattr("cocoop_fast.engine.pieces.ROWS_PER_INFERENCE_PASS", {"cpu": 2 * encoder.tree.rows})
     with torch.no_grad():
         assert_close(encoder(ctx), expected, 1e-6)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from comparison import assert_close
@@ -11,7 +13,7 @@ from tiny_encoders import NAMES, M, encoder, tree_of
 
 from cocoop_fast import UserError
 from cocoop_fast.engine.memory import parse_bytes
-from cocoop_fast.engine.pieces import MemoryBudget, Pieces, shard
+from cocoop_fast.engine.pieces import ROWS_PER_INFERENCE_PASS, MemoryBudget, Pieces, shard
 from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.prompts.tree import ClassTree as Tree
 
@@ -203,3 +205,26 @@ def test_pieces_are_computed_again_under_the_autocast_of_the_first_pass(monkeypa
         features = one(ctx)
     features.float().sum().backward()
     assert len(dtypes) > 3 and set(dtypes) == {torch.bfloat16}
+
+
+@pytest.mark.skipif(CPP.why_unavailable() is not None, reason="the C++ extension is not there")
+def test_a_shard_is_planned_once_and_not_at_each_of_its_passes(monkeypatch):
+    engine = encoder(backend="cpu")
+    parts = Pieces(1, shard(engine.tree, 40))
+    assert len(parts.shards) > 1
+    monkeypatch.setattr(MemoryBudget, "pieces", lambda *_, **__: parts)
+    ops, planned = engine.tower.ops, []
+    plan = ops.tree_attention
+    monkeypatch.setattr(ops, "tree_attention", lambda *a: planned.append(len(a)) or plan(*a))
+    for _ in range(3):
+        features_and_gradient(engine, context(2))
+    assert len(planned) == 2 * len(parts.shards)  # of all rows, and of the leaves
+    alive = len(engine.tower.shared._attentions)
+    parts = Pieces(2)
+    gc.collect()
+    assert len(engine.tower.shared._attentions) < alive  # gone with the shards
+
+
+def test_a_gpu_takes_more_rows_in_a_pass_that_keeps_nothing():
+    """Its host launches each pass anew."""
+    assert ROWS_PER_INFERENCE_PASS["cuda"] >= 4 * ROWS_PER_INFERENCE_PASS["cpu"]

@@ -73,7 +73,7 @@ def test_what_no_graph_replays_costs_the_host_its_launches():
     """Evaluation, and the image encoder in training."""
     found = predict_tree(SETTING, SCHEDULE, 10**10)
     cost = TreeCost(WEIGHTS, SETTING.tree, GpuLayout())
-    group = ROWS_PER_INFERENCE_PASS // SETTING.tree.rows
+    group = ROWS_PER_INFERENCE_PASS["cuda"] // SETTING.tree.rows
     launches = cost.inference(group).launches + SETTING.model.image_launches
     passes = SCHEDULE.test_images / group
     assert found.evaluation_seconds > passes * launches * EAGER_LAUNCH_SECONDS

@@ -240,7 +240,7 @@ def test_groups_without_gradients():
     encoder = TreeTextEncoder(model, tree)
     ctx, deep = (contexts("(B,M,d)", 3, seed).detach() for seed in range(2))
     expected = encoder(ctx, [deep])
-    times = 2 * ROWS_PER_INFERENCE_PASS // (len(ctx) * tree.rows)  # two groups
+    times = 2 * ROWS_PER_INFERENCE_PASS["cpu"] // (len(ctx) * tree.rows)  # two groups
     features = encoder(ctx.repeat(times, 1, 1), [deep.repeat(times, 1, 1)])
     assert_close(features, expected.repeat(times, 1, 1), 1e-13)
 
