@@ -42,6 +42,23 @@ not compile, spills registers to local memory or needs more shared memory than t
 A cell shows, as the largest among the variants, the registers of a thread, the bytes of shared memory of a block (from
 sm_90 on with the 1024 that the system reserves) and the bytes of local memory of a thread, which is where registers are
 spilled to. B: images, K: classes, M: context tokens, R: rows of an image, d: width, E: embedding.
+
+## What is proved how
+
+| what | how, without a GPU | where |
+| --- | --- | --- |
+| what a kernel computes | Triton's interpreter, against twins in float64, between guard regions; the CUDA sources on an emulator | `tests/kernels`, `tests/cuda` |
+| that it compiles, and what it uses | ahead of time for every target, by the binder and with the attributes of a launch; on AMD's GPUs for tensors below and above 2 GB | `tools/compile_kernels.py` |
+| that a step launches nothing else | a step's launches, bound for a driver that is not there, are compared with what was compiled | `tests/kernels/launched_kernels.py` |
+| a recording that fails, memory that runs out in it, a second GPU | a stub in the driver's place | `tests/training/test_cuda_graphs.py` |
+| a driver older than the toolkit; a GPU that waits for images | a stub | `tests/cuda/test_extension.py`, `tests/training/test_trainer.py` |
+| a text tower in half precision under float32 masters, loss scaling | the interpreter and torch on a CPU | `tests/engine/test_text_dtype.py` |
+| that the first hour on a GPU runs | every section of the report in the interpreter | `tests/tools/test_gpu_report.py` |
+
+Only a GPU can show: times and bandwidths; that the vendor's compiler and caches do what the machine code promises; races between
+the blocks of a kernel (`compute-sanitizer`); what a driver does when a recording fails; memory as its allocator has it;
+the order of streams. `python tools/run_gpu_report.py` shows all of it in an hour. On gfx1100 attention compiles and spills:
+it is right and slow there.
 """
 
 

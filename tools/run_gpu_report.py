@@ -1,249 +1,154 @@
-"""Run every GPU test and measure the GPU backends, and write a report: for a machine with a GPU.
+"""The first hour on a GPU: run every GPU test, measure everything, and write it down as it comes.
 
-    python tools/run_gpu_report.py                       # gpu_report.md in the current directory, some minutes
-    python tools/run_gpu_report.py --output h200.md --skip-tests
+    python tools/run_gpu_report.py                              # gpu_report.md and gpu_report.jsonl, about an hour
+    python tools/run_gpu_report.py --output h200.md --only tower --only plan
+    python tools/run_gpu_report.py --interpret                  # without a GPU: each section in a tiny size
 
-The report names the device, says how each group of tests ended and why tests were skipped, and has what was measured:
-the bandwidth of a copy, the share of it that tree attention reaches, and the time and memory of the text tower forward
-and backward in each precision. Results are compared with torch's own before they are timed.
-Exit status 1 if a test failed (the report is written all the same), 2 without a GPU.
+Each section (tools/gpu_report_sections.py has them) is a process of its own with a time limit. What it finds is appended
+to the .jsonl file at once, a line a record, and to the report when it ends: a crash or a limit costs the rest of that section
+and nothing else. Results are compared with torch's own before they are timed.
+
+With --interpret Triton's kernels run in its interpreter on the CPU: it shows that every section runs, and its times mean
+nothing. Exit status 1 if a section failed or a test did (the report is written all the same), 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
-import statistics
+import json
+import os
+import signal
 import subprocess
 import sys
-import tempfile
-import xml.etree.ElementTree as ElementTree
-from collections import Counter
-from collections.abc import Callable, Iterator
-from copy import deepcopy
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import triton
-from torch import Tensor
-
-from cocoop_fast import TreeTextEncoder
-from cocoop_fast.measure.problem import Problem, ProblemSpec, build_problem, imagenet_names
-from cocoop_fast.ops.extensions import CUDA
-from cocoop_fast.ops.table import BACKENDS, Backend
-
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/gpu", "tests/kernels")
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CLASSES, BATCHES = (100, 1000), (1, 8)
-REPEATS = 30
+Record = dict[str, Any]
 
-Table = list[list[str]]
+
+def run_section(name: str, command: Sequence[str], limit: float, records: Path, environment: Record) -> str:
+    """Run a section's process; how it ended, "" if well.
+
+    Args:
+        name: of the section.
+        command: writes records to the path in GPU_REPORT_RECORDS.
+        limit: seconds, after which it and all that it started are killed.
+        records: what is appended to.
+        environment: of the process.
+    """
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        env={**environment, "GPU_REPORT_RECORDS": str(records)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        ending = f"stopped at its limit of {limit:g} seconds; what it found until then stands"
+    else:
+        last = [line for line in output.splitlines() if line.strip()][-3:]
+        ended = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
+        ending = f"ended with {ended}: {' / '.join(last)}" if process.returncode else ""
+    append(records, {"section": name, "seconds": round(time.perf_counter() - began, 1), "ending": ending})
+    return ending
+
+
+def append(records: Path, record: Record) -> None:
+    """A line of the file, whole or not at all: a process may be killed at any time."""
+    with records.open("ab", buffering=0) as file:
+        file.write((json.dumps(record) + "\n").encode())
+
+
+def read_section(records: Path, name: str) -> list[Record]:
+    """The records of a section."""
+    found = []
+    for line in records.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the end of a process that was killed
+            continue
+        if record.get("section") == name:
+            found.append(record)
+    return found
+
+
+def markdown(title: str, found: Sequence[Record]) -> str:
+    """A section of the report: consecutive rows of the same columns are a table, notes are lines."""
+    parts, table = [f"## {title}"], []  # type: ignore[var-annotated]
+
+    def close() -> None:
+        if table:
+            head = list(table[0])
+            lines = [head, ["---"] * len(head), *([_cell(row[name]) for name in head] for row in table)]
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            table.clear()
+
+    for record in found:
+        row = record.get("row")
+        if row is None or (table and list(row) != list(table[0])):
+            close()
+        if row is not None:
+            table.append(row)
+        elif "note" in record:
+            parts.append(record["note"])
+        elif "seconds" in record:
+            said = f"**This section {record['ending']}**" if record["ending"] else "Whole"
+            parts.append(f"{said}, {record['seconds']} seconds.")
+    close()
+    return "\n\n".join(parts) + "\n\n"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
 def main() -> int:
+    import gpu_report_sections as report
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("gpu_report.md"), help="where the report goes")
-    parser.add_argument("--skip-tests", action="store_true", help="measure only")
+    parser.add_argument("--only", action="append", choices=report.SECTIONS, help="sections; repeatable")
+    parser.add_argument("--skip", action="append", choices=report.SECTIONS, default=[], help="likewise")
+    parser.add_argument("--interpret", action="store_true", help="without a GPU, in tiny sizes")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("run_gpu_report: torch finds no GPU with a working driver here", file=sys.stderr)
+    environment = dict(os.environ)
+    folders = (str(ROOT), str(ROOT / "tools"), environment.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+    if options.interpret:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "GPU_REPORT_INTERPRET": "1"}
+    elif not report.has_gpu():
+        print(
+            "run_gpu_report: torch finds no GPU with a working driver here (--interpret goes without)",
+            file=sys.stderr,
+        )
         return 2
-    parts = ["# GPU report", describe_device()]
+    records = options.output.with_suffix(".jsonl").absolute()
+    records.write_text("")
+    title = "# GPU report" + (", interpreted: no time in it means anything" if options.interpret else "")
+    options.output.write_text(title + "\n\n", encoding="utf-8")
     failed = False
-    if not options.skip_tests:
-        table, failed, skipped = run_tests()
-        parts += ["## Tests", markdown(table), *skipped]
-    rate = copy_rate()
-    parts += [
-        "## Bandwidth",
-        f"A device-to-device copy moves {rate / 1e9:.0f} GB/s, bytes read and written.",
-        "## Tree attention, one layer of ViT-B/16's text tower",
-        "The share is that of the copy's rate, for the fewest bytes that the operation must move.",
-        markdown(measure_attention(rate)),
-        "## The text tower, forward and backward",
-        "Plain launches, no CUDA graph; the memory is what a step allocates above the model.",
-        markdown(measure_tower()),
-    ]
-    options.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print(f"{options.output} is written", file=sys.stderr)
+    for name, section in report.SECTIONS.items():
+        if name in options.skip or (options.only and name not in options.only):
+            continue
+        print(f"{name} ...", file=sys.stderr)
+        command = [sys.executable, str(ROOT / "tools" / "gpu_report_sections.py"), name]
+        ending = run_section(name, command, section.limit, records, environment)
+        failed |= bool(ending)
+        with options.output.open("a", encoding="utf-8") as file:
+            file.write(markdown(section.title, read_section(records, name)))
+    print(f"{options.output} and {records} are written", file=sys.stderr)
     return int(failed)
-
-
-def describe_device() -> str:
-    """The device, its software, and the commit."""
-    properties = torch.cuda.get_device_properties(0)
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    lines = [
-        f"- device: {properties.name}, {properties.multi_processor_count} multiprocessors, "
-        f"{properties.total_memory / 2**30:.0f} GiB",
-        f"- torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}, "
-        f"CUDA {torch.version.cuda}, ROCm {torch.version.hip}",
-        f"- {CUDA.describe()}",
-        f"- commit {commit.stdout.strip() or 'unknown'}, {datetime.date.today().isoformat()}",
-    ]
-    return "\n".join(lines)
-
-
-def run_tests() -> tuple[Table, bool, list[str]]:
-    """How each folder of tests ended; whether one failed; why tests were skipped, and the failures' last words."""
-    table, failed, details = [["tests", "passed", "failed", "skipped", "seconds"]], False, []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, tests in enumerate(TESTS):
-            path = Path(folder, f"{number}.xml")
-            command = [sys.executable, "-m", "pytest", "-q", tests, f"--junitxml={path}"]
-            status = subprocess.run(command, cwd=ROOT).returncode
-            failed |= status != 0
-            if not path.exists():
-                details.append(f"`{tests}`: pytest ended with status {status} and no result")
-                continue
-            row, found = read_results(path, tests)
-            table.append(row)
-            details += found
-    return table, failed, details
-
-
-def read_results(path: Path, tests: str) -> tuple[list[str], list[str]]:
-    """A row of the table from pytest's XML, and what there is to say of failures and skipped tests."""
-    suite = next(ElementTree.parse(path).iter("testsuite"))
-    count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    failures = count["failures"] + count["errors"]
-    passed = count["tests"] - failures - count["skipped"]
-    row = [tests, str(passed), str(failures), str(count["skipped"]), f"{float(suite.get('time', 0)):.0f}"]
-    reasons: Counter[str] = Counter()
-    details = []
-    for case in suite.iter("testcase"):
-        for outcome in case:
-            message = (outcome.get("message") or "").partition("\n")[0]
-            if outcome.tag == "skipped":
-                reasons[message] += 1
-            elif outcome.tag in ("failure", "error"):
-                details.append(f"- FAILED `{case.get('classname')}::{case.get('name')}`: {message}")
-    return row, [*details, *(f"- {number} skipped: {reason}" for reason, number in reasons.items())]
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """The median time of a run on the device, by events, after three that are not counted."""
-    for _ in range(3):
-        action()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        action()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def copy_rate() -> float:
-    """Bytes a second, read and written, of copying a gigabyte."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source))
-
-
-def problems() -> Iterator[Problem]:
-    for classes in CLASSES:
-        for batch in BATCHES:
-            yield build_problem(ProblemSpec(imagenet_names(classes), batch))
-
-
-GPU_BACKENDS = [one for one in BACKENDS if one.name in ("triton", "cuda")]
-
-
-def usable(backend: Backend, dtype: torch.dtype) -> bool:
-    return backend.refusal(torch.device("cuda"), dtype) is None
-
-
-def measure_attention(rate: float, heads: int = 8, head_size: int = 64) -> Table:
-    """Forward and backward of a middle layer, by backend and precision."""
-    table = [["K", "B", "precision", "backend", "forward, µs", "share", "backward, µs", "share"]]
-    for problem in problems():
-        tree, batch, d = problem.tree, problem.spec.batch, heads * head_size
-        for precision, dtype in PRECISIONS.items():
-            qkv = torch.randn(batch, tree.rows, 3 * d, device="cuda").to(dtype)
-            grad_o, o = torch.randn(2, batch, tree.rows, d, device="cuda").to(dtype)
-            sos_k, sos_v = torch.randn(2, d, device="cuda").to(dtype)
-            inputs = (*qkv.split(d, -1), sos_k, sos_v, heads)
-            results: dict[str, list[Tensor]] = {}
-            for backend in GPU_BACKENDS:
-                if not usable(backend, dtype):
-                    continue
-                attention = backend.load().tree_attention(tree, None, torch.device("cuda"))
-                grads = torch.empty_like(qkv).split(d, -1)
-                floats = attention.workspace_floats(batch, heads, head_size)
-                workspace = torch.empty(floats, device="cuda")
-                forward = bind(attention.forward, inputs, o)
-                backward = bind(attention.backward, grad_o, inputs, *grads, workspace)
-                times = [seconds(forward), seconds(backward)]
-                results[backend.name] = [o.clone(), *(grad.clone() for grad in grads)]
-                row_bytes = batch * tree.rows * d * o.element_size()
-                shares = [parts * row_bytes / time / rate for parts, time in zip((4, 7), times, strict=True)]
-                row = [str(len(problem.spec.classes)), str(batch), precision, backend.name]
-                for time, share in zip(times, shares, strict=True):
-                    row += [f"{time * 1e6:.1f}", f"{share:.0%}"]
-                table.append(row)
-            check_same(results, precision)
-    return table
-
-
-def bind(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    return lambda: function(*arguments)
-
-
-def check_same(results: dict[str, list[Tensor]], precision: str) -> None:
-    """Both backends computed the same, up to the precision's rounding."""
-    if len(results) < 2:
-        return
-    tolerance = 1e-5 if precision == "fp32" else 1e-2
-    for ours, theirs in zip(*results.values(), strict=True):
-        difference = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
-        if not difference <= tolerance:
-            raise SystemExit(f"the backends differ by {difference:.1e} in {precision}: no times are reported")
-
-
-def measure_tower() -> Table:
-    """A step of the text tower by backend and precision."""
-    table = [["K", "B", "precision", "backend", "step, ms", "memory, MB"]]
-    for problem in problems():
-        for precision, dtype in PRECISIONS.items():
-            model = deepcopy(problem.clip_model).to("cuda", dtype)
-            width = problem.weights.width
-            ctx = torch.randn(problem.spec.batch, problem.tree.n_ctx, width, device="cuda").to(dtype)
-            ctx = (0.02 * ctx).requires_grad_()
-            for backend in BACKENDS:
-                if not usable(backend, dtype):
-                    continue
-                encoder = TreeTextEncoder(model, problem.tree, backend=backend.name)
-
-                def step(encoder: TreeTextEncoder = encoder, ctx: Tensor = ctx) -> None:
-                    features = encoder(ctx)
-                    ctx.grad = None
-                    features.backward(features.detach())
-
-                step()
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                time = seconds(step)
-                memory = torch.cuda.max_memory_allocated() - before
-                row = [str(len(problem.spec.classes)), str(problem.spec.batch), precision, backend.name]
-                table.append([*row, f"{time * 1e3:.3f}", f"{memory / 1e6:.0f}"])
-    return table
-
-
-def markdown(table: Table) -> str:
-    head, *rows = table
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

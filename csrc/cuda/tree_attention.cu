@@ -13,8 +13,9 @@
 // Memory traffic a row of d numbers of s bytes: forward 4 d s (q, k, v in, o out). Backward 7 d s (q, k, v, grad o in;
 // dq, dk, dv out), 16 bytes for each key and head that the row reads (its probability and the gradient of its score,
 // written and read once), and what comes from the L2 cache: q and grad o once more for every node above the row and
-// for every context token. Predicted: forward 70 % of the bandwidth from some thousand rows on, backward half of it;
-// below, the time of a launch.
+// for every context token. Predicted: below a thousand rows the time of a launch; above, not the bandwidth bounds it but the
+// rate at which instructions are issued: a warp has hundreds of them for its one row and head. The Triton kernels give 16
+// rows to a matrix instruction, so `auto` prefers them.
 #include <type_traits>
 
 #include "cuda/device.cuh"
