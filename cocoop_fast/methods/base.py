@@ -58,6 +58,11 @@ class PromptedCLIP(nn.Module):
 
     Subclasses say what the text features are. Only ``prompt_learner`` is meant to be trained, and its mode
     decides what a call returns: the loss in training, the logits in evaluation.
+
+    It freezes ``clip_model`` in place (``requires_grad_(False)``), which the reference leaves to its trainer: the image
+    tower then keeps nothing for a backward pass, unless the image asks for a gradient. ``parameters()`` lists CLIP's all
+    the same. What is unfrozen *afterwards*, of the image tower or ``logit_scale``, gets gradients; the text tower
+    gets none.
     """
 
     prompt_learner: nn.Module
@@ -66,6 +71,7 @@ class PromptedCLIP(nn.Module):
     def __init__(self, clip_model: ClipModel, n_classes: int, *, backend: str = "auto") -> None:
         super().__init__()
         frozen = FrozenCLIP(clip_model)
+        clip_model.requires_grad_(False)
         self.dtype = frozen.dtype
         self.backend = backend
         self.n_classes = n_classes

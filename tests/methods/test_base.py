@@ -242,6 +242,51 @@ def test_gradients_reach_image_features_and_logit_scale_where_they_are_wanted():
         assert_close(gradient, wanted, 2e-5)
 
 
+def saved_bytes(model, image, label):
+    """Of the tensors that a step keeps for its backward pass, by storage; and the loss."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(image, label)
+    return sum(storages.values()), loss
+
+
+def test_a_model_as_it_was_loaded_keeps_nothing_of_the_image_tower_and_trains_the_learner_alone():
+    """open_clip and OpenAI's package return weights that ask for gradients."""
+    image, label = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 3, 4])
+    loaded = tiny_clip().requires_grad_(True)
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    model = CustomCLIP(cfg(), NAMES, loaded)
+    kept, loss = saved_bytes(model, image, label)
+    features = model.image_encoder(image)
+    assert features.grad_fn is None
+    assert kept == saved_bytes(model.forward_features, features, label)[0]
+
+    loss.backward()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {
+        "prompt_learner"
+    }
+    # As the reference's, the list is of all that there is, so an optimizer may be given it.
+    parts = {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert parts == {"prompt_learner", "image_encoder", "text_encoder", "logit_scale"}
+    torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1).step()
+    assert all(value.equal(before[name]) for name, value in loaded.state_dict().items())
+
+
+def test_what_is_unfrozen_afterwards_and_an_image_that_asks_get_gradients():
+    image, label = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    model = CustomCLIP(cfg(), NAMES, tiny_clip().requires_grad_(True))
+    model.image_encoder.ln_post.requires_grad_(True)
+    model(image.requires_grad_(), label).backward()
+    found = {name for name, p in model.image_encoder.named_parameters() if p.grad is not None}
+    assert found == {"ln_post.weight", "ln_post.bias"}
+    assert image.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_inference_mode_leaves_a_model_that_trains(backend):
     """What a pass keeps for later ones is made outside of it, whichever comes first, also where buffers grow in it."""
