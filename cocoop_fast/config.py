@@ -97,8 +97,8 @@ class DataConfig:
     """Training images a class; 0 is all."""
     few_shot: Path | None = None
     """A file, or a folder of files, that says which images. Default: beside the images, else drawn."""
-    subset: Subset = "base"
-    """Classes to train on: a half, or all."""
+    subset: Subset | None = None
+    """Classes to train on: a half (base, new), or all. Default: all of one's own images; base of published sets."""
     workers: Count | None = None
     """Processes that read images. Default: on a GPU one for each core but one, at most 8; on a CPU none."""
     skip_bad_images: bool = False
@@ -182,6 +182,13 @@ class ResolvedPrompt(PromptConfig):
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class ResolvedData(DataConfig):
+    """With the data set's own choice of classes where none was made."""
+
+    subset: Subset
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class ResolvedAugment(AugmentConfig):
     """With the data set's own transform where none was given."""
 
@@ -205,6 +212,7 @@ class ResolvedConfig(RunConfig):
     """A configuration in which no ``None`` decides what is computed."""
 
     prompt: ResolvedPrompt
+    data: ResolvedData
     augment: ResolvedAugment
     optim: ResolvedOptim
     output_dir: Path

@@ -18,6 +18,23 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def listed(names: Sequence[str], shown: int = 10) -> str:
+    """Names between commas; of more than ``shown`` the first ones, and how many there are besides."""
+    if len(names) <= shown:
+        return ", ".join(names)
+    return f"{', '.join(names[: shown - 1])} and {len(names) - shown + 1:,} more"
+
+
+def classes_in_and_out(trained_on: Sequence[str], others: Sequence[str]) -> str:
+    """Which classes are trained on and which are not."""
+    if not others:
+        return f"Classes trained on: all {len(trained_on):,} ({listed(trained_on)})."
+    return (
+        f"Classes trained on: {len(trained_on):,} of {len(trained_on) + len(others):,} ({listed(trained_on)}). "
+        f"Not trained on: {len(others):,} ({listed(others)})."
+    )
+
+
 def readable_seconds(seconds: float) -> str:
     """Three digits and a unit."""
     return _amount(seconds, ((1, "s"), (1e-3, "ms")))

@@ -52,6 +52,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | None]], *,
     print(rendered.get(), end="")
 
 
+def note(line: str) -> None:
+    """One line on stderr, for who reads the result."""
+    print(printable(line), file=sys.stderr)
+
+
 def warn(lines: Sequence[str]) -> None:
     """One line each on stderr."""
     for line in lines:

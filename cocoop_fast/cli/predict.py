@@ -77,6 +77,8 @@ def command(
             for place, (name, p) in enumerate(ranked)
         ]
         output.print_table(["Image", "Class", "Probability"], rows, left=2)
+    if predictor.note is not None:
+        output.note(predictor.note)
     if unreadable:
         raise UserError(_fault(unreadable, len(files)), exit_status=1)
 

@@ -15,7 +15,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
-from cocoop_fast.readable import printable
+from cocoop_fast.readable import classes_in_and_out, printable
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Observer, RunInfo, StepInfo
 
 PLAIN_LINES = 10  # of a method's training, at most
@@ -51,12 +51,17 @@ class _Shown(Observer):
     """What lines and bars have in common: messages, and the first line of a method."""
 
     _method = ""
+    _classes = ""  # said last
 
     def on_message(self, text: str) -> None:
         self._print(text)
 
     def on_run_start(self, info: RunInfo) -> None:
         self._method = info.config.prompt.method
+        classes = classes_in_and_out(info.classnames, info.other_classes)
+        if classes != self._classes:  # the methods of one experiment have the same
+            self._print(classes)
+            self._classes = classes
         if info.epochs:
             self._print(
                 f"{self._method}: {info.parameters:,} parameters, {info.train_images:,} images of "

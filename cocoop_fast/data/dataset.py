@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from PIL.Image import Image
 
+from cocoop_fast.config import Subset
 from cocoop_fast.errors import UserError
 
 
@@ -48,6 +49,7 @@ class Dataset:
         few_shot_dir: where few-shot samples of these images are looked for; ``None``: nowhere.
         crop_scale, flip: the training transform's defaults for these images.
         template: the default zero-shot prompt.
+        subset: the classes that are trained on by default: "base" (the paper's main experiment), or "all".
         notes: what a user should know of how the data were understood, a sentence each: what was left out, what
             looks wrong.
     """
@@ -62,6 +64,7 @@ class Dataset:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
     template: str = "a photo of a {}."
+    subset: Subset = "base"
     few_shot_dir: Path | None = None
     notes: tuple[str, ...] = ()
 

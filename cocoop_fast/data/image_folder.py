@@ -67,6 +67,7 @@ def load(config: DataConfig) -> Dataset:
         train=train,
         val=val,
         test=test,
+        subset="all",
         read=FileReader(root),
         where=str(root),
         notes=(

@@ -81,6 +81,7 @@ def load(config: DataConfig) -> Dataset:
         train=splits.train,
         val=splits.val,
         test=splits.test or splits.val,
+        subset="all",
         read=FileReader(path.parent, confined=True),
         where=str(path),
         notes=(*notes, *note_on_names(classnames, Dataset.template, "write names in `classname`")),

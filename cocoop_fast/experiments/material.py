@@ -100,6 +100,16 @@ class Material:
         """Sets of classes to evaluate on."""
         return ("base", "new") if self.config.data.subset == "base" else (self.config.data.subset,)
 
+    @property
+    def other_classes(self) -> tuple[str, ...]:
+        """Classes of the data set that are not trained on."""
+        match self.config.data.subset:
+            case "base":
+                return select_classes(self.dataset, "new").classnames
+            case "new":
+                return select_classes(self.dataset, "base").classnames
+        return ()
+
     def tested(self, prompt: PromptConfig) -> tuple[Subset, ...]:
         """Those of them that a method can be evaluated on."""
         return self.subsets if knows_other_classes(prompt) else (self.config.data.subset,)

@@ -16,7 +16,9 @@ from cocoop_fast.data.images import ImageError, as_meant, open_rgb
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
 from cocoop_fast.experiments.shared import Shared
+from cocoop_fast.methods import knows_other_classes
 from cocoop_fast.methods.base import PromptClassifier
+from cocoop_fast.readable import listed
 from cocoop_fast.runs.checkpoint import load_parameters
 from cocoop_fast.runs.directory import read_run
 
@@ -29,14 +31,21 @@ class Predictor:
         clip: what the model was built on.
         classnames: (K,) names of the model's classes.
         batch_size: images at once.
+        note: a sentence for who reads its answers; ``None``: there is nothing to say.
     """
 
     def __init__(
-        self, model: PromptClassifier, clip: LoadedClip, classnames: Sequence[str], batch_size: int = 100
+        self,
+        model: PromptClassifier,
+        clip: LoadedClip,
+        classnames: Sequence[str],
+        batch_size: int = 100,
+        note: str | None = None,
     ) -> None:
         self.model = model
         self.clip = clip
         self.classnames = tuple(classnames)
+        self.note = note
         self._batch_size = batch_size
         model.prompt_learner.eval()
 
@@ -59,7 +68,9 @@ class Predictor:
         names, shared = newest.classnames if classnames is None else classnames, Shared()
         model = shared.model(config, names)
         load_parameters(model, newest.parameters, str(run_dir))
-        return cls(model, shared.clip(config.model), names, config.eval_batch_size)
+        others = newest.other_classes if classnames is None else []
+        note = _note(names, others, knows_other_classes(config.prompt)) if others else None
+        return cls(model, shared.clip(config.model), names, config.eval_batch_size, note)
 
     @torch.no_grad()
     def predict(
@@ -111,6 +122,15 @@ class Predictor:
             [(self.classnames[label], probability) for label, probability in zip(*pair, strict=True)]
             for pair in zip(labels.tolist(), probabilities.tolist(), strict=True)
         ]
+
+
+def _note(trained_on: Sequence[str], others: Sequence[str], nameable: bool) -> str:
+    """For who may not know that the run was trained on a part of the classes."""
+    remedy = "--classes names those to choose from" if nameable else "what it learned cannot choose them"
+    return (
+        f"These are the {len(trained_on):,} classes that the run was trained on; its data set has {len(others):,} more "
+        f"({listed(others)}), and {remedy}."
+    )
 
 
 def _rgb(image: Path | str | Image) -> Image:

@@ -127,6 +127,7 @@ class TrainingRun:
                 config=config,
                 output_dir=self.directory.path,
                 classnames=self._train.classnames,
+                other_classes=self._material.other_classes,
                 parameters=sum(one.numel() for one in self.model.prompt_learner.parameters()),
                 train_images=len(self._train.train),
                 steps_per_epoch=len(trainer.batches),
@@ -165,6 +166,7 @@ class TrainingRun:
         return Checkpoint(
             config=self._mapping,
             classnames=list(self._train.classnames),
+            other_classes=list(self._material.other_classes),
             data_fingerprint=self._fingerprint,
             parameters=checkpoint.learned_parameters(self.model),
             optimizer=trainer.optimizer.state_dict(),

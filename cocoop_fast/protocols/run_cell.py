@@ -83,15 +83,15 @@ def _run_test(cell: Cell, name: str, data: DataConfig, shared: Shared, observer:
     match folder.results():
         case {"test": tested, "accuracy": float(accuracy)} if tested == asked:
             return accuracy
-    log = RunLog(cell.run_dir, cell.config.print_freq, cell.config.data.subset)
-    metrics = experiment.evaluate_run(
+    log = RunLog(cell.run_dir, cell.config.print_freq, str(cell.config.data.subset))
+    [metrics] = experiment.evaluate_run(
         cell.run_dir,
         subset=data.subset,
         data=data,
         template=cell.config.prompt.template,
         observer=_Named(name, Observers(log, observer)),
         shared=shared,
-    )[data.subset]
+    ).values()
     make_folder(folder.path)
     folder.write_results({"test": asked, **metrics.summary()})
     return metrics.accuracy

@@ -45,6 +45,7 @@ class Checkpoint:
     step: int  # steps done in all
     seconds: float  # spent training so far
     average: dict[str, Any] = field(default_factory=dict)  # over the epochs so far; empty without one
+    other_classes: list[str] = field(default_factory=list)  # of the data set, not trained on
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -106,8 +107,8 @@ def load(path: Path) -> Checkpoint:
             f"format {_VERSION}; use the version that wrote it.",
             exit_status=1,
         )
+    content = {"average": {}, "other_classes": [], **content}  # files of before there were these
     names = [one.name for one in fields(Checkpoint)]
-    content.setdefault("average", {})  # files of before there was one
     if any(name not in content for name in names):
         raise UserError(f"The checkpoint {path} is incomplete; {_ADVICE}.", exit_status=1)
     if not _is_named_tensors(content["parameters"]) or not all(

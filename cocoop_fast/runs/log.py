@@ -12,7 +12,7 @@ from typing import Any
 from cocoop_fast.engine.memory import peak_of_process
 from cocoop_fast.evaluation.metrics import Metrics
 from cocoop_fast.files.atomic import make_folder, through_no_link
-from cocoop_fast.readable import printable
+from cocoop_fast.readable import classes_in_and_out, printable
 from cocoop_fast.runs.directory import DELETION_SECONDS
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Means, Observer, RunInfo, StepInfo
 
@@ -57,6 +57,7 @@ class RunLog(Observer):
 
     def on_run_start(self, info: RunInfo) -> None:
         self._device = info.device
+        self._text(classes_in_and_out(info.classnames, info.other_classes))
         self._text(f"Learned parameters: {info.parameters:,}; training images: {info.train_images:,}")
         if info.first_step:
             self._text(f"Resumed after step {info.first_step}")

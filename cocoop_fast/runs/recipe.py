@@ -14,6 +14,7 @@ from cocoop_fast.config import (
     PromptConfig,
     ResolvedAugment,
     ResolvedConfig,
+    ResolvedData,
     ResolvedOptim,
     ResolvedPrompt,
     RunConfig,
@@ -37,7 +38,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
 
     Args:
         config: as written by a user.
-        dataset: its defaults for the transform and the zero-shot template are used.
+        dataset: its defaults for the classes trained on, the transform and the zero-shot template are used.
 
     Raises:
         UserError: bounds of the crop in the wrong order, or a device that is not there.
@@ -61,6 +62,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
             config.prompt,
             template=_given(config.prompt.template, _template(config.prompt, dataset)),
         ),
+        data=_as(ResolvedData, config.data, subset=_given(config.data.subset, dataset.subset)),
         augment=_as(
             ResolvedAugment,
             augment,

@@ -19,6 +19,7 @@ class RunInfo:
     config: ResolvedConfig
     output_dir: Path
     classnames: tuple[str, ...]  # trained on
+    other_classes: tuple[str, ...]  # of the data set, not trained on
     parameters: int  # learned numbers
     train_images: int
     steps_per_epoch: int

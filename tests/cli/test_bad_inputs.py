@@ -141,7 +141,7 @@ BAD = [
     Bad("a file as root", FOLDER, "photos is a file", disk=a_file("photos", "")),
     Bad("empty root", FOLDER, "photos has no class folders", disk=an_empty_root),
     Bad("one class", FOLDER, "one class folder", disk=one_class_folder),
-    Bad("no halves", FOLDER, "use data.subset all", disk=three_class_folders),
+    Bad("no halves", FOLDER + "--subset base", "use data.subset all", disk=three_class_folders),
     Bad("empty class folder", FOLDER, "five has no images", FAILED, an_empty_class_folder),
     Bad("text file called jpg", FOLDER, "one/0.jpg (not an image)", FAILED, a_text_file_called_jpg),
     Bad("truncated jpeg", FOLDER, "(truncated)", FAILED, a_truncated_jpeg),

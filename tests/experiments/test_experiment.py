@@ -109,6 +109,29 @@ def test_base_to_new(tmp_path):
         assert (tmp_path / name).is_file(), name
 
 
+@pytest.mark.parametrize("own", ["folder", "list"])
+def test_own_images_are_trained_on_in_all_classes_unless_base_to_new_is_asked_for(tmp_path, own):
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    rows = [
+        path for i, name in enumerate(names) for path in write_images(tmp_path / "data" / name, 4, seed=i)
+    ]
+    root = tmp_path / "data"
+    if own == "list":
+        root = tmp_path / "list.csv"
+        lines = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in rows]
+        root.write_text("\n".join(["path,classname", *lines]))
+    fields = {"data__name": own, "data__root": str(root), "optim__epochs": 1}
+    calls = Calls()
+    [row] = run(tiny_config(tmp_path / "all", **fields), observer=calls).rows
+    assert calls.info.classnames == tuple(names) and calls.info.other_classes == ()
+    assert row.all is not None and row.base is None
+    first = (tmp_path / "all" / "log.txt").read_text().splitlines()[0]
+    assert first == "Classes trained on: all 5 (ant, bee, cat, dog, eel)."
+    run(tiny_config(tmp_path / "base", data__subset="base", **fields))
+    first = (tmp_path / "base" / "log.txt").read_text().splitlines()[0]
+    assert first == "Classes trained on: 3 of 5 (ant, bee, cat). Not trained on: 2 (dog, eel)."
+
+
 def test_progress_reaches_the_end(tmp_path):
     class Progress(Observer):
         done = ()

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tiny_runs import tiny_config, use_tiny_clip, write_images
 
-from cocoop_fast import UserError
+from cocoop_fast import UserError, cli
 from cocoop_fast.evaluation.evaluate import test_transform
 from cocoop_fast.experiments.experiment import run
 from cocoop_fast.experiments.predict import Predictor
@@ -63,6 +63,20 @@ def test_new_class_names(run_dir, tmp_path):
     [answer] = predictor.predict([path], topk=50)
     assert len(answer) == 3
     assert predictor.predict([]) == []
+
+
+def test_who_asks_a_base_run_hears_of_the_other_classes(run_dir, tmp_path, capsys):
+    note = Predictor.from_run(run_dir).note
+    assert note is not None
+    assert "the 5 classes that the run was trained on" in note
+    assert "5 more (digit five, digit six, digit seven, digit eight, digit nine), and --classes names" in note
+    assert Predictor.from_run(run_dir, classnames=["red fox", "wolf"]).note is None
+
+    [path] = write_images(tmp_path, 1)
+    assert cli.run(["predict", str(path), "--run", str(run_dir), "--json"]) == 0
+    assert note in capsys.readouterr().err
+    run(tiny_config(tmp_path / "all", data__subset="all", optim__epochs=1))
+    assert Predictor.from_run(tmp_path / "all").note is None
 
 
 def test_more_images_than_a_batch(run_dir, tmp_path):

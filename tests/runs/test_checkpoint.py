@@ -37,6 +37,14 @@ def sample(step: int = 7) -> Checkpoint:
     )
 
 
+def test_one_that_does_not_name_the_other_classes_is_read(tmp_path):
+    path = checkpoint.save(tmp_path, sample())
+    content = torch.load(path, weights_only=True)
+    del content["other_classes"]
+    torch.save(content, path)
+    assert checkpoint.load(path).other_classes == []
+
+
 def test_round_trip(tmp_path):
     saved = sample()
     path = checkpoint.save(tmp_path / "folder", saved)
