@@ -51,7 +51,7 @@ class Predictor:
 
     @classmethod
     def from_run(
-        cls, run_dir: Path, *, classnames: Sequence[str] | None = None, device: str | None = None
+        cls, run_dir: Path | str, *, classnames: Sequence[str] | None = None, device: str | None = None
     ) -> Predictor:
         """Load the learned context of a run.
 
@@ -89,8 +89,10 @@ class Predictor:
                 an image is an error.
 
         Raises:
-            UserError: a file that cannot be read as an image, or ``topk`` below 1.
+            UserError: a file that cannot be read as an image, one image where a list is meant, or ``topk`` below 1.
         """
+        if isinstance(images, (str, Path, Image)):
+            raise UserError("`images` is a single image; give a list of images, which may have one.")
         if topk < 1:
             raise UserError(f"`topk` is {topk}; ask for at least one class.")
         transform = test_transform(self.clip)

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
 from cocoop_fast.engine.encoder import TreeTextEncoder
@@ -70,12 +71,12 @@ class PromptedCLIP(nn.Module):
 
     def __init__(self, clip_model: ClipModel, n_classes: int, *, backend: str = "auto") -> None:
         super().__init__()
-        frozen = FrozenCLIP(clip_model)
+        self._frozen = FrozenCLIP(clip_model)
         clip_model.requires_grad_(False)
-        self.dtype = frozen.dtype
+        self._whole_clip = (clip_model,)  # no submodule of its own: its state is the towers'
         self.backend = backend
         self.n_classes = n_classes
-        self.embed_dim = frozen.embed_dim
+        self.embed_dim = self._frozen.embed_dim
         self.image_encoder: nn.Module = clip_model.visual
         self.logit_scale: nn.Parameter = clip_model.logit_scale
 
@@ -83,6 +84,17 @@ class PromptedCLIP(nn.Module):
     def anchor(self) -> Anchor | None:
         """What training keeps text features near; ``None``: nothing."""
         return None
+
+    def dtype(self) -> torch.dtype:
+        """Of CLIP's arithmetic."""
+        return self._frozen.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """``to``, ``half``, ``double`` and the like reach all of CLIP, also what is no part of the model."""
+        super()._apply(fn, recurse)
+        if recurse:
+            self._whole_clip[0]._apply(fn)
+        return self
 
     def text_features(self, image_features: Tensor) -> Tensor:
         """(B, E) unit-length image features to text features: (B, K, E), or (1, K, E) if no image matters."""
@@ -100,12 +112,16 @@ class PromptedCLIP(nn.Module):
         """Classify images.
 
         Args:
-            image: (B, 3, H, W), preprocessed.
-            label: (B,) int64; needed in training mode.
+            image: (B, 3, H, W) floating point, preprocessed; H and W are the model's image size.
+            label: (B,) integers, or a list of them; needed in training mode.
 
         Returns:
             The scalar cross-entropy loss in training mode, else logits (B, K).
+
+        Raises:
+            UserError: images of another shape or type, or as :meth:`forward_features`.
         """
+        check_images(image, self._frozen.image_size)
         return self.forward_features(self.image_encoder(image.to(self.dtype)), label)
 
     def forward_features(self, image_features: Tensor, label: Tensor | None = None) -> Tensor:
@@ -126,6 +142,7 @@ class PromptedCLIP(nn.Module):
         Values are checked where they lie on the CPU. On a GPU the host would have to wait for them: there features
         that are not finite give a loss that is not, and labels out of range are the caller's to prevent.
         """
+        label = as_labels(label, image_features)
         image_features = self.checked(image_features, label)
         text_features = self.text_features(image_features)
         return cosine_cross_entropy(
@@ -149,9 +166,10 @@ class PromptedCLIP(nn.Module):
 
     def check(self, image_features: Tensor, label: Tensor | None = None) -> None:
         """Raises a UserError if features or labels are not of this model."""
-        if image_features.ndim != 2 or image_features.shape[1] != self.embed_dim:
+        shape = shape_of(image_features)
+        if not isinstance(image_features, Tensor) or shape[1:] != (self.embed_dim,):
             raise UserError(
-                f"`image_features` must be (B, E) with E = {self.embed_dim}, got {tuple(image_features.shape)}; "
+                f"`image_features` must be a (B, E) tensor with E = {self.embed_dim}, got {shape}; "
                 "encode the images with this model's image encoder."
             )
         # Evaluation may wait for a GPU.
@@ -161,7 +179,8 @@ class PromptedCLIP(nn.Module):
             raise UserError(f"`image_features` has NaN or infinite values in row {bad}; check that image.")
         if label is None:
             return
-        if label.shape != image_features.shape[:1] or label.is_floating_point():
+        integers = not label.is_floating_point() and label.dtype != torch.bool
+        if label.shape != image_features.shape[:1] or not integers:
             raise UserError(
                 f"`label` must be ({len(image_features)},) integers, got {label.dtype} of {tuple(label.shape)}."
             )
@@ -172,6 +191,45 @@ class PromptedCLIP(nn.Module):
                     f"`label` must lie in 0..{self.n_classes - 1}, got {lowest}..{highest}; "
                     "the labels must index the class list."
                 )
+
+
+def check_images(image: Any, size: int) -> None:
+    """Raises a UserError that says what to do if `image` is not (B, 3, size, size) floating point."""
+    shape = shape_of(image)
+    expected = (3, size, size)
+    if not isinstance(image, Tensor):
+        remedy = "make it a tensor, preprocessed as this CLIP expects"
+    elif shape[1:] == expected and shape[0] and image.is_floating_point():
+        return
+    elif shape[1:] == expected and shape[0]:
+        remedy = "divide bytes by 255 and normalise them as this CLIP expects"
+    elif shape == expected:
+        remedy = "add the batch, image[None]"
+    elif shape[1:] == (size, size, 3):
+        remedy = "put the channels first, image.permute(0, 3, 1, 2)"
+    else:
+        remedy = "preprocess images as this CLIP expects"
+    what = f"{image.dtype} of {shape}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
+    raise UserError(f"`image` must be a floating-point (B, 3, {size}, {size}) tensor, got {what}; {remedy}.")
+
+
+def as_labels(label: Any, image_features: Tensor) -> Tensor:
+    """Labels as int64 where the features are; what are no integers stays, for a check to refuse.
+
+    Raises:
+        UserError: they are no numbers.
+    """
+    if not isinstance(label, Tensor):
+        try:
+            label = torch.as_tensor(label, device=image_features.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"`label` must be a tensor or a list of integers, got {label!r}.") from error
+    return label if label.is_floating_point() or label.dtype == torch.bool else label.long()
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Of a tensor or an array; () of anything else."""
+    return tuple(getattr(value, "shape", ()))
 
 
 class LearnedPromptCLIP(PromptedCLIP):
@@ -217,6 +275,10 @@ class LearnedPromptCLIP(PromptedCLIP):
             text_dtype=text_dtype,
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._anchor = None  # of the CLIP as it was
+        return super()._apply(fn, recurse)
+
     def keep_near(self, anchor_of: Callable[[Sequence[str]], Anchor], classnames: Sequence[str]) -> None:
         """Add a term to the loss that keeps text features near those of hand-written prompts.
 
@@ -245,6 +307,7 @@ class LearnedPromptCLIP(PromptedCLIP):
     def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         if not (self.prune_mass and torch.is_grad_enabled()):
             return super().loss_and_logits(image_features, label)
+        label = as_labels(label, image_features)
         image_features = self.checked(image_features, label)
         contexts = self.prompt_learner.contexts(image_features)
         loss, logits, self.pruned = pruned_cross_entropy(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -48,9 +48,9 @@ class ContextLearner(Learner):
     """M context vectors in the prompts of K classes: all that CoOp learns. The base of those that learn more.
 
     Args:
-        cfg: any object with ``INPUT.SIZE`` and, in ``TRAINER.<section>``, ``N_CTX`` and ``CTX_INIT``. If there,
-            ``CSC`` (a context for each class), ``CLASS_TOKEN_POSITION`` ("end", "middle", "front") and ``ABLATE_IMAGE``
-            (what shifts the context is shown the same random vector for every image) are read.
+        cfg: any object, or nested dicts, with ``INPUT.SIZE`` and, in ``TRAINER.<section>``, ``N_CTX`` and ``CTX_INIT``. If
+            there, ``CSC`` (a context for each class), ``CLASS_TOKEN_POSITION`` ("end", "middle", "front") and
+            ``ABLATE_IMAGE`` (what shifts the context is shown the same random vector for every image) are read.
         classnames: K names; an underscore counts as a space.
         clip_model: an open_clip or OpenAI CLIP.
 
@@ -60,7 +60,7 @@ class ContextLearner(Learner):
     when they are asked for.
 
     Raises:
-        UserError: an empty class list or name, a prompt longer than the context length, class-specific contexts
+        UserError: a cfg without one of these, an empty class list or name, a prompt longer than the context length, class-specific contexts
             that are to begin from words, or a cfg whose image size is not the model's.
     """
 
@@ -73,15 +73,16 @@ class ContextLearner(Learner):
     def __init__(self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel) -> None:
         super().__init__()
         self._frozen = FrozenCLIP(clip_model)
-        options = getattr(cfg.TRAINER, self.section)
-        self._ctx_init: str = options.CTX_INIT
-        self._class_specific = bool(getattr(options, "CSC", False))
-        self._class_position: ClassPosition = getattr(options, "CLASS_TOKEN_POSITION", "end")
-        self._ablate_image = bool(getattr(options, "ABLATE_IMAGE", False))
+        options = f"TRAINER.{self.section}"
+        self._ctx_init: str = _option(cfg, f"{options}.CTX_INIT")
+        self._class_specific = bool(_option(cfg, f"{options}.CSC", False))
+        self._class_position: ClassPosition = _option(cfg, f"{options}.CLASS_TOKEN_POSITION", "end")
+        self._ablate_image = bool(_option(cfg, f"{options}.ABLATE_IMAGE", False))
         drawn = torch.randn(self._frozen.embed_dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("_stand_in", drawn / drawn.norm(), persistent=False)
-        self._check_options(cfg.INPUT.SIZE[0])
-        self.n_ctx: int = options.N_CTX
+        size = _option(cfg, "INPUT.SIZE")
+        self._check_options(size if isinstance(size, int) else size[0])
+        self.n_ctx: int = _option(cfg, f"{options}.N_CTX")
         self._read(classnames)
         self.ctx = nn.Parameter(self._first_context())
 
@@ -195,3 +196,25 @@ class ContextLearner(Learner):
                     f"The state dict's `{name}` is of other class names or another CLIP; this learner's own are kept.",
                     stacklevel=2,
                 )
+
+
+def _option(cfg: Any, path: str, *default: Any) -> Any:
+    """What a cfg says, as attributes or as keys of dicts.
+
+    Raises:
+        UserError: nothing, and there is no default.
+    """
+    value = cfg
+    for name in path.split("."):
+        if isinstance(value, Mapping) and name in value:
+            value = value[name]
+        elif hasattr(value, name):
+            value = getattr(value, name)
+        elif default:
+            return default[0]
+        else:
+            raise UserError(
+                f"The cfg, a {type(cfg).__name__}, has no {path}; give the reference's cfg, nested dicts with its keys, "
+                "or what cocoop_fast.methods.cocoop.reference_cfg makes."
+            )
+    return value

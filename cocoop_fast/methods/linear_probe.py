@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel
 from cocoop_fast.errors import UserError
-from cocoop_fast.methods.base import PromptedCLIP
+from cocoop_fast.methods.base import PromptedCLIP, as_labels
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -68,6 +68,7 @@ class LinearProbe(PromptedCLIP):
         return self.prompt_learner(image_features.to(self.prompt_learner.weight.dtype))
 
     def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        label = as_labels(label, image_features)
         self.check(image_features, label)
         logits = self.logits(image_features)
         return F.cross_entropy(logits, label), logits.detach()

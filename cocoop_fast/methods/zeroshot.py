@@ -63,10 +63,11 @@ class ZeroShot(PromptedCLIP):
                 )
         self.prompt_learner = nn.Module()  # nothing is learned; its mode is that of the model
         self.text_encoder = TextEncoder(clip_model)
+        self.register_buffer("mean_features", None, persistent=False)
         self.set_classnames(classnames)
 
     def text_features(self, image_features: Tensor) -> Tensor:
-        return self.mean_features[None]  # normalised with the logits
+        return self.mean_features[None].to(image_features.dtype)  # normalised with the logits
 
     @torch.no_grad()
     def set_classnames(self, classnames: Sequence[str]) -> None:

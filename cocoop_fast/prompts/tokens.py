@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ def spell_names(classnames: Sequence[str]) -> list[str]:
     Raises:
         UserError: no classes, or an empty name.
     """
-    if isinstance(classnames, str) or not len(classnames):
+    if isinstance(classnames, (str, Mapping)) or not len(classnames):
         raise UserError(f"The class list must be a non-empty list of names, got {classnames!r}.")
     names = [prompt_name(str(name)) for name in classnames]
     for k, name in enumerate(names):

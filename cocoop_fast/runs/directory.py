@@ -166,12 +166,13 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def read_run(path: Path) -> tuple[ResolvedConfig, Checkpoint]:
+def read_run(path: Path | str) -> tuple[ResolvedConfig, Checkpoint]:
     """The configuration of a run and its newest checkpoint. A warning tells of newer ones that cannot be used.
 
     Raises:
         UserError: no run there, no checkpoint yet, or damaged files.
     """
+    path = Path(path)
     if not (path / "config.yaml").is_file():
         raise UserError(
             f"{path} is not a run directory (it has no config.yaml); pass the output of a training run."
