@@ -15,18 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import open_clip
 import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict, set_model_preprocess_cfg
-from open_clip.pretrained import download_pretrained
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
 from cocoop_fast.clip import hugging_face
 from cocoop_fast.clip.checkpoints import SUFFIXES, State, WeightsError, read_state
 from cocoop_fast.clip.frozen import FrozenCLIP, text_module
+from cocoop_fast.clip.hub import hub_file, tagged_file
 from cocoop_fast.clip.tokenizer import tokenizer
 from cocoop_fast.errors import UserError
 
@@ -179,9 +178,7 @@ def _pretrained(name: str, pretrained: str | None) -> Source:
     """Weights for an architecture."""
     tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
     if tag:
-        return Source(
-            lambda: read_state(Path(download_pretrained(tag))), None, bool(tag.get("quick_gelu", False)), tag
-        )
+        return Source(lambda: read_state(tagged_file(tag)), None, bool(tag.get("quick_gelu", False)), tag)
     if pretrained in (None, "random"):
         return Source(dict, preprocess=_usual_preprocess(name))
     assert pretrained is not None
@@ -227,7 +224,7 @@ def _at(place: str) -> Source:
 
     def in_hub(name: str) -> Path | None:
         try:
-            return Path(huggingface_hub.hf_hub_download(repository, name))
+            return hub_file(repository, name)
         except Exception as error:  # of any kind: not there, no network, no permission
             errors.append(error)
             return None
@@ -238,11 +235,13 @@ def _at(place: str) -> Source:
             raise errors[0]
         if found.name.endswith(".index.json"):
             for part in set(json.loads(found.read_text("utf-8"))["weight_map"].values()):
-                huggingface_hub.hf_hub_download(repository, part)
+                hub_file(repository, part)
         return found
 
     source = _described(place, in_hub, weights)
     if source.architecture is None and len(errors) > 1:
+        if isinstance(errors[0], WeightsError):
+            raise errors[0]
         reason = " ".join(str(errors[0]).split())[:200]
         raise WeightsError(
             f"neither open_clip_config.json nor config.json of a CLIPModel can be had ({reason})"

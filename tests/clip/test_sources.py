@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 
 import huggingface_hub
 import numpy as np
@@ -25,6 +27,7 @@ from safetensors.torch import save_file
 from tiny_models import IMAGE_SIZE, tiny_clip
 
 from cocoop_fast import UserError
+from cocoop_fast.clip import hub
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import check_architecture
 from cocoop_fast.evaluation import evaluate
@@ -266,6 +269,54 @@ def test_preprocessing_of_hugging_face_that_is_not_offered_is_refused(tmp_path):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR, **change}))
         with pytest.raises(UserError, match=r"preprocessing of .* is not supported"):
             load(tmp_path)
+
+
+@pytest.fixture
+def silent_hub(tmp_path, monkeypatch):
+    """A hub that takes connections and never answers, which is the slowest way to have no network."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}"
+    )
+    monkeypatch.setattr(hub, "PATIENCE", 1.0)
+    yield
+    listener.close()
+
+
+def test_without_a_network_a_tag_costs_one_sentence_and_seconds(silent_hub, capfd):
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load("RN50", "yfcc15m")
+    assert time.monotonic() - start < 10
+    sentence = str(caught.value)
+    assert "cannot be reached (" in sentence and "--pretrained FILE" in sentence and "the demo" in sentence
+    assert "/timm/resnet50_clip.yfcc15m/resolve/main/open_clip_model.safetensors from" in sentence
+    assert (
+        sentence.endswith("docs/faq.md says how to work without a network).")
+        and caught.value.exit_status == 1
+    )
+    assert not capfd.readouterr().err
+
+
+def test_without_a_network_a_repository_costs_one_sentence(silent_hub):
+    with pytest.raises(
+        UserError, match=r"open_clip_config.json of someone/clip is not on this machine; bring"
+    ):
+        load("hf-hub:someone/clip")
+
+
+def test_a_tag_that_is_on_the_disk_needs_no_network(silent_hub, monkeypatch, tmp_path):
+    model = tiny_clip()
+    commit = "0" * 40
+    folder = tmp_path / "models--someone--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    save_file(model.state_dict(), folder / "snapshots" / commit / "open_clip_model.safetensors")
+    record = {"hf_hub": "someone/tiny/", "quick_gelu": True}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, NAME, {"kept": record})
+    assert_same_features(load(NAME, "kept").model, model)
 
 
 def test_a_name_of_the_hub_is_told_how_to_be_given():
