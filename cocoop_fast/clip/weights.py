@@ -25,7 +25,7 @@ from torch import nn
 from cocoop_fast.clip import hugging_face
 from cocoop_fast.clip.checkpoints import SUFFIXES, State, WeightsError, read_state
 from cocoop_fast.clip.frozen import FrozenCLIP, text_module
-from cocoop_fast.clip.hub import hub_file, tagged_file
+from cocoop_fast.clip.hub import hub_file, kept_file, tagged_file
 from cocoop_fast.clip.tokenizer import tokenizer
 from cocoop_fast.errors import UserError
 
@@ -178,6 +178,7 @@ def _pretrained(name: str, pretrained: str | None) -> Source:
     """Weights for an architecture."""
     tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
     if tag:
+        kept_file(tag)  # an absent network is noticed before anything is built
         return Source(lambda: read_state(tagged_file(tag)), None, bool(tag.get("quick_gelu", False)), tag)
     if pretrained in (None, "random"):
         return Source(dict, preprocess=_usual_preprocess(name))
