@@ -76,13 +76,13 @@ def command(
             reasons = "; ".join(f"{name} {reason}" for name, reason in comparison.notes.items())
             raise UserError(f"No contestant could be measured: {reasons}.", exit_status=1)
         mapping = comparison.to_mapping()
-        if plot is not None:
-            plot_comparison(mapping, plot)
     if json:
         output.print_json({"command": "bench", **mapping})
     else:
         _print(comparison)
-        if plot is not None:
+    if plot is not None:  # last: what was measured is printed whatever becomes of the picture
+        plot_comparison(mapping, plot)
+        if not json:
             output.say(f"Plot: {plot}")
 
 
@@ -94,6 +94,10 @@ def _check_writable(plot: Path | None) -> None:
         raise UserError(f"--plot is {plot}, but its name must end in .png, .svg or .pdf.")
     if not plot.parent.is_dir():
         raise UserError(f"--plot is {plot}, but there is no directory {plot.parent}.")
+
+    from cocoop_fast.measure.plot import check_matplotlib
+
+    check_matplotlib()
 
 
 def _print(comparison: Comparison) -> None:

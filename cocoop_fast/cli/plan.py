@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cocoop_fast.cli import options, output
 from cocoop_fast.cli.options import Positive, Words
+from cocoop_fast.cli.reference_config import open_clip_name
 from cocoop_fast.errors import UserError
 from cocoop_fast.readable import readable_bytes, readable_flops, readable_time
 
@@ -47,7 +48,7 @@ def command(
 
     Args:
         k: Only the first so many classes. Default: 100 of ImageNet's.
-        model: open_clip architecture, or demo. No weights are needed.
+        model: As of train: an architecture, OpenAI's name, a folder, hf-hub:OWNER/NAME, or demo. No weights are read.
         precision: fp32, fp16 or bf16. auto: fp32 on a CPU, fp16 on a GPU.
         device: A GPU of the table, or this machine, which is measured: this, cpu or cuda.
         budget: Memory that everything together may take, such as 8GB. Default: what the device has.
@@ -111,7 +112,8 @@ def _read(model: str, names: tuple[str, ...], ctx_init: str, precision: str) -> 
     from cocoop_fast.prompts.tokens import tokenize_prompts
     from cocoop_fast.prompts.tree import ClassTree
 
-    described = describe_model(model, DTYPES[precision])
+    spelled = open_clip_name(model)
+    described = describe_model(spelled[0] if spelled else model, DTYPES[precision])
     prompts = tokenize_prompts(
         names,
         ctx_init=ctx_init,

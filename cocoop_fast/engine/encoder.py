@@ -77,6 +77,7 @@ class TreeTextEncoder(nn.Module):
         self._deep_tower: Tower | None = None  # where the other one cannot take deep prompts
         self.backend = self._select_backend()
 
+    @torch.compiler.disable  # its kernels and its memory are its own: there is nothing in it to compile
     def forward(self, ctx: Contexts, deep: Sequence[Tensor] = ()) -> Tensor:
         """Encode the K prompts under each context.
 
@@ -250,6 +251,7 @@ class EncoderPart:
         self._tower = whole.for_part(whole.constants.part(tree.subtree(nodes)))
         self._asked = asked.to(whole.constants.weights.device)
 
+    @torch.compiler.disable
     def __call__(self, ctx: Contexts) -> Tensor:
         """As :meth:`TreeTextEncoder.encode_classes`."""
         rows, batched = self._encoder._rows(ctx)

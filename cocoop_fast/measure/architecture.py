@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cocoop_fast.clip.checkpoints import WeightsError
 from cocoop_fast.clip.demo import load_demo_clip
 from cocoop_fast.clip.frozen import FrozenCLIP, text_module
 from cocoop_fast.clip.load import check_architecture
@@ -22,7 +23,8 @@ def describe_model(name: str, dtype: torch.dtype) -> Model:
     """The shapes of an open_clip architecture, or of the demo CLIP, whose text tower computes in `dtype`.
 
     Raises:
-        UserError: an unknown architecture, or a text tower that the engine does not serve.
+        UserError: an unknown architecture, a configuration that cannot be had, or a text tower that the engine does not
+            serve.
     """
     clip_model = load_demo_clip() if name == "demo" else _without_weights(name)
     frozen = FrozenCLIP(clip_model)
@@ -38,12 +40,12 @@ def describe_model(name: str, dtype: torch.dtype) -> Model:
 
 def _without_weights(name: str) -> Any:
     check_architecture(name)
-    if name.startswith("hf-hub:"):
-        raise UserError(
-            f"A plan needs no weights: instead of '{name}' name the open_clip architecture itself."
-        )
+    try:
+        config = architecture(name)
+    except WeightsError as error:
+        raise UserError(f"The model '{name}' cannot be described: {error}.", exit_status=1) from error
     with META:
-        model: Any = build(architecture(name), name)
+        model: Any = build(config, name)
     text = text_module(model)
     # FrozenCLIP reads the mask. open_clip builds no other than the causal one, or none.
     if getattr(text, "attn_mask", None) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,18 +73,23 @@ def plot_growth(growth: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.legend(frameon=False)
 
 
+def check_matplotlib() -> None:
+    """Raises a UserError if it is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "A plot needs matplotlib, which is not installed; run `pip install matplotlib`.", exit_status=1
+        )
+
+
 @contextlib.contextmanager
 def _figure(path: Path, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
     """A figure and its axes, written to `path` at the end."""
-    try:
-        import matplotlib
+    check_matplotlib()
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise UserError(
-            "A plot needs matplotlib, which is not installed; run `pip install matplotlib`.", exit_status=1
-        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     try:
         yield figure, axes

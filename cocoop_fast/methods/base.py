@@ -164,6 +164,7 @@ class PromptedCLIP(nn.Module):
         image_features = image_features.to(self.dtype)
         return image_features / image_features.norm(dim=-1, keepdim=True)
 
+    @torch.compiler.disable  # it reads values
     def check(self, image_features: Tensor, label: Tensor | None = None) -> None:
         """Raises a UserError if features or labels are not of this model."""
         shape = shape_of(image_features)

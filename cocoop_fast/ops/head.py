@@ -63,6 +63,7 @@ def cosine_cross_entropy_ref(
     return loss, logits.detach()
 
 
+@torch.compiler.disable
 def cosine_cross_entropy(
     image_features: Tensor,
     text_features: Tensor,

@@ -53,6 +53,11 @@ class Chapter:
     left_out: int
 
     @property
+    def opened(self) -> int:
+        """Which close-up is open on a screen; on paper all are."""
+        return next((i for i, one in enumerate(self.close_ups) if one.run.label == self.source.focus), 0)
+
+    @property
     def pictures(self) -> Iterator[Picture]:
         """All plots, in the order of the page."""
         yield from self.bars

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml, to_mapping
+from cocoop_fast.config import PromptConfig, RunConfig, flatten, from_mapping, load_yaml, to_mapping
 from cocoop_fast.errors import UserError
 from cocoop_fast.protocols.outputs import FORMAT, VERSION
 from cocoop_fast.protocols.protocol import find_protocol, in_shots
@@ -71,6 +71,7 @@ class Source:
         runs: those with a directory, finished or not.
         missing: a sentence for each result that is not there.
         setting: the model and the shots that all have in common, in words.
+        focus: the method, as in labels, whose close-up is open when the page is.
     """
 
     title: str
@@ -78,6 +79,7 @@ class Source:
     runs: tuple[Run, ...]
     missing: tuple[str, ...]
     setting: str
+    focus: str
 
 
 def read_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
@@ -146,6 +148,7 @@ def _read_protocol(path: Path) -> Source:
             runs=tuple(runs),
             missing=tuple(missing),
             setting=_setting(results["config"], results.get("shots") or ()),
+            focus=_focus([run.method for run in runs]),
         )
 
 
@@ -187,6 +190,7 @@ def _source_of_runs(runs: Sequence[Run]) -> Source:
         runs=tuple(runs),
         missing=tuple(f"{run.path}: {run.history.progress()}." for run in runs if run.results is None),
         setting="; ".join(settings),
+        focus=runs[0].label,  # of the directory that was named; what it was compared with lies below it
     )
 
 
@@ -218,6 +222,12 @@ def _labelled(group: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
         different = [str(one.path)]
     label = f"{one.method} ({', '.join(different)})" if different else one.method
     return [replace(run, label=label) for run in group]
+
+
+def _focus(methods: Sequence[str]) -> str:
+    """Of a protocol, which has no method of its own: CoCoOp, or else the last, since tables begin with zero-shot CLIP."""
+    own = PromptConfig().method
+    return own if own in methods or not methods else methods[-1]
 
 
 def _decides(config: RunConfig) -> tuple[tuple[str, str], ...]:

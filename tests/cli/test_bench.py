@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cocoop_fast import cli
+from cocoop_fast import UserError, cli
 from cocoop_fast.measure import compare as comparing
 from cocoop_fast.measure import contestants as field
+from cocoop_fast.measure import plot
 from cocoop_fast.measure.baselines import GemmFloor
 from cocoop_fast.measure.compare import Disagreement, assert_same, check_against_oracle
 from cocoop_fast.measure.contestants import linear_flops
@@ -183,6 +184,30 @@ def test_json_and_plot(capsys, tmp_path):
     assert found["used_by_other_programs"] is None or found["used_by_other_programs"] >= 0
     assert found["machine"]["torch"] == torch.__version__
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(comparing, "compare", lambda *a, **k: pytest.fail("it measured"))
+    assert cli.run(["bench", "--model", "demo", "--plot", str(tmp_path / "plot.png")]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: A plot needs matplotlib") and err.count("\n") == 1
+
+
+def test_what_was_measured_is_printed_also_if_the_picture_cannot_be_written(capsys, monkeypatch, tmp_path):
+    def no_room(*_):
+        raise UserError("The plot could not be written (No space left on device).", exit_status=1)
+
+    monkeypatch.setattr(plot, "plot_comparison", no_room)
+    picture = str(tmp_path / "plot.png")
+    assert (
+        cli.run(
+            ["bench", "--model", "demo", "--k", "5", "--only", "floor", "--rounds", "2", "--plot", picture]
+        )
+        == 1
+    )
+    out, err = capsys.readouterr()
+    assert "floor" in out and "No space left" in err
 
 
 def test_threads_are_set_for_the_measurement_only(capsys):

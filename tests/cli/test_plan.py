@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
+import open_clip
 import pytest
 
 from cocoop_fast import cli
@@ -117,3 +119,28 @@ def test_a_gpu_that_is_not_there(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.run(["plan", "--device", "cuda", "--model", "demo"]) == 2
     assert "There is no GPU in this machine; use --device cpu" in capsys.readouterr().err
+
+
+def test_models_are_named_as_in_train(capsys, tmp_path):
+    """OpenAI's spelling, and a folder with a configuration; of a repository without a network, one sentence."""
+    options = ("--k", "5", "--device", "RTX-4090")
+    spelled, known = (
+        planned(capsys, "--model", name, *options) for name in ("ViT-B/16", "ViT-B-16-quickgelu")
+    )
+    assert spelled == known
+    config = {
+        "model_cfg": {**open_clip.get_model_config("ViT-B-16"), "quick_gelu": True},
+        "preprocess_cfg": {},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    assert planned(capsys, "--model", str(tmp_path), *options)["ways"] == known["ways"]
+
+
+def test_a_repository_that_cannot_be_asked_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert cli.run(["plan", "--model", "hf-hub:someone/something", "--device", "RTX-4090", "-q"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert (
+        "The model 'hf-hub:someone/something' cannot be described" in err and "HF_HUB_OFFLINE is set" in err
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 import statistics
@@ -326,3 +327,35 @@ def test_labels_may_be_strided_and_of_any_integer_type():
     expected = model.forward_features(features, table[:, 0].contiguous())
     for label in (table[:, 0], table[:, 0].int(), table[:, 0].to(torch.uint8)):
         assert torch.equal(model.forward_features(features, label), expected)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_compiled_around_the_model_the_image_tower_alone_is_compiled_once(backend, caplog):
+    """The same loss and gradients, nothing ignored or warned of, and no step after the first compiles again."""
+    model = CustomCLIP(cfg(), NAMES, MODELS[True, torch.float32], backend=backend)
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    label = torch.tensor([0, 3])
+    parameters = list(learned(model).values())
+    loss = model(image, label)
+    wanted = torch.autograd.grad(loss, parameters)
+    graphs = []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counted)
+    for step in range(3):
+        assert_close(compiled(image, label), loss, 2e-5)
+        gradients = torch.autograd.grad(compiled(image, label), parameters)
+        for gradient, expected in zip(gradients, wanted, strict=True):
+            assert_close(gradient, expected, 2e-5)
+        if step == 0:
+            count = len(graphs)
+    assert len(graphs) == count >= 1
+    text = "".join(str(node.target) for graph in graphs for node in graph.graph.nodes)
+    assert "conv2d" in text or "conv1" in text
+    gc.collect()
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]

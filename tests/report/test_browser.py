@@ -28,7 +28,7 @@ def browser():
         opened.close()
 
 
-def opened(browser, path, **options):
+def opened(browser, path, *, all_open=True, **options):
     """The page, with what its console says and what it asks the network for."""
     tab = browser.new_page(**options)
     said, asked = [], []
@@ -36,7 +36,8 @@ def opened(browser, path, **options):
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.on("request", lambda request: asked.append(request.url))
     tab.goto(path.as_uri())
-    tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    if all_open:
+        tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     return tab, said, [url for url in asked if not url.startswith(("data:", path.as_uri()))]
 
 
@@ -106,4 +107,21 @@ def test_it_can_be_printed(browser, page):
     tab.emulate_media(media="print")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert len(tab.pdf(format="A4")) > 50_000
+    tab.close()
+
+
+def test_on_paper_every_chapter_is_open(browser, page):
+    """As a reader prints it: nothing was opened by hand. On the screen only CoCoOp's chapter is open."""
+    tab, _, _ = opened(browser, page.path, all_open=False, viewport={"width": 1440, "height": 900})
+    seen = """() => [...document.querySelectorAll('details.close-up')].map(one =>
+        [one.querySelector('h2').textContent.split(' on ')[0],
+         one.querySelector('summary').nextElementSibling.checkVisibility({contentVisibilityAuto: true})])"""
+    assert tab.evaluate(seen) == [["CoCoOp", True], ["CoOp", False], ["zero-shot CLIP", False]]
+    tab.emulate_media(media="print")
+    assert [shown for _, shown in tab.evaluate(seen)] == [True, True, True]
+    closed = """() => [...document.querySelectorAll('details:not([open]) table.settings')]
+        .every(one => one.checkVisibility({contentVisibilityAuto: true}) && one.getBoundingClientRect().height > 50)"""
+    assert tab.evaluate(closed)
+    on_screen_only = tab.evaluate("getComputedStyle(document.querySelector('summary')).listStyleType")
+    assert on_screen_only == "none"
     tab.close()

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from tiny_runs import StopAfter, tiny_config, use_tiny_clip
 
+from cocoop_fast import cli
 from cocoop_fast.config import DataConfig
 from cocoop_fast.experiments import experiment
 from cocoop_fast.protocols.cells import Experiment, make_cells
@@ -22,6 +23,7 @@ from cocoop_fast.protocols.outputs import write_outputs
 from cocoop_fast.protocols.protocol import PROTOCOLS
 from cocoop_fast.protocols.published import published_results
 from cocoop_fast.protocols.run_cell import Outcome
+from cocoop_fast.report import sources
 
 
 def test_every_number_of_the_table_is_on_the_page(page, results):
@@ -263,3 +265,17 @@ def test_images_that_are_gone_cost_the_close_up_alone(tiny_experiment, make_page
 def test_few_images_of_many(tiny_experiment, make_page):
     page = make_page(tiny_experiment, images=5)
     assert "5 images are looked at" in page.text and "the run recorded" not in page.text
+
+
+def test_the_open_chapter_of_a_comparison_is_that_of_the_configured_method(make_page, tmp_path, monkeypatch):
+    call = ["train", "-m", "coop", "--compare", "zeroshot,cocoop", "--epochs", "1", "--shots", "1", "-q"]
+    assert cli.run([*call, "-o", str(tmp_path / "run")]) == 0
+    titles = re.findall(
+        r'<details class="close-up"( open)?>\s*<summary><h2[^>]*>(.*?) on ', make_page(tmp_path / "run").html
+    )
+    assert [title for opened, title in titles if opened] == ["CoOp"] and len(titles) == 3
+
+
+def test_the_open_chapter_of_a_protocol_is_cocoop_s_or_the_last():
+    assert sources._focus(["zeroshot", "coop", "cocoop"]) == "cocoop"
+    assert sources._focus(["zeroshot", "coop"]) == "coop"
