@@ -33,8 +33,8 @@ typecheck: $(INSTALLED) ## types: mypy
 sanitize: $(INSTALLED) ## tests of the C++ operations under the address and undefined-behaviour sanitizers
 	PYTHON=$(BIN)/python tools/sanitize_ops.sh
 
-bench: $(INSTALLED) ## benchmarks
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+bench: $(INSTALLED) ## benchmarks, a short set; all of them with `make bench FULL=--full`
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(FULL)
 
 kernels: $(INSTALLED) ## docs/kernels.md: every GPU kernel compiled for every target (needs nvcc)
 	$(BIN)/python tools/make_kernels_page.py

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from short_set import NAMES, is_whole, table
 
 from cocoop_fast.measure.compare import (
     assert_same,
@@ -17,7 +18,7 @@ from cocoop_fast.measure.compare import (
     why_too_large,
 )
 from cocoop_fast.measure.contestants import BY_NAME, Contestant, ModelRunner, Runner
-from cocoop_fast.measure.machine import describe_machine
+from cocoop_fast.measure.machine import describe_machine, one_line
 from cocoop_fast.measure.problem import (
     Problem,
     ProblemSpec,
@@ -32,6 +33,47 @@ TARGET_SECONDS = 6.0
 MOST_ROUNDS = 10
 # What is slower than this in one run is skipped; the tree and its floor matter more than the baselines' largest sizes.
 LONGEST_BASELINE, LONGEST_TREE = 12.0, 20.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="all benchmarks, not the short set: about a quarter of an hour"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each benchmark is named while it runs. A short set ends with its own table, not with one of 20 columns."""
+    config.option.verbose = config.option.verbose or 1
+    if _is_short(config) and hasattr(config.option, "benchmark_quiet"):
+        config.option.benchmark_quiet = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not _is_short(config):
+        return
+    kept = {item.name: item for item in items if item.name in NAMES}
+    config.hook.pytest_deselected(items=[item for item in items if item.name not in NAMES])
+    items[:] = [kept[name] for name in NAMES if name in kept]
+
+
+def _is_short(config: pytest.Config) -> bool:
+    return not config.option.full and is_whole(config.args, config.option.keyword)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    measured = getattr(getattr(config, "_benchmarksession", None), "benchmarks", [])
+    lines = table(one.extra_info for one in measured)
+    if not lines:
+        return
+    terminalreporter.section("best of all rounds, against the floor and against dense", bold=True)
+    for line in lines:
+        terminalreporter.write_line(line)
+    terminalreporter.write_line(one_line(describe_machine()))
+    if _is_short(config):
+        terminalreporter.write_line(
+            "--full measures other sizes, the forward pass, single operations and memory too."
+        )
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -83,7 +125,8 @@ def measure(
 
         rounds = max(1, min(MOST_ROUNDS, int(TARGET_SECONDS / (2 * seconds))))
         benchmark.group = f"{action}, {k} classes, batch {b}"
-        benchmark.pedantic(getattr(runner, action), setup=time_floor, rounds=rounds, warmup_rounds=1)
+        warmup = int(seconds < TARGET_SECONDS)  # where it takes seconds, its first-time costs do not matter
+        benchmark.pedantic(getattr(runner, action), setup=time_floor, rounds=rounds, warmup_rounds=warmup)
         if benchmark.stats is None:  # --benchmark-disable
             return
         work, best = contestant.work(problem), benchmark.stats.stats.min

@@ -116,7 +116,7 @@ def test_on_paper_every_chapter_is_open(browser, page):
     seen = """() => [...document.querySelectorAll('details.close-up')].map(one =>
         [one.querySelector('h2').textContent.split(' on ')[0],
          one.querySelector('summary').nextElementSibling.checkVisibility({contentVisibilityAuto: true})])"""
-    assert tab.evaluate(seen) == [["CoCoOp", True], ["CoOp", False], ["zero-shot CLIP", False]]
+    assert tab.evaluate(seen) == [["CoCoOp", True], ["CoOp", False], ["Zero-shot CLIP", False]]
     tab.emulate_media(media="print")
     assert [shown for _, shown in tab.evaluate(seen)] == [True, True, True]
     closed = """() => [...document.querySelectorAll('details:not([open]) table.settings')]
