@@ -153,8 +153,8 @@ def _skip_what_does_not_fit(contestant: Contestant, problem: Problem, seconds: f
     reason = contestant.why_not()
     if reason is not None:
         pytest.skip(reason)
-    # The dense oracle's one size that people know is worth the wait.
-    known = contestant.name == "dense" and len(problem.spec.classes) <= 100 and problem.spec.batch == 1
+    # The one size that people know is worth the wait.
+    known = len(problem.spec.classes) == 100 and problem.spec.batch == 1
     longest = LONGEST_TREE if contestant.name in ("engine", "floor") else LONGEST_BASELINE
     if seconds > longest and not known:
         pytest.skip(f"one run would take about {seconds:.0f} s")

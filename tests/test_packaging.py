@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -85,6 +86,31 @@ def test_installed_metadata_is_this_project():
     assert distribution.version == PROJECT["project"]["version"]
     commands = distribution.entry_points.select(group="console_scripts")
     assert {command.name: command.value for command in commands} == {"cocoop-fast": "cocoop_fast.cli:main"}
+
+
+def test_the_public_names_are_spelled_out_and_all_there():
+    import cocoop_fast
+
+    assert set(cocoop_fast.__all__) == {*cocoop_fast._HOME, "__version__"}
+    for name in cocoop_fast.__all__:
+        assert getattr(cocoop_fast, name) is not None
+        assert name in dir(cocoop_fast)
+    assert cocoop_fast.__version__ == PROJECT["project"]["version"]
+    with pytest.raises(AttributeError, match="no attribute 'coop'"):
+        _ = cocoop_fast.coop
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, cocoop_fast; cocoop_fast.__version__; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "False"
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == PROJECT["project"]["version"]
+    assert citation["license"] == PROJECT["project"]["license"]
+    assert citation["references"][0]["title"] in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_kernels_are_installed_inside_our_package(tmp_path):

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import typer
 
+import cocoop_fast
 from cocoop_fast.cli import (
     bench,
     checkpoint,
@@ -67,12 +68,7 @@ def _root(context: typer.Context, *, version: bool = False) -> None:
         version: Print the version and exit.
     """
     if version:
-        from importlib import metadata
-
-        try:
-            print(f"cocoop-fast {metadata.version('cocoop-fast')}")
-        except metadata.PackageNotFoundError:
-            print("cocoop-fast (not installed)")
+        print(f"cocoop-fast {cocoop_fast.__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
