@@ -106,6 +106,13 @@ def test_importing_the_package_loads_no_torch():
     assert found.stdout.strip() == "False"
 
 
+def test_the_files_that_services_read_are_yaml():
+    files = [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml"]
+    assert len(files) >= 5
+    for file in files:
+        assert yaml.safe_load(file.read_text(encoding="utf-8")), file
+
+
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == PROJECT["project"]["version"]

@@ -57,7 +57,7 @@ def build(
     Args:
         files: YAML files, ours or the reference's.
         options: by field the option that was given and its value, e.g. ``{"optim.lr": ("--lr", 0.01)}``.
-        pairs: keys and values in turn.
+        pairs: keys and values in turn, or joined by ``=``.
 
     Raises:
         UserError: an unreadable file, an unknown key, a value of the wrong type or out of range.
@@ -114,9 +114,20 @@ def field_names() -> tuple[str, ...]:
 
 
 def _pairs(pairs: Sequence[str]) -> dict[str, Any]:
-    if len(pairs) % 2:
-        raise UserError(f"The trailing arguments are KEY VALUE pairs, and `{pairs[-1]}` has no value.")
-    return {key: _value(text) for key, text in zip(pairs[::2], pairs[1::2], strict=True)}
+    """``KEY VALUE`` or ``KEY=VALUE``; a value may hold any ``=``."""
+    found: dict[str, Any] = {}
+    rest = iter(pairs)
+    for word in rest:
+        key, equals, text = word.partition("=")
+        if not equals:
+            given = next(rest, None)
+            if given is None:
+                raise UserError(
+                    f"The trailing arguments are KEY VALUE or KEY=VALUE pairs, and `{key}` has no value."
+                )
+            text = given
+        found[key] = _value(text)
+    return found
 
 
 def _value(text: str) -> Any:

@@ -53,7 +53,7 @@ LETTERS = {
 }  # fmt: skip
 METAVARS = {
     "compare": "[METHOD,...]", "datasets": "NAME ...", "devices": "DEVICE ...", "images": "IMAGE",
-    "methods": "METHOD ...", "pairs": "KEY VALUE", "runs": "RUN", "seeds": "N ...", "shot_counts": "N ...",
+    "methods": "METHOD ...", "pairs": "KEY=VALUE", "runs": "RUN", "seeds": "N ...", "shot_counts": "N ...",
 }  # fmt: skip
 # Options that take several values, `--seeds 1 2 3`, and what they are without one.
 LISTS = {
@@ -248,7 +248,7 @@ def _with_default(text: str, default: Any) -> str:
 def join_lists(arguments: Sequence[str]) -> list[str]:
     """``--seeds 1 2 3`` as the parser knows it, ``--seeds 1,2,3``.
 
-    A list ends at the next option, and at the first key of trailing ``KEY VALUE`` pairs.
+    A list ends at the next option, and at the first key of trailing ``KEY VALUE`` or ``KEY=VALUE`` pairs.
     """
     fields = configuration.field_names()
     joined: list[str] = []
@@ -259,7 +259,8 @@ def join_lists(arguments: Sequence[str]) -> list[str]:
             joined.append(text)
 
     for argument in arguments:
-        is_key = argument in fields or is_reference_key(argument)
+        key = argument.partition("=")[0]
+        is_key = key in fields or is_reference_key(key)
         if values is not None and not argument.startswith("-") and not is_key:
             values.append(argument)
             continue

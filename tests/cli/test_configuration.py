@@ -2,7 +2,7 @@
 
 import pytest
 
-from cocoop_fast.cli import configuration
+from cocoop_fast.cli import configuration, options
 from cocoop_fast.cli.train import methods_to_compare
 from cocoop_fast.config import RunConfig, to_mapping
 from cocoop_fast.errors import UserError
@@ -111,3 +111,24 @@ def test_comparison_is_on_only_if_nothing_was_said():
         methods_to_compare("all", True, default)
     with pytest.raises(UserError, match="no method 'prograd'"):
         methods_to_compare("prograd", False, default)
+
+
+def test_pairs_may_be_joined_by_an_equals_sign():
+    config = configuration.build(
+        pairs=[
+            "optim.lr=0.01",
+            "optim.momentum",
+            "0.8",
+            "OPTIM.MAX_EPOCH=5",
+            "prompt.template=a {} = b",
+            "data.shots=4",
+        ]
+    ).config
+    assert (config.optim.lr, config.optim.momentum, config.optim.epochs) == (0.01, 0.8, 5)
+    assert (config.prompt.template, config.data.shots) == ("a {} = b", 4)
+    assert configuration.build(pairs=["prompt.template", "a {} = b"]).config.prompt.template == "a {} = b"
+    assert configuration.build(pairs=["prompt.ctx_init="]).config.prompt.ctx_init == ""
+    with pytest.raises(UserError, match=r"`optim\.lrr` is not a known field; did you mean optim\.lr"):
+        configuration.build(pairs=["optim.lrr=1"])
+    joined = options.join_lists(["run", "--seeds", "1", "2", "optim.lr=0.01"])
+    assert joined == ["run", "--seeds", "1,2", "optim.lr=0.01"]

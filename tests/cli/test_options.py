@@ -114,7 +114,7 @@ def test_the_help_says_what_signature_docstring_and_field_say(run, capsys, monke
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in (
         "FILE <path> A file of two lines. [required]",
-        "KEY VALUE <list[str]> Any other field",
+        "KEY=VALUE <list[str]> Any other field",
         "What it does. In more words.",
         "--subset base|new|all Which classes.",
         "--batch-size -b <int> Images a step. Default: 3.",
