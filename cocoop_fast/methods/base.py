@@ -85,6 +85,7 @@ class PromptedCLIP(nn.Module):
         """What training keeps text features near; ``None``: nothing."""
         return None
 
+    @property
     def dtype(self) -> torch.dtype:
         """Of CLIP's arithmetic."""
         return self._frozen.dtype
