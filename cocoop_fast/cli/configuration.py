@@ -12,13 +12,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from cocoop_fast.cli import reference_config
-from cocoop_fast.config import RunConfig, flatten, from_mapping, load_yaml
+from cocoop_fast.config import Method, RunConfig, flatten, from_mapping, load_yaml
 from cocoop_fast.errors import UserError
+from cocoop_fast.spelling import meant
 
 # Where and how a run computes: fields that leave its result alone, up to rounding.
 NOT_THE_EXPERIMENT = frozenset([
@@ -69,6 +70,7 @@ def build(
         field: pair_values.get(field, given.get(field, (None, None))[1])
         for field in ("prompt.method", "data.name")
     }
+    _known_spellings(chosen)
 
     for key in pair_values:
         if not reference_config.is_reference_key(key):
@@ -87,7 +89,7 @@ def build(
             translation = reference_config.translate(theirs, where, chosen)
             warnings += translation.warnings
             fields = {**translation.fields, **fields}
-        _openai_spelling(fields)
+        _known_spellings(fields)
         from_mapping(_nest(fields, where), where)  # a mistake is reported with the place where it was made
         if fields.get("model.name", merged.get("model.name")) != merged.get("model.name"):
             merged.pop("model.pretrained", None)  # those were the weights of another architecture
@@ -162,8 +164,11 @@ def _nest(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     return nested
 
 
-def _openai_spelling(fields: dict[str, Any]) -> None:
-    """``ViT-B/16`` is OpenAI's own name of an open_clip architecture, and of its weights."""
+def _known_spellings(fields: dict[str, Any]) -> None:
+    """``CoCoOp`` is a method; ``ViT-B/16`` is OpenAI's own name of an open_clip architecture, and of its weights."""
+    method = fields.get("prompt.method")
+    if isinstance(method, str):
+        fields["prompt.method"] = meant(method, get_args(Method)) or method
     found = reference_config.open_clip_name(str(fields.get("model.name", "")))
     if found is not None:
         fields["model.name"] = found[0]

@@ -35,6 +35,7 @@ from cocoop_fast.cli import configuration
 from cocoop_fast.cli.reference_config import is_reference_key, open_clip_name
 from cocoop_fast.config import Method, RunConfig
 from cocoop_fast.errors import UserError
+from cocoop_fast.spelling import meant, near
 
 if TYPE_CHECKING:
     from cocoop_fast.measure.problem import ProblemSpec
@@ -284,16 +285,21 @@ def list_of(text: str, option: str) -> list[str]:
 
 
 def methods_of(text: str, option: str) -> tuple[Method, ...]:
-    """The methods that it names.
+    """The methods that it names, in any spelling.
 
     Raises:
         UserError: one that does not exist.
     """
-    names = list_of(text.lower(), option)
-    for name in names:
-        if name not in METHODS:
-            raise UserError(f"{option}: there is no method {name!r}; choose from {', '.join(METHODS)}.")
-    return cast("tuple[Method, ...]", tuple(names))
+    found = []
+    for name in list_of(text, option):
+        method = meant(name, METHODS)
+        if method is None:
+            alike = [f"did you mean {one}? The methods are" for one in near(name, METHODS)]
+            raise UserError(
+                f"{option}: there is no method {name!r}; {(*alike, 'choose from')[0]} {', '.join(METHODS)}."
+            )
+        found.append(method)
+    return cast("tuple[Method, ...]", tuple(dict.fromkeys(found)))
 
 
 def class_names(texts: list[str] | None, k: int | None, otherwise: int) -> tuple[str, ...]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cocoop_fast.cli import configuration, options, output
 from cocoop_fast.cli.options import AtLeastOne, Given
 from cocoop_fast.errors import UserError
+from cocoop_fast.readable import printable
 
 if TYPE_CHECKING:
     from cocoop_fast.experiments.predict import Predictor
@@ -49,15 +52,18 @@ def command(
 
     from cocoop_fast.experiments.predict import Predictor
 
+    told: list[str] = []
     with output.only_json(json):
         if run is None:
-            predictor = _zero_shot(given, names, device)
+            predictor = _zero_shot(given, names, device, told.append)
         else:
-            predictor = Predictor.from_run(run, classnames=names, device=device)
+            predictor = Predictor.from_run(run, classnames=names, device=device, on_message=told.append)
         files = _files(images)
         unreadable: dict[Path, str] = {}
         found = predictor.predict(files, topk=top_k, on_unreadable=unreadable.__setitem__)
     answers = [(image, ranked) for image, ranked in zip(files, found, strict=True) if ranked]
+    if answers:
+        print(*map(printable, told), sep="\n", file=sys.stderr)
     if json:
         output.print_json(
             {
@@ -108,15 +114,17 @@ def _files(images: list[Path]) -> list[Path]:
     return files
 
 
-def _zero_shot(given: Given, names: list[str] | None, device: str | None) -> Predictor:
+def _zero_shot(
+    given: Given, names: list[str] | None, device: str | None, on_message: Callable[[str], None]
+) -> Predictor:
     """Nothing learned. The embedded CLIP knows digits, so these are its classes if none are given."""
-    from cocoop_fast.clip.load import load_clip
     from cocoop_fast.data import load_dataset
     from cocoop_fast.experiments.predict import Predictor
-    from cocoop_fast.methods import build_model
+    from cocoop_fast.experiments.shared import Shared
 
     on = {} if device is None else {"model.device": ("--device", device)}
     config = configuration.build(options={**given, **on}, pairs=("prompt.method", "zeroshot")).config
+    own_classes = names is not None
     if names is None:
         if config.model.name != "demo":
             option, model = given["model.name"]
@@ -125,5 +133,7 @@ def _zero_shot(given: Given, names: list[str] | None, device: str | None) -> Pre
         names = list(digits.classnames)
         template = config.prompt.template or digits.template
         config = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, template=template))
-    clip = load_clip(config.model)
-    return Predictor(build_model(config.prompt, names, clip), clip, names)
+    shared = Shared()
+    predictor = Predictor(shared.model(config, names), shared.clip(config.model), names)
+    shared.tell_of_model(config.model, on_message, own_images=own_classes)
+    return predictor

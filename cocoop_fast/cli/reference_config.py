@@ -20,6 +20,7 @@ from typing import Any
 
 from cocoop_fast.config import flatten
 from cocoop_fast.errors import UserError
+from cocoop_fast.spelling import meant
 
 # OpenAI's CLIPs in open_clip. They were trained with QuickGELU, which in open_clip is part of the model's name.
 BACKBONES = {
@@ -100,9 +101,10 @@ def translate(
 def open_clip_name(name: str) -> tuple[str, str] | None:
     """(architecture, weights) of open_clip for OpenAI's own spelling, such as ``ViT-B/16``; ``None`` for others.
 
-    Names without a slash (``RN50``) are architectures in both worlds, and are taken as open_clip's.
+    Case does not matter. Names without a slash (``RN50``) are architectures in both worlds, and are taken as open_clip's.
     """
-    return (BACKBONES[name], "openai") if "/" in name and name in BACKBONES else None
+    found = meant(name, BACKBONES) if "/" in name else None
+    return None if found is None else (BACKBONES[found], "openai")
 
 
 # -- the rows ---------------------------------------------------------------------------------------------------

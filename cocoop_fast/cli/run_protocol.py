@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cocoop_fast.cli import configuration, options, output
 from cocoop_fast.cli.options import AtLeastOne, Given
 from cocoop_fast.errors import UserError
+from cocoop_fast.spelling import meant
 
 if TYPE_CHECKING:
     from cocoop_fast.config import DataConfig
@@ -273,9 +274,12 @@ def _place(text: str, data: DataConfig, places: dict[str, DataConfig], option_na
     Raises:
         UserError: a name that cannot be a directory's, or one for two places.
     """
+    from cocoop_fast.data.registry import REGISTRY
+
     name, equals, path = text.partition("=")
     if equals and (not path or not name.replace("-", "").replace("_", "").isalnum()):
         raise UserError(f"{option_name}: {text!r} is not NAME=PATH with a NAME of letters, digits, - and _.")
+    name = name if equals else meant(name, REGISTRY) or name
     place = replace(data, name="folder", root=Path(path)) if equals else replace(data, name=name)
     if places.setdefault(name, place) != place:
         raise UserError(f"{option_name}: {name} is named with two places.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.weights import HUB, create_clip, is_place
 from cocoop_fast.config import ModelConfig, Precision
 from cocoop_fast.errors import UserError
+from cocoop_fast.spelling import meant, near
 
 # open_clip's names. "shortest": the shorter edge to the model's size, then the middle; "squash": both edges to that size.
 ResizeMode: TypeAlias = Literal["shortest", "squash"]
@@ -80,6 +80,15 @@ def amp_text_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """float16 for "amp" on a GPU, as under autocast, which ends at the engine's door; else None. On a CPU the engine is at
     its fastest in float32."""
     return torch.float16 if precision == "amp" and device.type == "cuda" else None
+
+
+def describe(config: ModelConfig) -> str:
+    """In a line: which CLIP a configuration names, and whose weights. Nothing is loaded."""
+    if config.name == "demo":
+        return "Model: demo, the embedded CLIP, which knows digits and letters alone"
+    if config.pretrained is None:
+        return f"Model: {config.name}, with its own weights"
+    return f"Model: {config.name}, weights {config.pretrained}"
 
 
 def load_clip(config: ModelConfig) -> LoadedClip:
@@ -155,21 +164,16 @@ def check_architecture(name: str) -> None:
     """Raises a UserError with the nearest names if open_clip does not know this architecture."""
     if is_place(name) or name in open_clip.list_models():
         return
-    by_key = {_spelling(known): known for known in reversed(open_clip.list_models())}
-    near = [by_key[key] for key in difflib.get_close_matches(_spelling(name), by_key, n=3, cutoff=0.6)]
-    hint = f"did you mean {' or '.join(near)}" if near else "see open_clip.list_models()"
-    if _spelling(name) in by_key:
-        hint = f"did you mean {by_key[_spelling(name)]}"
+    known = ["demo", *open_clip.list_models()]
+    alike, same = near(name, known, 3), meant(name, known)
+    hint = f"did you mean {' or '.join(alike)}" if alike else "see open_clip.list_models()"
+    if same is not None:
+        hint = f"did you mean {same}"
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        hint = f"did you mean {' or '.join([*near, f'{HUB}{name} (a repository of the Hugging Face hub)'])}"
+        hint = f"did you mean {' or '.join([*alike, f'{HUB}{name} (a repository of the Hugging Face hub)'])}"
     elif "/" in name:
         hint = "and there is no folder of this name; is it misspelt"
     raise UserError(f"The model '{name}' is not an open_clip architecture; {hint}?")
-
-
-def _spelling(name: str) -> str:
-    """What is left of a name without case and punctuation."""
-    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def _check_weights(name: str, pretrained: str | None) -> None:
@@ -191,7 +195,9 @@ def _check_weights(name: str, pretrained: str | None) -> None:
 
 def _unknown_tag(name: str, pretrained: str, tags: list[str]) -> str:
     plain = name.removesuffix("-quickgelu")
-    remedy = f"the tags are: {', '.join(tags) or 'none'}"
+    alike = near(pretrained, tags)
+    remedy = f"did you mean {alike[0]}? The" if alike else "the"
+    remedy += f" tags are: {', '.join(tags) or 'none'}"
     if plain != name and pretrained in open_clip.list_pretrained_tags_by_model(plain):
         remedy = f"'{plain}' has: use --model {plain}"
     return f"The model '{name}' has no weights tagged '{pretrained}'; {remedy}."

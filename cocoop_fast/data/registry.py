@@ -12,6 +12,7 @@ from cocoop_fast.data import digits, icons, image_folder, image_list
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.data.sets import SETS, record
 from cocoop_fast.errors import UserError
+from cocoop_fast.spelling import meant, near
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,24 @@ REGISTRY: dict[str, DatasetEntry] = {
     )
 }
 
-# The reference's class names, such as OxfordPets, mean the same sets. Case does not matter.
-_NAMES = {name.lower(): name for name in REGISTRY} | {
-    published.reference_name.lower(): published.name for published in SETS.values()
+# The reference's class names, such as OxfordPets, mean the same sets.
+_NAMES = {name: name for name in REGISTRY} | {
+    published.reference_name: published.name for published in SETS.values()
 }
 
 
 def canonical_name(name: str) -> str:
-    """The registry's own name for a data set, from that or from the reference's ``DATASET.NAME``.
+    """The registry's own name for a data set, from that or from the reference's ``DATASET.NAME``, in any spelling.
 
     Raises:
         UserError: there is no such data set.
     """
-    if name.lower() not in _NAMES:
-        raise UserError(f"There is no data set called {name!r}; choose one of {', '.join(REGISTRY)}.")
-    return _NAMES[name.lower()]
+    found = meant(name, _NAMES)
+    if found is None:
+        alike = near(name, _NAMES, cutoff=0.75)
+        hint = f"did you mean {_NAMES[alike[0]]}? The sets are" if alike else "choose one of"
+        raise UserError(f"There is no data set called {name!r}; {hint} {', '.join(REGISTRY)}.")
+    return _NAMES[found]
 
 
 def name_for(root: Path) -> str:

@@ -120,14 +120,14 @@ def opened(
     if not overwrite:
         for plan in plans:
             material.ranks.from_first(partial(_refuse_other_run, plan, material))
-    for note in material.dataset.notes:
-        material.observer.on_message(note)
     with ExitStack() as stack:
         # All directories first: that one of them cannot be used should not come out after hours of training.
         if material.ranks.is_first:
-            yield [stack.enter_context(open_run(plan, overwrite=overwrite)) for plan in plans]
+            directories = [stack.enter_context(open_run(plan, overwrite=overwrite)) for plan in plans]
         else:
-            yield [RunDirectory(plan.output_dir) for plan in plans]
+            directories = [RunDirectory(plan.output_dir) for plan in plans]
+        material.tell_what_is_used()
+        yield directories
 
 
 def _refuse_untrainable(plans: Sequence[ResolvedConfig], dataset: Dataset) -> None:
@@ -277,8 +277,7 @@ def _evaluate(
         resolved = replace(resolved, data=replace(resolved.data, subset=subset))
     prompt = resolved.prompt
     material = Material(resolved, dataset, shared, observer, ranks)
-    for note in dataset.notes:
-        observer.on_message(note)
+    material.tell_what_is_used()
     subsets = material.tested(prompt) if subset is None else (subset,)
     if trained is not None and not knows_other_classes(prompt):
         for one in subsets:

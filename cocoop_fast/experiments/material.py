@@ -58,6 +58,13 @@ class Material:
     def clip(self) -> LoadedClip:
         return self.shared.clip(self.config.model)
 
+    def tell_what_is_used(self) -> None:
+        """Say which CLIP it is, and how the data were understood."""
+        own = self.config.data.name != "digits"
+        self.shared.tell_of_model(self.config.model, self.observer.on_message, own_images=own)
+        for note in self.dataset.notes:
+            self.observer.on_message(note)
+
     @cached_property
     def drawn(self) -> Dataset:
         """All classes, few-shot sampled."""

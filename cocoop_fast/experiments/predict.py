@@ -51,7 +51,12 @@ class Predictor:
 
     @classmethod
     def from_run(
-        cls, run_dir: Path | str, *, classnames: Sequence[str] | None = None, device: str | None = None
+        cls,
+        run_dir: Path | str,
+        *,
+        classnames: Sequence[str] | None = None,
+        device: str | None = None,
+        on_message: Callable[[str], None] = lambda line: None,
     ) -> Predictor:
         """Load the learned context of a run.
 
@@ -59,6 +64,7 @@ class Predictor:
             run_dir: what ``experiment.run`` wrote; the newest checkpoint is used.
             classnames: classes to choose from, which need not be those trained on; ``None``: those.
             device: where to compute; ``None``: as the run's configuration says.
+            on_message: told which model it is.
 
         Raises:
             UserError: no run there, damaged files, or class names that cannot be used.
@@ -68,6 +74,7 @@ class Predictor:
         names, shared = newest.classnames if classnames is None else classnames, Shared()
         model = shared.model(config, names)
         load_parameters(model, newest.parameters, str(run_dir))
+        shared.tell_of_model(config.model, on_message, own_images=config.data.name != "digits")
         others = newest.other_classes if classnames is None else []
         note = _note(names, others, knows_other_classes(config.prompt)) if others else None
         return cls(model, shared.clip(config.model), names, config.eval_batch_size, note)

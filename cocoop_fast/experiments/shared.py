@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 
-from cocoop_fast.clip.load import LoadedClip, load_clip, resolve_device, resolve_precision
+from cocoop_fast.clip.load import LoadedClip, describe, load_clip, resolve_device, resolve_precision
 from cocoop_fast.config import DataConfig, Ensemble, ModelConfig, RunConfig
 from cocoop_fast.data import Dataset, load_dataset
 from cocoop_fast.evaluation.feature_cache import FeatureCache
@@ -28,6 +29,7 @@ class Shared:
 
     def __init__(self, features: FeatureCache | None = None) -> None:
         self.features = features
+        self._told: set[str] = set()
         self._load_clip = cache(load_clip)
         self._load_dataset = lru_cache(_DATASETS_KEPT)(load_dataset)
         self._load_test_set = cache(lambda data: self._load_dataset(data).with_splits(train=(), val=()))
@@ -37,6 +39,20 @@ class Shared:
         device = resolve_device(config.device)
         precision = resolve_precision(config.precision, device)
         return self._load_clip(ModelConfig(config.name, config.pretrained, precision, device=str(device)))
+
+    def tell_of_model(self, config: ModelConfig, tell: Callable[[str], None], *, own_images: bool) -> None:
+        """Say once which CLIP is used, and warn if it is the embedded one and images are not the embedded ones."""
+        line = describe(config)
+        if line in self._told:
+            return
+        self._told.add(line)
+        tell(line)
+        if config.name == "demo" and own_images:
+            warnings.warn(
+                "The demo CLIP knows digits and letters alone, and what it makes of other images means nothing; name "
+                "another with --model, for example --model ViT-B/16.",
+                stacklevel=2,
+            )
 
     def model(self, config: RunConfig, classnames: Sequence[str]) -> PromptedCLIP:
         """The model of a configuration over K class names, ready to train. Its CLIP is shared.
@@ -75,4 +91,4 @@ def consistency_of(config: RunConfig) -> Consistency | None:
 
 def _list_of(config: DataConfig) -> DataConfig:
     """What decides which images a data set has; equal for configurations that have the same ones."""
-    return DataConfig(name=config.name, root=config.root)
+    return DataConfig(name=config.name, root=config.root, class_names=config.class_names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -14,6 +13,7 @@ import yaml
 
 from cocoop_fast.errors import UserError
 from cocoop_fast.measure.cost import Operation, Product
+from cocoop_fast.spelling import near, spelling
 
 # What is assumed where nothing is measured. Large GEMMs reach about this share of the dense peak, streaming kernels
 # this share of the bandwidth; a launch costs this much replayed from a CUDA graph, and this much from eager PyTorch.
@@ -120,14 +120,11 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         UserError: there is none.
     """
-    by_key = {_key(known): gpu for gpu in gpu_table() for known in (gpu.name, *gpu.aliases)}
-    found = by_key.get(_key(name)) or by_key.get(_key(name).removeprefix("nvidia").removeprefix("amd"))
+    by_key = {spelling(known): gpu for gpu in gpu_table() for known in (gpu.name, *gpu.aliases)}
+    key = spelling(name)
+    found = by_key.get(key) or by_key.get(key.removeprefix("nvidia").removeprefix("amd"))
     if found is None:
-        near = difflib.get_close_matches(_key(name), by_key, n=1, cutoff=0.5)
-        hint = f"did you mean {by_key[near[0]].name}" if near else "see `cocoop-fast plan --list-devices`"
+        alike = near(name, by_key)
+        hint = f"did you mean {by_key[alike[0]].name}" if alike else "see `cocoop-fast plan --list-devices`"
         raise UserError(f"There is no device '{name}' in the table; {hint}?")
     return found
-
-
-def _key(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())

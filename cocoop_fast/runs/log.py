@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from cocoop_fast.clip.load import describe
 from cocoop_fast.engine.memory import peak_of_process
 from cocoop_fast.evaluation.metrics import Metrics
 from cocoop_fast.files.atomic import make_folder, through_no_link
@@ -57,6 +58,7 @@ class RunLog(Observer):
 
     def on_run_start(self, info: RunInfo) -> None:
         self._device = info.device
+        self._text(describe(info.config.model))
         self._text(classes_in_and_out(info.classnames, info.other_classes))
         self._text(f"Learned parameters: {info.parameters:,}; training images: {info.train_images:,}")
         if info.first_step:
@@ -64,6 +66,8 @@ class RunLog(Observer):
         self._record(
             "run",
             method=info.config.prompt.method,
+            model=info.config.model.name,
+            pretrained=info.config.model.pretrained,
             seed=info.config.seed,
             device=info.device,
             precision=info.precision,

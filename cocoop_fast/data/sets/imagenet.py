@@ -7,6 +7,7 @@ over, where it stops with an error.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from cocoop_fast.data.dataset import Sample, Splits
@@ -41,8 +42,8 @@ def read_wnids(folder: Path, images: str) -> Splits:
 
 
 def read_v2(folder: Path) -> Splits:
-    """ImageNetV2: folders 0 to 999 are labels, and count the lines of ``classnames.txt``."""
-    names = list(read_classnames(folder / _NAMES).values())
+    """ImageNetV2: folders 0 to 999 are labels, and count the WordNet ids of ``classnames.txt`` in sorted order."""
+    names = [name for _, name in sorted(read_classnames(folder / _NAMES).items())]
     samples = []
     for label, name in enumerate(names):
         class_folder = folder / _V2 / str(label)
@@ -55,13 +56,26 @@ def read_v2(folder: Path) -> Splits:
 
 
 def read_classnames(path: Path) -> dict[str, str]:
-    """Lines "n01440764 tench": WordNet id -> name, in the order of the file."""
-    names = {}
+    """Lines "n01440764 tench": WordNet id -> name, in the order of the file.
+
+    Raises:
+        UserError: other lines, one id twice, or names that are numbered, as in other lists of ImageNet's classes.
+    """
+    names: dict[str, str] = {}
     for number, line in enumerate(text_lines(path), start=1):
         wnid, _, name = line.partition(" ")
         if not name:
             raise UserError(f"{path}: line {number} is {line!r}, not a WordNet id and a name.", exit_status=1)
+        if wnid in names:
+            raise UserError(f"{path} names {wnid} twice, in line {number} again.", exit_status=1)
         names[wnid] = name
+    if all(re.match(r"\d+\s", name) for name in names.values()):
+        wnid, name = next(iter(names.items()))
+        raise UserError(
+            f"{path} numbers its classes: {f'{wnid} {name}'!r} would become a prompt with {name!r}; it should have lines "
+            f"`{wnid} {name.split(maxsplit=1)[1]}`, and the published file is at {_CLASSNAMES.source}.",
+            exit_status=1,
+        )
     return names
 
 

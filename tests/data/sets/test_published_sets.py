@@ -389,12 +389,28 @@ def test_imagenet_needs_the_same_classes_in_train_and_val(tmp_path):
         load_dataset(DataConfig(name="imagenet", root=tmp_path))
 
 
-def test_imagenetv2_labels_are_positions_in_the_list_of_names(tmp_path):
+def test_imagenetv2_labels_are_positions_among_the_sorted_ids(tmp_path):
+    """Whatever the order of the lines: its folder 0 holds n01440764, the tench."""
     WRITERS["imagenetv2"](tmp_path)
     names = tmp_path / "imagenetv2/classnames.txt"
     names.write_text("".join(reversed(names.read_text().splitlines(keepends=True))))
     data = load_dataset(DataConfig(name="imagenetv2", root=tmp_path))
-    assert list(data.classnames) == list(reversed(WNIDS.values()))
+    assert list(data.classnames) == [name for _, name in sorted(WNIDS.items())]
+    assert {sample.classname for sample in data.test if str(sample.source).startswith("0/")} == {"tench"}
+
+
+@pytest.mark.parametrize("name", ["imagenet", "imagenetv2"])
+def test_imagenets_names_of_other_lists_are_refused(name, tmp_path):
+    """`n01440764 1 tench` would become the prompt "a photo of a 1 tench."."""
+    WRITERS[name](tmp_path)
+    names = tmp_path / name / "classnames.txt"
+    lines = [line.split(maxsplit=1) for line in names.read_text().splitlines()]
+    names.write_text("".join(f"{wnid} {i} {name}\n" for i, (wnid, name) in enumerate(lines, start=1)))
+    with pytest.raises(UserError, match="numbers its classes: 'n01440764 1 tench' would become a prompt"):
+        load_dataset(DataConfig(name=name, root=tmp_path))
+    names.write_text("".join(f"{wnid} {name}\n" for wnid, name in [*lines, lines[0]]))
+    with pytest.raises(UserError, match="names n01440764 twice"):
+        load_dataset(DataConfig(name=name, root=tmp_path))
 
 
 def test_a_directory_of_the_layout_may_be_a_link(tmp_path):
