@@ -8,6 +8,7 @@ May import everything; nothing imports it. Nothing heavy is imported before a co
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -35,6 +36,7 @@ from cocoop_fast.cli import (
 from cocoop_fast.errors import UserError
 from cocoop_fast.readable import printable
 
+_SILENT = logging.NullHandler()  # without a handler, logging prints warnings as they are
 SEVERAL_PROCESSES = ("train", "eval")  # the commands that torchrun may start
 
 app = options.group(
@@ -91,7 +93,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning  # type: ignore[assignment]  # it has no use for the place
-            warnings.filterwarnings("ignore", "Image size .* decompression bomb")  # an error of ours follows
+            _silence_libraries()
             status = app(args=options.join_lists(arguments), prog_name="cocoop-fast", standalone_mode=False)
         sys.stdout.flush()
         if status == failures.INTERRUPTED:  # the parser's way of reporting control-C
@@ -109,6 +111,13 @@ def run(arguments: Sequence[str]) -> int:
         sentence, status = failures.explain(error)
         print(printable(f"error: {' '.join(sentence.split())}"), file=sys.stderr)
         return status
+
+
+def _silence_libraries() -> None:
+    """What libraries say of images and weights: we say it ourselves, by name, or it changes nothing that is read."""
+    if not os.environ.get("COCOOP_FAST_DEBUG"):
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        logging.getLogger().addHandler(_SILENT)
 
 
 def _print_warning(message: Warning | str, *place: object) -> None:

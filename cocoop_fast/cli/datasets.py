@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from cocoop_fast.cli import failures, options, output
 from cocoop_fast.cli.options import NotNegative, Positive
-from cocoop_fast.config import DataConfig
+from cocoop_fast.config import DataConfig, PromptConfig
 from cocoop_fast.errors import UserError
 
+if TYPE_CHECKING:
+    from cocoop_fast.data.inventory import ClassCounts
+
 _SHOWN = 5  # images that are not there, by name
+_CLASSES_SHOWN = 100
 
 app = options.group(
     """List the data sets that are known, where they are looked for, and what is missing there.
@@ -58,9 +64,10 @@ def listing(context: typer.Context, *, root: Path | None = None, json: bool = Fa
 def check(
     name: str, *, root: Path | None = None, class_names: Path | None = None, json: bool = False
 ) -> None:
-    """Say what of one data set is there, where to get the rest, and whether its images are complete.
+    """Say what of one data set is there, where to get the rest, and how it is understood: classes, what is left out.
 
-    The exit status is 1 if something is missing, or a published set has other numbers of classes or images.
+    Images are opened, as in training. The exit status is 1 if something is missing or cannot be read, or a published
+    set has other numbers of classes or images.
 
     Args:
         class_names: Of images in folders: a file of lines `folder name`.
@@ -68,19 +75,24 @@ def check(
     from cocoop_fast.data.inventory import take_inventory
 
     found = take_inventory(DataConfig(name=name, root=root, class_names=class_names))
-    whole = found.complete and found.as_published and not found.absent
+    if found.classes:
+        from cocoop_fast.prompts.tokens import tokenize_prompts  # slow to import
+
+        tokenize_prompts([one.name for one in found.classes], ctx_init=PromptConfig.ctx_init)
     if json:
         output.print_json(
             {
                 "command": "datasets check",
                 "name": name,
-                "complete": whole,
+                "complete": found.whole,
                 "parts": [
                     {"path": part.path, "there": there, "source": part.source} for part, there in found.parts
                 ],
                 "counts": None if found.counts is None else found.counts._asdict(),
                 "published": None if found.published is None else found.published._asdict(),
+                "classes": [one._asdict() for one in found.classes],
                 "absent": list(found.absent),
+                "unreadable": [{"image": image, "fault": fault} for image, fault in found.unreadable.items()],
                 "notes": list(found.notes),
             }
         )
@@ -96,15 +108,32 @@ def check(
             if found.published is not None:
                 rows.append(["published", *(f"{count:,}" for count in found.published)])
             output.print_table(["", "Classes", "Train", "Val", "Test"], rows)
+            _print_classes(found.classes)
         if found.absent:
-            count = len(found.absent)
-            which = "1 listed image is" if count == 1 else f"{count:,} listed images are"
-            more = ", ..." if count > _SHOWN else ""
-            output.say(f"{which} not there: {', '.join(found.absent[:_SHOWN])}{more}.")
+            output.say(_named("listed image", "not there", list(found.absent)))
+        if found.unreadable:
+            faults = [f"{image} ({fault})" for image, fault in found.unreadable.items()]
+            output.say(_named("image", "not readable", faults))
         for note in found.notes:
             output.say(note)
-    if not whole:
+    if not found.whole:
         raise typer.Exit(failures.FAILED)
+
+
+def _print_classes(classes: Sequence[ClassCounts]) -> None:
+    shown = classes[:_CLASSES_SHOWN]
+    output.print_table(
+        ["Class", "Train", "Val", "Test"],
+        [[one.name, *(f"{count:,}" for count in (one.train, one.val, one.test))] for one in shown],
+    )
+    if len(classes) > len(shown):
+        output.say(f"These are the first {len(shown)} of {len(classes):,} classes; --json has all.")
+
+
+def _named(what: str, fault: str, names: list[str]) -> str:
+    count = f"1 {what} is" if len(names) == 1 else f"{len(names):,} {what}s are"
+    more = ", ..." if len(names) > _SHOWN else ""
+    return f"{count} {fault}: {', '.join(names[:_SHOWN])}{more}."
 
 
 @app.command()

@@ -5,12 +5,45 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from cocoop_fast.data.dataset import Dataset, Sample
 from cocoop_fast.data.images import CORRECTIONS, FileReader, ImageError
 from cocoop_fast.errors import UserError
 
 _SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What opening images has shown.
+
+    Args:
+        count: how many there are, each once.
+        bad: why an image cannot be read.
+        notes: how many were read otherwise than they are stored, a sentence for each way.
+    """
+
+    count: int
+    bad: dict[Sample, str]
+    notes: tuple[str, ...]
+
+
+def look_at_images(dataset: Dataset, threads: int = 4) -> Seen:
+    """Decode every image of the three splits in full, by so many threads (Pillow releases the interpreter lock)."""
+    samples = list(dict.fromkeys((*dataset.train, *dataset.val, *dataset.test)))
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda sample: _look_at(dataset, sample), samples))
+    corrected = Counter(kind for _, kinds in found for kind in kinds)
+    return Seen(
+        count=len(samples),
+        bad={sample: fault for sample, (fault, _) in zip(samples, found, strict=True) if fault},
+        notes=tuple(
+            f"{corrected[kind]} of {len(samples)} images {text}."
+            for kind, text in CORRECTIONS.items()
+            if corrected[kind]
+        ),
+    )
 
 
 def check_images(
@@ -25,7 +58,7 @@ def check_images(
     Args:
         dataset: few-shot sampling and class selection already done, so that only what is used is read.
         skip_bad: leave bad images out instead of failing.
-        threads: decoders at once (Pillow releases the interpreter lock while it decodes).
+        threads: decoders at once.
         on_message: told how many were left out, and how many were read otherwise than they are stored.
 
     Returns:
@@ -34,16 +67,8 @@ def check_images(
     Raises:
         UserError: bad images (the first twenty are named), or a class left without images.
     """
-    samples = list(dict.fromkeys((*dataset.train, *dataset.val, *dataset.test)))
-    with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(lambda sample: _look_at(dataset, sample), samples))
-    bad = {sample: fault for sample, (fault, _) in zip(samples, found, strict=True) if fault}
-    corrected = Counter(kind for _, kinds in found for kind in kinds)
-    told = [
-        f"{corrected[kind]} of {len(samples)} images {CORRECTIONS[kind]}."
-        for kind in CORRECTIONS
-        if corrected[kind]
-    ]
+    seen = look_at_images(dataset, threads)
+    bad, told = seen.bad, list(seen.notes)
     if bad and not skip_bad:
         noun = "image" if len(bad) == 1 else "images"
         raise UserError(
@@ -59,7 +84,7 @@ def check_images(
             test=tuple(sample for sample in dataset.test if sample not in bad),
         )
         _refuse_emptied_classes(dataset, kept)
-        told.append(f"Left out {len(bad)} of {len(samples)} images that cannot be read: {_names(bad)}.")
+        told.append(f"Left out {len(bad)} of {seen.count} images that cannot be read: {_names(bad)}.")
     if on_message is not None:
         for line in told:
             on_message(line)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from cocoop_fast.data.dataset import Sample
 from cocoop_fast.data.listing import read_json, text_lines
 from cocoop_fast.errors import UserError
 
@@ -73,3 +74,20 @@ def note_on_names(classnames: Sequence[str], template: str, remedy: str) -> tupl
         f"{len(odd)} of {len(classnames)} class names look like numbers or ids, and stand in prompts as they are: "
         f"{prompts}{more}; {remedy}.",
     )
+
+
+def note_on_gaps(
+    classnames: Sequence[str], train: Iterable[Sample], test: Iterable[Sample]
+) -> tuple[str, ...]:
+    """A warning for each split that has no image of some classes."""
+    notes = []
+    for samples, purpose in ((train, "to train on"), (test, "to test on")):
+        seen = {sample.label for sample in samples}
+        lacking = [repr(name) for label, name in enumerate(classnames) if label not in seen]
+        if lacking:
+            more = ", ..." if len(lacking) > _SHOWN else ""
+            notes.append(
+                f"{len(lacking)} of {len(classnames)} classes {'has' if len(lacking) == 1 else 'have'} no image {purpose}: "
+                f"{', '.join(lacking[:_SHOWN])}{more}."
+            )
+    return tuple(notes)

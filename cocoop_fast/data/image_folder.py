@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cocoop_fast.config import DataConfig
-from cocoop_fast.data.class_names import note_on_names, read_class_names
+from cocoop_fast.data.class_names import note_on_gaps, note_on_names, read_class_names
 from cocoop_fast.data.dataset import Dataset, Sample, Splits, prompt_name
 from cocoop_fast.data.duplicates import look_for_duplicates
 from cocoop_fast.data.images import FileReader, endings
@@ -73,6 +73,7 @@ def load(config: DataConfig) -> Dataset:
         notes=(
             *listing.notes(),
             *twice,
+            *note_on_gaps(tuple(classnames.values()), train, test),
             *note_on_names(tuple(classnames.values()), Dataset.template, _REMEDY),
         ),
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cocoop_fast.config import DataConfig
-from cocoop_fast.data.class_names import note_on_names
+from cocoop_fast.data.class_names import note_on_gaps, note_on_names
 from cocoop_fast.data.dataset import Dataset, Sample, Splits, named_classes
 from cocoop_fast.data.duplicates import look_for_duplicates
 from cocoop_fast.data.images import FileReader
@@ -75,6 +75,7 @@ def load(config: DataConfig) -> Dataset:
         raise UserError(f"{path} needs images to train on and to test on.", exit_status=1)
     tested = splits if splits.test else Splits(splits.train, (), splits.val)
     notes += look_for_duplicates(tested, path.parent, str(path))
+    notes += note_on_gaps(classnames, splits.train, splits.test or splits.val)
     return Dataset(
         name="list",
         classnames=classnames,

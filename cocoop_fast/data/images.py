@@ -6,6 +6,8 @@ turned as their EXIF orientation says, greys of more than 8 bits are scaled, and
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import struct
 import zlib
 from collections.abc import Callable
@@ -59,6 +61,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+MISSING = "missing"  # the reason of an ImageError for a file that is not there
 
 
 class ImageError(ValueError):
@@ -165,7 +170,14 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
 @cache
 def _formats() -> tuple[str, ...]:
+    """Those of them that this Pillow has. Before the first image is read, libtiff is told to be silent: it writes what it
+    thinks of a damaged file to the terminal itself, and here that becomes an :class:`ImageError`."""
     Image.init()
+    with contextlib.suppress(OSError, AttributeError):  # a Pillow whose libtiff is not to be had
+        pillow = ctypes.CDLL(Image.core.__file__)  # looks in the libraries that it links as well
+        for setter in (pillow.TIFFSetErrorHandler, pillow.TIFFSetWarningHandler):
+            setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+            setter(None)
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
@@ -184,7 +196,7 @@ def _decode(
     except UnidentifiedImageError as error:
         raise ImageError("not an image") from error
     except FileNotFoundError as error:
-        raise ImageError("missing") from error
+        raise ImageError(MISSING) from error
     except PermissionError as error:
         raise ImageError("no permission to read it") from error
     except IsADirectoryError as error:
