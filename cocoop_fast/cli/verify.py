@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cocoop_fast.measure.verify import PruningError, Verdict
 
 PRECISIONS = {"cpu": ("fp64", "fp32"), "cuda": ("fp64", "fp32", "fp16", "bf16")}
+ACTIVATIONS = {"gelu": "GELU", "quick_gelu": "QuickGELU"}
 COLUMNS = {
     "logits": "Logits",
     "loss": "Loss",
@@ -68,8 +69,8 @@ def command(
     import torch
 
     from cocoop_fast.clip.load import resolve_device
-    from cocoop_fast.measure.problem import build_problem
-    from cocoop_fast.measure.verify import contestants, measure_pruning, verify
+    from cocoop_fast.measure.problem import build_problem, with_other_activation
+    from cocoop_fast.measure.verify import contestants, distance, measure_pruning, verify
 
     where = resolve_device(device)
     for name in precision or ():
@@ -86,10 +87,14 @@ def command(
         asked = list(contestants(where, precision or PRECISIONS[where.type], backend or ()))
         tell = output.teller("verify", silent=quiet or json)
         verdicts = verify(problem, asked, device=where, steps=steps, tell=tell)
+        # If the weights do not say which activation they were trained with, either may be the one.
+        other = with_other_activation(problem) if problem.activation_assumed else None
+        others = [] if other is None else verify(other, asked, device=where, steps=steps, tell=tell)
+        apart = None if other is None else distance(problem, other, where)
         pruned = (
             measure_pruning(problem, asked, prune_mass, device=where, batches=steps) if prune_mass else []
         )
-    compared = [verdict for verdict in verdicts if verdict.allowed is not None]
+    compared = [verdict for verdict in (*verdicts, *others) if verdict.allowed is not None]
     if not compared:
         raise UserError(
             f"No backend asked for computes in these precisions on {where.type}; leave --backend out."
@@ -105,33 +110,66 @@ def command(
         "steps": steps,
         "device": str(where),
         "torch": torch.__version__,
-        "rows": [
-            {
-                "name": verdict.contestant.name,
-                "precision": verdict.contestant.precision,
-                "dense": verdict.contestant.dense,
-                "errors": asdict(verdict.errors),
-                "allowed": None if verdict.allowed is None else asdict(verdict.allowed),
-                "within": verdict.within,
-            }
-            for verdict in verdicts
-        ],
+        "activation": problem.weights.activation,
+        "activation_assumed": problem.activation_assumed,
+        "rows": [_row(verdict) for verdict in verdicts],
     }
+    if other is not None:
+        found["other_activation"] = {
+            "activation": other.weights.activation,
+            "logits_differ": apart,
+            "rows": [_row(verdict) for verdict in others],
+        }
     if prune_mass:
         found["pruning"] = {"prune_mass": prune_mass, "rows": [_pruning_row(one) for one in pruned]}
     if json:
         output.print_json(found)
     else:
-        _print(found, verdicts)
+        _print(found, verdicts, others)
         if prune_mass:
             _print_pruning(found["pruning"], len(names))
     if not within:
         raise typer.Exit(failures.FAILED)
 
 
-def _print(found: dict[str, Any], verdicts: list[Verdict]) -> None:
+def _row(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "name": verdict.contestant.name,
+        "precision": verdict.contestant.precision,
+        "dense": verdict.contestant.dense,
+        "errors": asdict(verdict.errors),
+        "allowed": None if verdict.allowed is None else asdict(verdict.allowed),
+        "within": verdict.within,
+    }
+
+
+def _print(found: dict[str, Any], verdicts: list[Verdict], others: list[Verdict]) -> None:
     images = output.images(found["batch"])
-    output.say(f"{found['model']}: {found['classes']} classes, {images} a step, {found['device']}.")
+    activation = ACTIVATIONS[found["activation"]]
+    said = f"{activation}, which is assumed" if found["activation_assumed"] else activation
+    output.say(f"{found['model']}: {said}; {found['classes']} classes, {images} a step, {found['device']}.")
+    _print_verdicts(verdicts)
+    if others:
+        other = found["other_activation"]
+        title = ACTIVATIONS[other["activation"]]
+        output.say(f"The same with {title}:")
+        _print_verdicts(others)
+        output.say(
+            f"The weights do not say which activation they were trained with. Logits with {title} differ from those with "
+            f"{activation} by {other['logits_differ']:.1e} of the largest: the wrong one changes every result."
+        )
+    print(
+        "Largest errors against the dense oracle in fp64, relative to the largest element. Losses: those of "
+        f"{found['steps']} training steps.\nMoved: how far these moved what is learned. A dense row is the dense path's own error."
+    )
+    for verdict in (*verdicts, *others):
+        for name, error, most in verdict.outside():
+            path = f"{verdict.contestant.name} in {verdict.contestant.precision}"
+            output.say(f"{path}: {COLUMNS[name].lower()} is off by {error:.1e}, but {most:.1e} is allowed.")
+    print("Equivalent: every error is within its bound." if found["within"] else "NOT equivalent.")
+
+
+def _print_verdicts(verdicts: list[Verdict]) -> None:
     output.print_table(
         ["Path", "In", *COLUMNS.values(), "Verdict"],
         [
@@ -145,15 +183,6 @@ def _print(found: dict[str, Any], verdicts: list[Verdict]) -> None:
         ],
         left=2,
     )
-    print(
-        "Largest errors against the dense oracle in fp64, relative to the largest element. Losses: those of "
-        f"{found['steps']} training steps.\nMoved: how far these moved what is learned. A dense row is the dense path's own error."
-    )
-    for verdict in verdicts:
-        for name, error, most in verdict.outside():
-            path = f"{verdict.contestant.name} in {verdict.contestant.precision}"
-            output.say(f"{path}: {COLUMNS[name].lower()} is off by {error:.1e}, but {most:.1e} is allowed.")
-    print("Equivalent: every error is within its bound." if found["within"] else "NOT equivalent.")
 
 
 def _pruning_row(one: PruningError) -> dict[str, Any]:

@@ -41,6 +41,9 @@ class LoadedClip:
     precision: str  # fp32, fp16, bf16 or amp
     resize_mode: ResizeMode = "shortest"
     interpolation: Interpolation = "bicubic"
+    assumed: str = (
+        ""  # of the activation, a sentence, if nothing says which one the weights were trained with
+    )
     known_tokens: frozenset[int] | None = None  # all that were trained on; None: the whole vocabulary
 
     @property
@@ -109,9 +112,10 @@ def load_clip(config: ModelConfig) -> LoadedClip:
             raise UserError(
                 "The model 'demo' has its own weights; leave --pretrained out or name an architecture."
             )
-        model = load_demo_clip()
+        model: nn.Module = load_demo_clip()
+        assumed = ""
     else:
-        model = _load_open_clip(config.name, config.pretrained)
+        model, assumed = _load_open_clip(config.name, config.pretrained)
     if precision in _LOW_PRECISION:
         to_low_precision(model, _LOW_PRECISION[precision])
     model = model.to(device).eval().requires_grad_(False)
@@ -126,6 +130,7 @@ def load_clip(config: ModelConfig) -> LoadedClip:
         precision=precision,
         resize_mode=_one_of(preprocess, "resize_mode", get_args(ResizeMode), config.name),
         interpolation=_one_of(preprocess, "interpolation", get_args(Interpolation), config.name),
+        assumed=assumed,
         known_tokens=known_token_ids() if config.name == "demo" else None,
     )
 
@@ -139,7 +144,7 @@ def _one_of(preprocess: Mapping[str, Any], key: str, known: tuple[Any, ...], nam
     return value
 
 
-def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
+def _load_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, str]:
     check_architecture(name)
     _check_weights(name, pretrained)
     what = f"The weights '{pretrained}' of model '{name}'" if pretrained else f"The model '{name}'"

@@ -69,7 +69,7 @@ class Source:
     preprocess: Config = field(default_factory=dict)
 
 
-def create_clip(name: str, pretrained: str | None) -> nn.Module:
+def create_clip(name: str, pretrained: str | None) -> tuple[nn.Module, str]:
     """Build a CLIP and load its weights, without running code that a file holds.
 
     Args:
@@ -79,7 +79,8 @@ def create_clip(name: str, pretrained: str | None) -> nn.Module:
             :func:`cocoop_fast.clip.checkpoints.read_state` reads; "random": no weights.
 
     Returns:
-        nn.Module: float32 on the CPU; `visual.preprocess_cfg` is what its images need.
+        tuple[nn.Module, str]: the model, float32 on the CPU, whose `visual.preprocess_cfg` is what its images need; and a
+            sentence on what was assumed of its activation, which is empty if nothing was.
 
     Raises:
         UserError: the text tower or the shape of images is not supported (noticed before weights are downloaded).
@@ -93,15 +94,17 @@ def create_clip(name: str, pretrained: str | None) -> nn.Module:
     model = build(config, name, source.preprocess)
     check_text_tower(model, name)
     if pretrained == "random":
-        return model
+        return model, ""
     state = _one_position_table(source.read())
     adapted = _adapted(config, state)
     if adapted != config:
         model = build(adapted, name, source.preprocess)
+    assumed = ""
     if source.quick_gelu is None and not adapted.get("quick_gelu", False):
-        _warn_of_assumptions(name, pretrained)
+        assumed = _assumption(name, pretrained)
+        warnings.warn(assumed, stacklevel=3)
     _load(model, state)
-    return model
+    return model, assumed
 
 
 def is_place(name: str) -> bool:
@@ -321,17 +324,16 @@ def _one_position_table(state: State) -> State:
     return {**others, "positional_embedding": table}
 
 
-def _warn_of_assumptions(name: str, pretrained: str | None) -> None:
+def _assumption(name: str, pretrained: str | None) -> str:
     quick = f"{name}-quickgelu"
     remedy = (
         f"name the architecture {quick}"
         if quick in open_clip.list_models()
         else 'put them in a folder with an open_clip_config.json that says "quick_gelu": true'
     )
-    warnings.warn(
+    return (
         f"Nothing says which activation the weights '{pretrained}' were trained with: GELU is assumed. If it was "
-        f"QuickGELU, as in OpenAI's models and those trained from them, {remedy}.",
-        stacklevel=4,
+        f"QuickGELU, as in OpenAI's models and those trained from them, {remedy}."
     )
 
 

@@ -134,6 +134,7 @@ class TrainingRun:
                 epochs=config.optim.epochs,
                 precision=self._material.clip.precision,
                 device=str(self._material.clip.device),
+                notes=(*filter(None, [self._material.clip.assumed]), *self._train.notes),
                 first_step=trainer.step,
             )
         )

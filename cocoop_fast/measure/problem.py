@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.transformer import QuickGELU
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from torch import Tensor, nn
 
@@ -50,6 +53,7 @@ class Problem:
     tree: ClassTree
     weights: TextWeights
     learned: dict[str, Tensor]  # `ctx` and the Meta-Net, the same for all contestants
+    activation_assumed: bool = False  # nothing says which one the weights were trained with
 
     @property
     def longest(self) -> int:
@@ -101,22 +105,23 @@ def random_text_tower(layers: int = 12) -> CLIP:
     return model.eval().requires_grad_(False)
 
 
-def load_model(spec: ProblemSpec) -> nn.Module:
-    """The frozen float32 CLIP that a problem names, on the CPU.
+def load_model(spec: ProblemSpec) -> tuple[nn.Module, bool]:
+    """The frozen float32 CLIP that a problem names, on the CPU, and whether its activation was assumed.
 
     Raises:
         UserError: an unknown model, or one that is not built like CLIP's own.
     """
     if spec.model is None:
-        return random_text_tower()
+        return random_text_tower(), False
     named = ModelConfig(name=spec.model, pretrained=spec.pretrained, precision="fp32", device="cpu")
-    model = load_clip(named).model
+    loaded = load_clip(named)
+    model = loaded.model
     if not isinstance(model, CLIP):
         raise UserError(
             f"The model '{spec.model}' keeps its text tower apart ({type(model).__name__}), which the dense "
             "oracle does not read; choose a plain CLIP such as ViT-B-16-quickgelu."
         )
-    return model
+    return model, bool(loaded.assumed)
 
 
 def build_problem(spec: ProblemSpec, clip_model: nn.Module | None = None) -> Problem:
@@ -131,7 +136,7 @@ def build_problem(spec: ProblemSpec, clip_model: nn.Module | None = None) -> Pro
     """
     if spec.batch < 1:
         raise UserError(f"The batch size must be at least 1, got {spec.batch}.")
-    model = load_model(spec) if clip_model is None else clip_model
+    model, assumed = load_model(spec) if clip_model is None else (clip_model, False)
     frozen = FrozenCLIP(model)
     generator = torch.Generator().manual_seed(spec.seed)
     cfg = reference_cfg(ctx_init=spec.ctx_init, n_ctx=4, precision="fp32", image_size=frozen.image_size)
@@ -150,4 +155,13 @@ def build_problem(spec: ProblemSpec, clip_model: nn.Module | None = None) -> Pro
         tree=ClassTree(tokens, learner.n_ctx),
         weights=frozen.text_weights(),
         learned={name: value.detach().clone() for name, value in learner.named_parameters()},
+        activation_assumed=assumed,
     )
+
+
+def with_other_activation(problem: Problem) -> Problem:
+    """The same problem with QuickGELU in the text tower in place of GELU, or the other way round."""
+    model: Any = copy.deepcopy(problem.clip_model)
+    for block in model.transformer.resblocks:
+        block.mlp.gelu = QuickGELU() if problem.weights.activation == "gelu" else nn.GELU()
+    return replace(build_problem(problem.spec, model), learned=problem.learned)

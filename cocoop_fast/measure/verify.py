@@ -143,6 +143,17 @@ def verify(
     return verdicts
 
 
+@torch.no_grad()
+def distance(one: Problem, other: Problem, device: torch.device) -> float:
+    """How far the logits of the dense oracle in float64 lie apart, relative to the largest: of two activations, say."""
+    logits = []
+    for problem in (one, other):
+        here = _at(problem, "fp64", device)
+        model = build_dense(here)
+        logits.append(model.logits(here.features.to(model.dtype)).cpu())
+    return relative_error(logits[1], logits[0])
+
+
 @dataclass(frozen=True)
 class PruningError:
     """What tail pruning changes, by the worst of some batches."""

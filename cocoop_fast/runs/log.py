@@ -58,8 +58,8 @@ class RunLog(Observer):
 
     def on_run_start(self, info: RunInfo) -> None:
         self._device = info.device
-        self._text(describe(info.config.model))
-        self._text(classes_in_and_out(info.classnames, info.other_classes))
+        for line in (describe(info.config.model), classes_in_and_out(info.classnames, info.other_classes), *info.notes):
+            self._text(line)
         self._text(f"Learned parameters: {info.parameters:,}; training images: {info.train_images:,}")
         if info.first_step:
             self._text(f"Resumed after step {info.first_step}")

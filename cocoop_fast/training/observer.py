@@ -26,6 +26,7 @@ class RunInfo:
     epochs: int
     precision: str
     device: str
+    notes: tuple[str, ...]  # what was assumed of the model, and how the data were understood, a sentence each
     first_step: int  # 0, or the number of steps already done by an earlier, interrupted run
 
 

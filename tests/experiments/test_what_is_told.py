@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 
 import pytest
-from tiny_runs import At, use_tiny_clip, write_images
+from tiny_runs import At, loaded_tiny_clip, use_tiny_clip, write_images
 
 from cocoop_fast import cli
 from cocoop_fast.clip.load import describe
 from cocoop_fast.config import ModelConfig, from_mapping
+from cocoop_fast.experiments import shared as experiments
 from cocoop_fast.experiments.experiment import evaluate_run, run
 from cocoop_fast.experiments.predict import Predictor
 from cocoop_fast.experiments.shared import Shared
@@ -93,3 +95,13 @@ def test_names_for_folders_reach_training_evaluation_and_prediction(tmp_path, ph
     assert shared.test_set(asked.data).classnames == ("tabby", "red fox", "wolf")
     run(asked, shared=shared)
     assert Predictor.from_run(tmp_path / "run").classnames == ("tabby", "red fox", "wolf")
+
+
+def test_the_log_says_what_was_assumed_and_how_the_data_were_understood(tmp_path, photos, monkeypatch):
+    assumed = dataclasses.replace(loaded_tiny_clip(), assumed="GELU is assumed.")
+    monkeypatch.setattr(experiments, "load_clip", lambda config: assumed)
+    (photos / "n1" / "notes.txt").write_text("left out")
+    run(config(tmp_path / "run", name="folder", root=str(photos)))
+    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert lines[:2] == [DEMO, "GELU is assumed."]
+    assert lines[2].endswith("1 .txt.") and "look like numbers or ids" in lines[3]

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from clip_sources import NAME, add_architectures
 from tiny_models import tiny_clip
 
 from cocoop_fast import CustomCLIP, cli
@@ -147,7 +148,7 @@ def test_what_pruning_leaves_out_is_measured(problem):
 
 @pytest.fixture
 def tiny_model(monkeypatch):
-    monkeypatch.setattr(problems, "load_model", lambda spec: tiny_clip(layers=2))
+    monkeypatch.setattr(problems, "load_model", lambda spec: (tiny_clip(layers=2), False))
 
 
 def test_the_command(tiny_model, capsys):
@@ -171,6 +172,33 @@ def test_the_command(tiny_model, capsys):
         ("torch", "fp32"),
     ]
     assert set(found["rows"][0]["errors"]) == {"logits", "loss", "gradients", "losses", "parameters"}
+
+
+def test_weights_that_do_not_say_their_activation_are_verified_with_both(tmp_path, capsys):
+    add_architectures(tmp_path)
+    clip = tiny_clip(quick_gelu=False)
+    torch.save(clip.state_dict(), tmp_path / "weights.pt")
+    arguments = ["--classes", ",".join(NAMES), "--steps", "1", "--device", "cpu", "--backend", "torch"]
+    arguments = ["verify", *arguments, "--model", NAME, "--pretrained", str(tmp_path / "weights.pt"), "-q"]
+    assert cli.run(arguments) == 0
+    out, err = capsys.readouterr()
+    assert f"{NAME}: GELU, which is assumed; 5 classes" in out and "The same with QuickGELU:" in out
+    assert "the wrong one changes every result" in out and "GELU is assumed" in err
+    assert cli.run([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["activation"] == "gelu" and found["activation_assumed"]
+    other = found["other_activation"]
+    assert other["activation"] == "quick_gelu" and len(other["rows"]) == len(found["rows"])
+    logits = []
+    for quick_gelu in (False, True):
+        model = tiny_clip(quick_gelu=quick_gelu)  # the same seed
+        problem = build_problem(ProblemSpec(classes=NAMES, ctx_init="a photo of a"), model)
+        with torch.no_grad():
+            logits.append(build_dense(problem).logits(problem.features))
+    expected = float((logits[1] - logits[0]).abs().max() / logits[0].abs().max())
+    assert expected > 1e-3 and other["logits_differ"] == pytest.approx(expected, rel=1e-2)
+    assert cli.run([*arguments[:-5], "--model", f"{NAME}-quickgelu", *arguments[-3:], "--json"]) == 0
+    assert "other_activation" not in json.loads(capsys.readouterr().out)
 
 
 def test_the_command_measures_pruning(tiny_model, capsys):
