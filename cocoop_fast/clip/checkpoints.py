@@ -6,6 +6,7 @@ put prefixes before the names, too. A CLIP is found by the one name that every k
 
 from __future__ import annotations
 
+import codecs
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cocoop_fast.files.torch_archive import InertObject, is_script_archive, read_archive, script_state_dict
+from cocoop_fast.files.torch_archive import (
+    InertObject,
+    NumbersNotRead,
+    is_script_archive,
+    read_archive,
+    script_state_dict,
+)
 
 State = dict[str, Tensor]
 
@@ -66,7 +73,7 @@ def _content(path: Path) -> Any:
         raise WeightsError(f"{path} does not exist")
     with path.open("rb") as file:
         start = file.read(64)
-    if path.suffix == ".safetensors" and not start.startswith((b"version https", b"<")) and start:
+    if start[8:9] == b"{" and not start.startswith(b"PK"):  # whatever the file is called: its header is JSON
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
@@ -76,6 +83,8 @@ def _content(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         try:
             return script_state_dict(path) if is_script_archive(path) else read_archive(path)
+        except NumbersNotRead as error:
+            raise WeightsError(str(error)) from error
         except Exception as error:  # the reader's failure of whatever kind: the file is torn or hostile
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise WeightsError(f"{reason}; the file is damaged") from error
@@ -85,12 +94,15 @@ def _content(path: Path) -> Any:
             "the file is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`",
         ),
         (b"<", "the file is a web page, not weights; download the file itself"),
+        (b"{", "the file is JSON, perhaps a server's answer, and not weights; download the file itself"),
         (b"PK", "the file is not complete; download or copy it again"),
     ):
-        if start.startswith(beginning):
+        if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(beginning):
             raise WeightsError(what)
     if not start:
         raise WeightsError("the file is empty")
+    if not start.strip(b"\0"):
+        raise WeightsError("the file begins with zeros: it is not complete; download or copy it again")
     try:  # the format of PyTorch before 1.6; without code as well
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind, with advice that does not hold here
@@ -156,6 +168,11 @@ def _without_prefix(state: State) -> State:
     for wrapper in _WRAPPERS:
         state = {key.replace(wrapper, ""): value for key, value in state.items()}
     prefixes = {_prefix(key) for key in state} - {None}
+    if not prefixes:
+        raise WeightsError(
+            f"`{_TOKENS}` is no dense tensor with numbers (but sparse, quantized, on the device meta, or of NumPy); save the "
+            "state dict of the model itself"
+        )
     if len(prefixes) != 1:
         names = ", ".join(f"'{prefix}'" for prefix in sorted(map(str, prefixes)))
         raise WeightsError(

@@ -361,18 +361,26 @@ def _load(model: nn.Module, state: State) -> None:
 
 
 def _check_fit(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-    """Raises a WeightsError that names what is missing, not the architecture's, of another shape, or not finite."""
+    """Raises a WeightsError that names what is missing, not the architecture's, of another shape, or no weights of a
+    trained model: not finite, whole numbers, zero."""
     shapes = [
         f"`{key}` is {list(state[key].shape)} instead of {list(value.shape)}"
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
     infinite = [f"`{key}`" for key, value in state.items() if not _is_finite(value)]
+    numbers = {
+        key: value for key, value in state.items() if key in expected and expected[key].is_floating_point()
+    }
+    whole = [f"`{key}`" for key, value in numbers.items() if not value.is_floating_point()]
+    zero = [f"`{key}`" for key, value in numbers.items() if value.ndim > 1 and not value.any()]
     for what, names in (
         ("missing", [f"`{key}`" for key in expected if key not in state]),
         ("not this architecture's", [f"`{key}`" for key in state if key not in expected]),
         ("of other shapes", shapes),
         ("NaN or infinite", infinite),
+        ("whole numbers, as in a quantized model", whole),
+        ("zero throughout, as in a file that was not downloaded to its end", zero),
     ):
         if names:
             some = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cocoop_fast.data.dataset import Sample
+from cocoop_fast.data.dataset import Sample, plain
 from cocoop_fast.data.listing import read_json, text_lines
 from cocoop_fast.errors import UserError
 
@@ -31,7 +32,8 @@ def read_class_names(path: Path, folders: Sequence[str]) -> dict[str, str]:
         values = read_json(path)
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values.values()):
             raise UserError(f"{path} is not a JSON object of folders and class names.", exit_status=1)
-        pairs = [(folder, name) for folder, name in values.items() if folder in folders]
+        given = {plain(folder): name for folder, name in values.items()}
+        pairs = [(folder, given[plain(folder)]) for folder in folders if plain(folder) in given]
     else:
         pairs = [pair for line in text_lines(path) for pair in _pair(line, folders)]
     names: dict[str, str] = {}
@@ -51,12 +53,13 @@ def read_class_names(path: Path, folders: Sequence[str]) -> dict[str, str]:
 
 def _pair(line: str, folders: Iterable[str]) -> list[tuple[str, str]]:
     """The folder that a line begins with, the longest if there are several, and the name after it."""
-    line = line.replace('"', "")
-    begins = [f for f in folders if line.startswith(f) and line[len(f) : len(f) + 1] in tuple(" \t,;:")]
+    line = unicodedata.normalize("NFC", line.replace('"', ""))
+    begun = {unicodedata.normalize("NFC", folder): folder for folder in folders}
+    begins = [f for f in begun if line.startswith(f) and line[len(f) : len(f) + 1] in tuple(" \t,;:")]
     if not begins:
         return []
-    folder = max(begins, key=len)
-    return [(folder, line[len(folder) :].strip(" \t,;:"))]
+    first = max(begins, key=len)
+    return [(begun[first], line[len(first) :].strip(" \t,;:"))]
 
 
 def note_on_names(classnames: Sequence[str], template: str, remedy: str) -> tuple[str, ...]:

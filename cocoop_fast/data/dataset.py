@@ -101,12 +101,20 @@ class Dataset:
         )
 
 
-def prompt_name(name: str) -> str:
-    """A class name as it enters a prompt: ``_`` is a space, as in the reference, and spaces are single.
+_INVISIBLE = str.maketrans(
+    "", "", "\u200b\u2060\ufeff"
+)  # spaces of no width, which copying from web pages brings
 
-    Letters with accents are single characters (Unicode's form NFC), however the disk has them.
-    """
-    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
+
+def plain(text: str) -> str:
+    """A name as one sees it: letters with accents are single characters (Unicode's form NFC), however the disk or a file
+    has them; spaces are single, and those of no width are none."""
+    return " ".join(unicodedata.normalize("NFC", text.translate(_INVISIBLE)).split())
+
+
+def prompt_name(name: str) -> str:
+    """A class name as it enters a prompt: :func:`plain`, and ``_`` is a space, as in the reference."""
+    return plain(name.replace("_", " "))
 
 
 def named_classes(splits: Splits, where: str) -> tuple[tuple[str, ...], Splits]:

@@ -6,17 +6,17 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data.class_names import note_on_gaps, note_on_names
-from cocoop_fast.data.dataset import Dataset, Sample, Splits, named_classes
+from cocoop_fast.data.dataset import Dataset, Sample, Splits, named_classes, plain, prompt_name
 from cocoop_fast.data.duplicates import look_for_duplicates
 from cocoop_fast.data.images import FileReader
 from cocoop_fast.data.listing import natural_order, read_json, read_text, text_lines
-from cocoop_fast.data.paths import relative_path
+from cocoop_fast.data.paths import as_on_disk, relative_path
 from cocoop_fast.data.split import split_by_class
 from cocoop_fast.data.split_file import parse_split
 from cocoop_fast.data.split_names import SPLITS, split_of
@@ -163,7 +163,8 @@ def _rows(values: Any, path: Path) -> tuple[list[tuple[Sample, str | None]], tup
         notes.append(
             f"{len(read) - len(once)} of the {len(read)} rows of {path} repeat others and are left out."
         )
-    read = once
+    read = [(as_on_disk(path.parent, source), name, label, split) for source, name, label, split in once]
+    _refuse_same_prompts({name for _, name, *_ in read}, path)
     by_name = {
         name: label for label, name in enumerate(sorted({name for _, name, *_ in read}, key=natural_order))
     }
@@ -174,6 +175,18 @@ def _rows(values: Any, path: Path) -> tuple[list[tuple[Sample, str | None]], tup
     return samples, tuple(notes)
 
 
+def _refuse_same_prompts(names: Iterable[str], path: Path) -> None:
+    by_prompt: dict[str, str] = {}
+    for name in sorted(names):
+        other = by_prompt.setdefault(prompt_name(name), name)
+        if other != name:
+            raise UserError(
+                f"{path}: the class names {other!r} and {name!r} both mean {prompt_name(name)!r}; write one of them "
+                "throughout.",
+                exit_status=1,
+            )
+
+
 def _fields(row: Any, where: str) -> tuple[str, str, int | None, str | None]:
     """(path, class name, label, split) of one row."""
     if not isinstance(row, Mapping) or "" in row:  # which holds what goes beyond the header
@@ -181,7 +194,7 @@ def _fields(row: Any, where: str) -> tuple[str, str, int | None, str | None]:
     row = {_field(name): value for name, value in row.items()}
     source = relative_path(row.get("path"), where)
     name, label, split = row.get("classname"), row.get("label"), row.get("split")
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name, str) or not plain(name):
         raise UserError(f"{where} ({source}) has no classname.", exit_status=1)
     if isinstance(label, str) and label.strip().isdecimal():
         label = int(label)
@@ -196,7 +209,7 @@ def _fields(row: Any, where: str) -> tuple[str, str, int | None, str | None]:
         raise UserError(
             f"{where} ({source}) has the split {split!r}, not one of {', '.join(SPLITS)}.", exit_status=1
         )
-    return source, name.strip(), label, meant
+    return source, plain(name), label, meant
 
 
 def _split(rows: list[tuple[Sample, str | None]]) -> Splits:

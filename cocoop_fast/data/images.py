@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from cocoop_fast.data.dataset import Sample
 from cocoop_fast.data.listing import visible_files
@@ -48,6 +48,7 @@ CORRECTIONS = {
     "turned": "turned as their EXIF orientation says",
     "scaled": "of more than 8 bits a grey value scaled to 8",
     "white": "with transparency laid over white",
+    "first": "of several frames or pages, of which the first is read",
     "dark": "of 16 bits hold no value above 4,095 and come out nearly black; if they hold 8 or 12 bits, scale them to 16",
 }
 
@@ -129,8 +130,14 @@ def as_meant(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         ImageError: grey values whose black and white are unknown. What Pillow raises on damaged data is passed on.
     """
     done: list[str] = []
+    if (
+        image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+    ):  # phones keep a depth map, say, as a second one
+        done.append("first")
     image.load()  # which turns a TIFF, and takes its orientation away
     turn = _TURNS.get(_orientation(image))
+    if image.mode == "L" and getattr(image, "tag_v2", {}).get(TiffImagePlugin.SAMPLEFORMAT) == (2,):
+        raise ImageError("grey values with a sign; write them without")
     if image.mode == "F" or image.mode.startswith("I"):
         image, scaled = _eight_bits(image)
         done += scaled
@@ -155,16 +162,29 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _eight_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """Greys of 16 bits: 65,535 becomes 255, in every image alike. Floats: of 0 to 1, or of 0 to 255."""
+    """Greys of 16 bits: 65,535 becomes 255, in every image alike. Floats: of 0 to 1, or of 0 to 255.
+
+    Pillow leaves to us which way round a TIFF of these has black and white, and which grey of a PNG is transparent.
+    """
     greys = np.asarray(image)
     low, high = greys.min(), greys.max()
-    white = 65535 if image.mode != "F" else 1 if high <= 1 else 255
+    tags = getattr(image, "tag_v2", {})
+    signed = tags.get(TiffImagePlugin.SAMPLEFORMAT) == (2,) and tags.get(TiffImagePlugin.BITSPERSAMPLE) == (
+        16,
+    )
+    white = 32767 if signed else 65535 if image.mode != "F" else 1 if high <= 1 else 255
     # Small numbers that were saved as large ones.
     if image.mode == "I" and high <= 255 and image.format == "TIFF":
         white = 255
     if not (low >= 0 and high <= white):  # or not numbers at all
         raise ImageError(f"grey values from {low:g} to {high:g}; scale them to 8 or 16 bits")
-    scaled = Image.fromarray(np.round(greys * (255 / white)).astype(np.uint8))
+    eight = np.round(greys * (255 / white)).astype(np.uint8)
+    scaled = Image.fromarray(
+        255 - eight if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else eight
+    )
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        scaled.putalpha(Image.fromarray(np.where(greys == clear, 0, 255).astype(np.uint8)))
     return scaled, ["scaled", "dark"] if white == 65535 and high < 4096 else ["scaled"]
 
 

@@ -59,7 +59,8 @@ def text_lines(path: Path) -> list[str]:
     Raises:
         UserError: it cannot be read, is not text, or is empty.
     """
-    lines = [line.strip() for line in read_text(path).splitlines()]
+    # Not by str.splitlines, for which some characters end a line that may stand in a name.
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", read_text(path))]
     lines = [line for line in lines if line]
     if not lines:
         raise UserError(f"{path} is empty.", exit_status=1)
@@ -102,7 +103,7 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
         marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         # Excel begins a CSV file in UTF-8 with a byte order mark as well.
-        return content.decode("utf-16" if marked else "utf-8-sig")
+        text = content.decode("utf-16" if marked else "utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.", exit_status=1) from error
     except UnicodeDecodeError as error:
@@ -110,3 +111,9 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8 text; save it in that encoding (spreadsheets call it CSV UTF-8).",
             exit_status=1,
         ) from error
+    if "\0" in text:
+        raise UserError(
+            f"{path} has zero bytes, so it is not text, or in an encoding that is not read; save it as UTF-8.",
+            exit_status=1,
+        )
+    return text

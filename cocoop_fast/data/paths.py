@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath
+import unicodedata
+from pathlib import Path, PurePosixPath
 
 from cocoop_fast.errors import UserError
 
@@ -33,3 +34,16 @@ def relative_path(text: object, where: str) -> str:
     if ".." in path.parts or not path.parts:
         raise UserError(f"{where}: {text!r} does not stay below the images' directory.", exit_status=1)
     return path.as_posix()
+
+
+def as_on_disk(root: Path, source: str) -> str:
+    """A listed path in the Unicode form that the disk has it in: archives and disks differ in how they write an accent.
+
+    Args:
+        root: what it is relative to.
+        source: as :func:`relative_path` returns it; it comes back unchanged if neither form is there.
+    """
+    if source.isascii() or (root / source).exists():
+        return source
+    forms = (unicodedata.normalize(form, source) for form in ("NFC", "NFD"))
+    return next((one for one in forms if (root / one).exists()), source)

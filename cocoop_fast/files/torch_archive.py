@@ -37,11 +37,16 @@ _DTYPES = {
 }
 
 
+class NumbersNotRead(pickle.UnpicklingError):
+    """Numbers of a type that no weights need."""
+
+
 def read_archive(path: Path) -> Any:
     """What an archive's pickle holds: containers, numbers, text, tensors on the CPU, and inert objects.
 
     Raises:
         UserError: the file is not in PyTorch's zip format.
+        NumbersNotRead: it holds complex, quantized or 8-bit floating numbers.
         Exception: of any kind, from a torn or hostile file.
     """
     if not zipfile.is_zipfile(path):
@@ -136,6 +141,8 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Tensor:
         """("storage", type, key, device, length) to a flat tensor, on the CPU wherever it was saved."""
         kind, storage_type, key, _, length = pid
+        if kind == "storage" and str(getattr(storage_type, "__name__", "")).endswith("Storage"):
+            raise NumbersNotRead(f"numbers of a kind that is not read: {storage_type.__name__}")
         if kind != "storage" or not isinstance(storage_type, torch.dtype):
             raise pickle.UnpicklingError(f"unknown storage {kind!r}")
         raw = bytearray(self._archive.read(f"{self._folder}data/{key}"))

@@ -111,6 +111,34 @@ BAD = {
         lambda s: {**s, "visual.proj": torch.full((32, 64), math.inf)},
         r"NaN or infinite \(`visual.proj`",
     ),
+    "logit_scale.pt": (
+        lambda s: edited(s, logit_scale=torch.tensor(math.nan)),
+        r"NaN or infinite \(`logit_scale`",
+    ),
+    "zeros.pt": (
+        lambda s: {**s, "visual.proj": torch.zeros(32, 64)},
+        r"1 of the weights are zero throughout, as in a file that was not downloaded to its end \(`visual.proj`",
+    ),
+    "whole.pt": (
+        lambda s: {**s, "visual.proj": torch.ones(32, 64, dtype=torch.int8)},
+        r"1 of the weights are whole numbers, as in a quantized model \(`visual.proj`",
+    ),
+    "sparse.pt": (
+        lambda s: {**s, "token_embedding.weight": s["token_embedding.weight"].to_sparse()},
+        "is no dense tensor with numbers",
+    ),
+    "numpy.pt": (
+        lambda s: {key: value.numpy() for key, value in s.items()},
+        "is no dense tensor with numbers",
+    ),
+    "meta.pt": (
+        lambda s: {key: value.to("meta") for key, value in s.items()},
+        "is no dense tensor with numbers",
+    ),
+    "complex.pt": (
+        lambda s: {**s, "visual.proj": s["visual.proj"].to(torch.complex64)},
+        r"numbers of a kind that is not read: ComplexFloatStorage\.",
+    ),
 }
 
 
@@ -129,6 +157,9 @@ def test_weights_are_looked_at(tmp_path, file):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "pointer of Git LFS"),
         (b"<!doctype html><html></html>", "web page"),
+        (b"\xef\xbb\xbf\r\n <!DOCTYPE html>", "web page"),
+        (b'{"error": "Repository not found"}', "a server's answer"),
+        (bytes(5000), "begins with zeros: it is not complete"),
         (b"", "is empty"),
         (b"no weights at all", "damaged"),
     ],
@@ -142,14 +173,54 @@ def test_files_that_are_no_weights(tmp_path, suffix, content, message):
     assert "\x1b" not in str(error.value)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_unfinished_downloads(tmp_path, suffix):
+@pytest.mark.parametrize("kept", [9, 100, -2000])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".safetensors.part", ".pt.crdownload"])
+def test_unfinished_downloads(tmp_path, suffix, kept):
     path = tmp_path / f"w{suffix}"
     state = tiny_clip().state_dict()
-    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    path.write_bytes(path.read_bytes()[:-2000])
+    save_file(state, path) if "safetensors" in suffix else torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match="not complete"):
         load(NAME, path)
+
+
+@ignore_assumptions
+def test_a_download_that_reserved_its_place_and_was_not_finished(tmp_path):
+    """Of full length, and zeros from some byte on, as aria2 and torrents leave it."""
+    path = tmp_path / "w.safetensors"
+    save_file(tiny_clip().state_dict(), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 8].ljust(len(content), b"\0"))
+    with pytest.raises(UserError, match="zero throughout, as in a file that was not downloaded to its end"):
+        load(NAME, path)
+
+
+@pytest.mark.filterwarnings("ignore:Nothing says which activation")
+@pytest.mark.parametrize("name", ["safetensors.pt", "torch.safetensors"])
+def test_a_file_is_known_by_its_content(tmp_path, name):
+    model = tiny_clip(quick_gelu=False)
+    write = save_file if name.startswith("safetensors") else torch.save
+    write(model.state_dict(), tmp_path / name)
+    assert torch.equal(load(NAME, tmp_path / name).model.visual.proj, model.visual.proj)
+
+
+@pytest.mark.filterwarnings("ignore:Nothing says which activation")
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "_forward_module.",
+        "clip_model.",
+        "base_model.model.",
+        "model.clip.",
+    ],
+)
+def test_prefixes_of_other_trainers(tmp_path, prefix):
+    model = tiny_clip(quick_gelu=False)
+    state = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "w.ckpt")
+    assert torch.equal(load(NAME, tmp_path / "w.ckpt").model.visual.proj, model.visual.proj)
 
 
 def test_a_folder_without_weights(tmp_path):

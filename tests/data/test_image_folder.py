@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -378,3 +380,18 @@ def test_a_class_may_have_a_file_of_that_name(tmp_path):
         write_images(tmp_path / name, 4)
     (tmp_path / "a/config.yaml").touch()
     assert load(tmp_path).classnames == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("file", ["names.txt", "names.json"])
+def test_names_for_folders_in_another_unicode_form(tmp_path, form, file):
+    folder = unicodedata.normalize(
+        "NFC" if form == "NFD" else "NFD", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+    )
+    for name in (folder, "b"):
+        write_images(tmp_path / "images" / name, 2)
+    names = {unicodedata.normalize(form, folder): "coffee house", "b": "bar"}
+    text = json.dumps(names) if file.endswith(".json") else "".join(f"{k} {v}\n" for k, v in names.items())
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    config = DataConfig(name="folder", root=tmp_path / "images", class_names=tmp_path / file)
+    assert sorted(load_dataset(config).classnames) == ["bar", "coffee house"]

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 from miniature_sets import write_jpegs
+from tiny_runs import write_images
 
 from cocoop_fast import UserError
 from cocoop_fast.cli import configuration
@@ -230,3 +231,52 @@ def test_what_is_no_list(tmp_path):
     (tmp_path / "list.csv").write_bytes(b"path,classname\n\xff,a")
     with pytest.raises(UserError, match=r"is not UTF-8 text; save it in that encoding .*CSV UTF-8"):
         load(tmp_path / "list.csv")
+
+
+# -- names in more than one form --------------------------------------------------------------------------------
+
+NFC, NFD = "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"
+
+
+def listed(folder, names):
+    """Two images of each name, which are made."""
+    write_images(folder / "images", 2 * len(names))
+    rows = [f"images/{i:03d}.png,{name}" for i, name in enumerate(name for name in names for _ in range(2))]
+    (folder / "list.csv").write_text("\n".join(["path,classname", *rows]), encoding="utf-8")
+    return load_dataset(DataConfig(name="list", root=folder / "list.csv"))
+
+
+@pytest.mark.parametrize("other", [NFD, f" {NFC} ", f"{NFC}\N{ZERO WIDTH SPACE}"])
+def test_names_that_look_alike_are_one_class(tmp_path, other):
+    assert listed(tmp_path, [NFC, other, "dog"]).classnames == (NFC, "dog")
+
+
+def test_names_that_become_one_in_prompts_are_refused(tmp_path):
+    with pytest.raises(UserError, match="class names 'big dog' and 'big_dog' both mean 'big dog'"):
+        listed(tmp_path, ["big dog", "big_dog", "cat"])
+
+
+@pytest.mark.parametrize("in_list, on_disk", [(NFC, NFD), (NFD, NFC)])
+def test_paths_in_another_unicode_form_are_found(tmp_path, in_list, on_disk):
+    write_images(tmp_path / on_disk, 4)
+    rows = [f"{in_list}/{i:03d}.png,{('cat', 'dog')[i % 2]}" for i in range(4)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,classname", *rows]), encoding="utf-8")
+    data = load_dataset(DataConfig(name="list", root=tmp_path / "list.csv"))
+    assert data.read(data.train[0]).size == (29, 24)
+
+
+@pytest.mark.parametrize("encoding", ["utf-32", "utf-16-le", "utf-16-be"])
+def test_encodings_that_are_not_read_are_refused(tmp_path, encoding):
+    (tmp_path / "list.csv").write_bytes("path,classname\na.png,cat\nb.png,dog\n".encode(encoding))
+    with pytest.raises(
+        UserError, match="has zero bytes, so it is not text, or in an encoding that is not read"
+    ):
+        load_dataset(DataConfig(name="list", root=tmp_path / "list.csv"))
+
+
+def test_characters_that_end_a_line_elsewhere_stand_in_names(tmp_path):
+    write_images(tmp_path, 4)
+    rows = [{"path": f"{i:03d}.png", "classname": ("c\u2028at", "dog")[i % 2]} for i in range(4)]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "list.jsonl").write_text(text, encoding="utf-8", newline="")
+    assert load_dataset(DataConfig(name="list", root=tmp_path / "list.jsonl")).classnames == ("c at", "dog")

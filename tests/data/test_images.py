@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 
@@ -191,3 +192,85 @@ def test_no_file_is_handed_to_another_program(tmp_path):
     ended = subprocess.run(command, env={"PATH": str(gs.parent)}, capture_output=True, text=True, check=False)
     assert "ImageError: not an image" in ended.stderr
     assert not (tmp_path / "called").exists()
+
+
+# What Pillow leaves to its callers.
+
+GREYS = np.tile(np.arange(0, 256, 5, dtype=np.uint8), (9, 1))
+
+
+def tiff(path, values, *, photometric=1, sample_format=1):
+    """One strip of greys, without Pillow, which does not write these."""
+    tags = [
+        (256, 4, values.shape[1]), (257, 4, values.shape[0]), (258, 3, values.itemsize * 8), (259, 3, 1),
+        (262, 3, photometric), (273, 4, 8), (277, 3, 1), (278, 4, values.shape[0]), (279, 4, values.nbytes),
+        (339, 3, sample_format),
+    ]  # fmt: skip
+    data = values.tobytes() + b"\0" * (values.nbytes % 2)
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("values", "tags"),
+    [
+        (65535 - GREYS.astype("<u2") * 257, {"photometric": 0}),  # white is 0
+        (1 - GREYS.astype("<f4") / 255, {"photometric": 0, "sample_format": 3}),
+        (255 - GREYS, {"photometric": 0}),
+        ((GREYS / 255 * 32767).round().astype("<i2"), {"sample_format": 2}),  # signed: white is 32,767
+        (GREYS.astype("<u4"), {}),
+    ],
+)
+def test_greys_of_tiff_whichever_way_round(tmp_path, values, tags):
+    tiff(tmp_path / "image.tiff", values, **tags)
+    assert (grey(open_rgb(tmp_path / "image.tiff")) == GREYS).all()
+
+
+def test_greys_of_8_bits_with_a_sign_are_refused(tmp_path):
+    tiff(tmp_path / "image.tiff", (GREYS // 2).astype("i1"), sample_format=2)
+    with pytest.raises(ImageError, match="with a sign"):
+        open_rgb(tmp_path / "image.tiff")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_grey_that_is_transparent(tmp_path, bits):
+    values = GREYS if bits == 8 else GREYS.astype(np.uint16) * 257
+    Image.fromarray(values).save(tmp_path / "image.png", transparency=int(values[0, 3]))
+    assert (grey(open_rgb(tmp_path / "image.png")) == np.where(GREYS == GREYS[0, 3], 255, GREYS)).all()
+
+
+def test_turned_scaled_and_transparent_at_once(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    values = GREYS.astype(np.uint16) * 257
+    Image.fromarray(values).save(tmp_path / "image.png", transparency=int(values[0, 3]), exif=exif)
+    image, done = FileReader(tmp_path).corrected(Sample("image.png", 0, "a"))
+    assert (grey(image) == np.rot90(np.where(GREYS == GREYS[0, 3], 255, GREYS), -1)).all()
+    assert done == ("scaled", "white", "turned")
+
+
+@pytest.mark.parametrize("suffix", [".tiff", ".gif", ".webp", ".png"])
+def test_of_several_frames_the_first_is_read_and_it_is_told(tmp_path, suffix):
+    frames = [Image.fromarray(GREYS).convert("RGB"), Image.fromarray(255 - GREYS).convert("RGB")]
+    more = {"lossless": True} if suffix == ".webp" else {}
+    frames[0].save(tmp_path / f"image{suffix}", save_all=True, append_images=frames[1:], **more)
+    image, done = FileReader(tmp_path).corrected(Sample(f"image{suffix}", 0, "a"))
+    assert (grey(image) == GREYS).all() and done == ("first",)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "PA", "LA", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    written = 0
+    image = Image.fromarray(UPRIGHT).convert("RGB").convert(mode)
+    for suffix in (".png", ".tiff", ".bmp", ".tga", ".jp2"):
+        try:
+            image.save(tmp_path / f"image{suffix}", **({"irreversible": False} if suffix == ".jp2" else {}))
+        except (OSError, KeyError, ValueError):  # the format has no such mode
+            continue
+        written += 1
+        difference = np.asarray(open_rgb(tmp_path / f"image{suffix}")).astype(int) - np.asarray(
+            image.convert("RGB")
+        )
+        assert abs(difference).max() <= 1, suffix
+    assert written
