@@ -13,7 +13,7 @@ from cocoop_fast.data.class_names import note_on_gaps, note_on_names, read_class
 from cocoop_fast.data.dataset import Dataset, Sample, Splits, prompt_name
 from cocoop_fast.data.duplicates import look_for_duplicates
 from cocoop_fast.data.images import FileReader, endings
-from cocoop_fast.data.listing import holds_runs, natural_order, visible_files, visible_folders
+from cocoop_fast.data.listing import holds_runs, is_hidden, natural_order, visible_files, visible_folders
 from cocoop_fast.data.split import split_by_class
 from cocoop_fast.data.split_names import looks_like_split, split_of
 from cocoop_fast.errors import UserError
@@ -100,6 +100,7 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, Path]:
             splits[split] = folder
     if not splits:
         _refuse_splits_as_classes(root, folders)
+        _refuse_same_folders_within(root, folders)
         return {}
     names = "/ and ".join(folder.name for folder in found)
     if "train" not in splits:
@@ -127,6 +128,24 @@ def _refuse_splits_as_classes(root: Path, folders: list[Path]) -> None:
         raise UserError(
             f"The folders {', '.join(f'{folder.name}/' for folder in called)} in {root} are called like splits, and are "
             "not read as classes; call them train/, val/ and test/, with class folders in each."
+        )
+
+
+def _refuse_same_folders_within(root: Path, folders: list[Path]) -> None:
+    """Whatever they are called, folders that hold nothing but the same folders may be splits, or the classes within."""
+    within = [{one.name for one in visible_folders(folder)} for folder in folders]
+    same = sorted(set.intersection(*within)) if len(within) > 1 else []
+    if len(same) < 2 or not (len(same) >= len(folders) or any(map(looks_like_split, same))):
+        return
+    if not any(_is_image(path) for folder in folders for path in visible_files(folder)):
+        some = [
+            ", ".join(f"{name}/" for name in names[:_SHOWN])
+            for names in ([one.name for one in folders], same)
+        ]
+        raise UserError(
+            f"The folders {some[0]} in {root} hold no images but the same folders, {some[1]}: which of them are the classes? "
+            "Call splits train/, val/ and test/, with class folders in each, put each class's images into its own folder, or "
+            "list them in a table."
         )
 
 
@@ -260,7 +279,7 @@ def _scan(folder: Path) -> tuple[list[Path], Counter[str]]:
     images: list[Path] = []
     others: Counter[str] = Counter()
     for path in folder.rglob("*"):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if any(map(is_hidden, path.relative_to(folder).parts)):
             continue
         if path.is_dir():
             others["links to folders"] += path.is_symlink()

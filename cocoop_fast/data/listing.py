@@ -11,6 +11,14 @@ from typing import Any
 
 from cocoop_fast.errors import UserError
 
+# What systems put beside one's files: macOS into archives, Synology's thumbnails, Windows, ext4.
+_OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is not the user's to be read."""
+    return name.startswith(".") or name in _OF_SYSTEMS
+
 
 def visible_folders(folder: Path) -> list[Path]:
     """Sub-directories by name, hidden ones apart."""
@@ -85,9 +93,7 @@ def _names(folder: Path, *, directories: bool) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return sorted(
-                entry.name
-                for entry in entries
-                if not entry.name.startswith(".") and entry.is_dir() == directories
+                entry.name for entry in entries if not is_hidden(entry.name) and entry.is_dir() == directories
             )
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}.", exit_status=1) from error

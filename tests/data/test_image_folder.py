@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -395,3 +396,37 @@ def test_names_for_folders_in_another_unicode_form(tmp_path, form, file):
     (tmp_path / file).write_text(text, encoding="utf-8")
     config = DataConfig(name="folder", root=tmp_path / "images", class_names=tmp_path / file)
     assert sorted(load_dataset(config).classnames) == ["bar", "coffee house"]
+
+
+@pytest.mark.parametrize(
+    "outer, inner",
+    [
+        (("learn", "probe"), ("cat", "dog")),
+        (("fold1", "fold2"), ("cat", "dog", "emu")),
+        (("trainA", "testA"), ("cat", "dog")),
+        (("entrenamiento", "prueba"), ("cat", "dog")),
+        (("cat", "dog", "emu"), ("train", "test")),
+    ],
+)
+def test_folders_of_the_same_folders_are_no_classes(tmp_path, outer, inner):
+    for one in outer:
+        for other in inner:
+            write_images(tmp_path / one / other, 2, seed=zlib.crc32(f"{one}{other}".encode()))
+    with pytest.raises(
+        UserError, match=r"hold no images but the same folders, .*: which of them are the classes"
+    ):
+        load(tmp_path)
+
+
+def test_folders_within_classes_may_have_one_name(tmp_path):
+    for number, name in enumerate(("cat", "dog", "emu")):
+        write_images(tmp_path / name / "images", 2, seed=number)
+    assert load(tmp_path).classnames == ("cat", "dog", "emu")
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "lost+found"])
+def test_folders_of_systems_are_passed_over(tmp_path, name):
+    for number, folder in enumerate(("cat", "dog", f"{name}/cat", f"cat/{name}")):
+        write_images(tmp_path / folder, 2, seed=number)
+    data = load(tmp_path)
+    assert data.classnames == ("cat", "dog") and len(data.train + data.val + data.test) == 4
