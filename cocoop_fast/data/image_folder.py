@@ -13,7 +13,14 @@ from cocoop_fast.data.class_names import note_on_gaps, note_on_names, read_class
 from cocoop_fast.data.dataset import Dataset, Sample, Splits, prompt_name
 from cocoop_fast.data.duplicates import look_for_duplicates
 from cocoop_fast.data.images import FileReader, endings
-from cocoop_fast.data.listing import holds_runs, is_hidden, natural_order, visible_files, visible_folders
+from cocoop_fast.data.listing import (
+    holds_runs,
+    is_hidden,
+    natural_order,
+    refuse_undecodable,
+    visible_files,
+    visible_folders,
+)
 from cocoop_fast.data.split import split_by_class
 from cocoop_fast.data.split_names import looks_like_split, split_of
 from cocoop_fast.errors import UserError
@@ -162,6 +169,7 @@ def _classes(folder: Path, names_file: Path | None) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
     for path in folders:
+        refuse_undecodable(path, folder)
         name = prompt_name(given.get(path.name, path.name))
         if not name:
             raise UserError(
@@ -261,6 +269,7 @@ class _Listing:
             )
         self.left_out.update(others)
         for image in images:
+            refuse_undecodable(image, self.root)
             if image.parent != folder:
                 within = image.relative_to(self.root).parts[: len(folder.relative_to(self.root).parts) + 1]
                 name = "/".join(within)

@@ -30,6 +30,19 @@ def visible_files(folder: Path) -> list[Path]:
     return [folder / name for name in _names(folder, directories=False)]
 
 
+def refuse_undecodable(path: Path, root: Path) -> None:
+    """Raises a UserError if a path is not UTF-8 text, as in archives of other systems: neither prompts nor the files of a run
+    can hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The name of {path} is not UTF-8 text, perhaps from an archive that another system made; rename it, or all of them "
+            f"with `convmv -r --notest -f ENCODING -t utf-8 {root}`, where ENCODING is that system's, such as gbk or cp1252.",
+            exit_status=1,
+        ) from error
+
+
 def holds_runs(folder: Path) -> bool:
     """Whether a folder is a run's directory or has one a few folders down, as ``output/`` has."""
     return any(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 import zlib
 from collections import Counter
@@ -430,3 +431,16 @@ def test_folders_of_systems_are_passed_over(tmp_path, name):
         write_images(tmp_path / folder, 2, seed=number)
     data = load(tmp_path)
     assert data.classnames == ("cat", "dog") and len(data.train + data.val + data.test) == 4
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_names_that_are_no_text_are_refused_with_the_remedy(tmp_path, folder):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, 2)
+    old = tmp_path / "cat" if folder else tmp_path / "cat" / "000.png"
+    old.rename(old.with_name(os.fsdecode(b"caf\xe9")).with_suffix("" if folder else ".png"))
+    with pytest.raises(
+        UserError, match=r"is not UTF-8 text.*convmv -r --notest -f ENCODING -t utf-8"
+    ) as error:
+        load(tmp_path)
+    assert error.value.exit_status == 1
