@@ -19,7 +19,7 @@ demo: $(INSTALLED) ## train CoCoOp on the digits that come with the package
 test: $(INSTALLED) ## all tests
 	$(BIN)/python -m pytest tests/ -n auto --maxprocesses 8 --dist worksteal
 
-soak: $(INSTALLED) ## the long tests: 10,000 steps, a hundred kills
+soak: $(INSTALLED) ## the long tests: 10,000 steps, a hundred kills, all architectures
 	$(BIN)/python -m pytest tests/ -m soak
 
 lint: $(INSTALLED) ## style: ruff check and ruff format; import-linter: who may import whom

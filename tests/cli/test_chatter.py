@@ -39,7 +39,9 @@ def test_nothing_but_our_own_lines(tmp_path):
     for compression in ("tiff_lzw", "jpeg", "tiff_deflate"):
         damaged_tiff(images / f"{compression}.tiff", compression)
     tiff_of_many_samples(images / "many.tiff")
-    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x010F, 2, 100, 4000)  # points beyond its end
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack(
+        "<HHHII", 1, 0x010F, 2, 100, 4000
+    )  # points beyond its end
     Image.fromarray(PIXELS).save(images / "exif.jpg", exif=exif)
     palette = Image.fromarray(PIXELS).quantize(16)
     palette.save(images / "palette.png", transparency=bytes(range(0, 256, 16)))
