@@ -57,7 +57,10 @@ class Reached(BaseException):
 WORK = {
     "train": ["cocoop_fast.experiments.experiment.run"],
     "eval": ["cocoop_fast.experiments.experiment.evaluate_run"],
-    "predict": ["cocoop_fast.experiments.predict.Predictor.from_run", "cocoop_fast.clip.load.load_clip"],
+    "predict": [
+        "cocoop_fast.experiments.predict.Predictor.from_run",
+        "cocoop_fast.experiments.shared.load_clip",
+    ],
     "run": ["cocoop_fast.protocols.cells.check_present"],
     "sweep": ["cocoop_fast.protocols.cells.check_present"],
     "bench": ["cocoop_fast.measure.problem.build_problem"],
