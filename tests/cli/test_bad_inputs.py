@@ -98,7 +98,7 @@ BAD = [
     Bad("unknown method to compare", TRAIN + "--compare prograd", "no method 'prograd'"),
     Bad("comparing and not comparing", TRAIN + "--compare coop --no-compare", "exclude each other"),
     Bad("unknown subset", TRAIN + "--subset old", "`data.subset` is 'old'"),
-    Bad("unknown data set", TRAIN + "--dataset mnist", "no data set called 'mnist'; choose one of digits, folder"),
+    Bad("unknown data set", TRAIN + "--dataset mnist", "no data set called 'mnist'; choose one of digits"),
     Bad("key without a value", TRAIN + "optim.lr", "`optim.lr` has no value"),
     Bad("unknown key", TRAIN + "optim.lrr 1", "`optim.lrr` is not a known field; did you mean optim.lr?"),
     Bad("key without its section", TRAIN + "momentum 1", "did you mean optim.momentum?"),

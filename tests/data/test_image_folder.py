@@ -356,7 +356,7 @@ def test_no_folder(tmp_path):
 
 def test_registry_says_what_is_missing(tmp_path):
     with pytest.raises(
-        UserError, match=r"no data set called 'imagnet'; did you mean imagenet\? The sets are digits, folder"
+        UserError, match=r"no data set called 'imagnet'; did you mean imagenet\? The sets are digits"
     ):
         load_dataset(DataConfig(name="imagnet"))
     missing = REGISTRY["folder"].missing

@@ -182,7 +182,9 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     calls = Calls()
     second = run(tiny_config(tmp_path), observer=calls)
     assert second == first and "on_run_start" not in calls.names
-    assert calls.messages == [f"The cocoop run in {tmp_path} is finished; its results are shown."]
+    model, finished = calls.messages
+    assert model.startswith("Model: demo")
+    assert finished == f"The cocoop run in {tmp_path} is finished; its results are shown."
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     with pytest.raises(UserError, match=r"optim.lr is 0.002 there and 0.1 here"):
         run(tiny_config(tmp_path, optim__lr=0.1))
@@ -327,7 +329,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     newest.write_bytes(newest.read_bytes()[:1000])
     calls = Calls()
     run(config, observer=calls)
-    assert calls.info.first_step == 10 and "is damaged" in calls.messages[0]
+    assert calls.info.first_step == 10 and "is damaged" in calls.messages[1]
     assert_same_learned(tmp_path / "whole", tmp_path / "parts")
 
 

@@ -232,8 +232,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, tiny, 
     )
     observer = At(0, lambda: None)
     run(config, observer=observer)
-    assert "step-0000000008.pt is damaged" in observer.messages[0]
-    assert "Using step-0000000004.pt instead" in observer.messages[0] and observer.steps[0] == 5
+    assert "step-0000000008.pt is damaged" in observer.messages[1]
+    assert "Using step-0000000004.pt instead" in observer.messages[1] and observer.steps[0] == 5
     run(tiny_config(tmp_path / "whole"))
     assert_same_ends(tmp_path / "run", tmp_path / "whole")
 
