@@ -13,17 +13,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cocoop_fast.files.inert_pickle import InertObject
 from cocoop_fast.files.torch_archive import (
-    InertObject,
     NumbersNotRead,
     is_script_archive,
     read_archive,
     script_state_dict,
+    weights_of,
 )
 
 State = dict[str, Tensor]
@@ -64,7 +64,10 @@ def read_state(path: Path) -> State:
     if path.name.endswith(_INDEX):
         parts = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
         return _one_clip({k: v for part in parts for k, v in _content(path.parent / part).items()})
-    return _one_clip(_content(path))
+    try:
+        return _one_clip(_content(path))
+    except ValueError as error:
+        raise WeightsError(f"the file is damaged ({error})") from error
 
 
 def _content(path: Path) -> Any:
@@ -80,14 +83,6 @@ def _content(path: Path) -> Any:
             raise WeightsError(
                 f"they are damaged or not complete ({error}); download or copy it again"
             ) from error
-    if zipfile.is_zipfile(path):
-        try:
-            return script_state_dict(path) if is_script_archive(path) else read_archive(path)
-        except NumbersNotRead as error:
-            raise WeightsError(str(error)) from error
-        except Exception as error:  # the reader's failure of whatever kind: the file is torn or hostile
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise WeightsError(f"{reason}; the file is damaged") from error
     for beginning, what in (
         (
             b"version https://git-lfs",
@@ -95,7 +90,6 @@ def _content(path: Path) -> Any:
         ),
         (b"<", "the file is a web page, not weights; download the file itself"),
         (b"{", "the file is JSON, perhaps a server's answer, and not weights; download the file itself"),
-        (b"PK", "the file is not complete; download or copy it again"),
     ):
         if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(beginning):
             raise WeightsError(what)
@@ -103,12 +97,16 @@ def _content(path: Path) -> Any:
         raise WeightsError("the file is empty")
     if not start.strip(b"\0"):
         raise WeightsError("the file begins with zeros: it is not complete; download or copy it again")
-    try:  # the format of PyTorch before 1.6; without code as well
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of any kind, with advice that does not hold here
+    try:
+        return script_state_dict(path) if is_script_archive(path) else read_archive(path)
+    except NumbersNotRead as error:
+        raise WeightsError(str(error)) from error
+    except Exception as error:  # the reader's failure of whatever kind: the file is torn or hostile
+        if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+            raise WeightsError("the file is not complete; download or copy it again") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise WeightsError(
-            "the file is neither a safetensors file nor one that PyTorch 1.6 or later wrote, or it "
-            "is damaged; if an older PyTorch wrote it, load and save its state dict once with a later one",
+            f"the file is damaged, or PyTorch did not write it ({reason.rstrip('.')})"
         ) from error
 
 
@@ -135,7 +133,7 @@ def _rank(one: tuple[tuple[str, ...], State]) -> int:
 def _clips(value: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], State]]:
     """State dicts of CLIPs, wherever they are, with the keys that lead there."""
     if isinstance(value, InertObject):
-        state = dict(_module_state(value, "", set()))
+        state = weights_of(value)
         if any(_prefix(key) is not None for key in state):
             yield where, state
         return
@@ -147,20 +145,6 @@ def _clips(value: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
     for key, child in value.items():
         if "optim" not in str(key).lower():  # it has the weights' names, but not the weights
             yield from _clips(child, (*where, str(key)))
-
-
-def _module_state(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a model that was saved as one object."""
-    attributes = module.state if isinstance(module, InertObject) else None
-    if not isinstance(attributes, Mapping) or id(module) in seen:
-        return
-    seen.add(id(module))  # once: a hostile file could nest a module in itself
-    for kind in ("_parameters", "_buffers"):
-        for name, value in (attributes.get(kind) or {}).items():
-            if isinstance(value, Tensor):
-                yield f"{prefix}{name}", value
-    for name, child in (attributes.get("_modules") or {}).items():
-        yield from _module_state(child, f"{prefix}{name}.", seen)
 
 
 def _without_prefix(state: State) -> State:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -157,7 +155,7 @@ def _orientation(image: Image.Image) -> int:
     """1 (upright) to 8; tags that cannot be read say nothing, and the pixels are good without them."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error):
+    except Exception:  # of whatever kind, as in _decode
         return 1
 
 
@@ -222,14 +220,6 @@ def _decode(
     except IsADirectoryError as error:
         raise ImageError("a directory") from error
     except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        IndexError,
-        TypeError,
-        struct.error,
-        zlib.error,
-    ) as error:
-        # What Pillow's decoders raise on damaged data depends on the format.
+        Exception
+    ) as error:  # of whatever kind: what Pillow's decoders raise on damaged data depends on the format
         raise ImageError("truncated" if "truncated" in str(error).lower() else "damaged") from error

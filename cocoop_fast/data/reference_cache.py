@@ -1,16 +1,16 @@
 """The reference's few-shot caches, ``split_fewshot/shot_{k}-seed_{s}.pkl``, read without running code in them.
 
 A pickle is a program that may call any importable function. The reader here resolves one name only: the class
-``Datum``, for which it puts a record of its own. Whatever else a file asks for ends the reading.
+``Datum``, for which it puts a placeholder. Whatever else a file asks for ends the reading.
 """
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cocoop_fast.errors import UserError
+from cocoop_fast.files.inert_pickle import InertClass, InertObject, InertUnpickler
 
 # 16 shots of ImageNet's 1,000 classes take about 2 MB.
 _MAX_BYTES = 64 * 2**20
@@ -44,7 +44,7 @@ def read_reference_cache(path: Path) -> CachedSample:
                 f"{path} has {size:,} bytes, too many for a few-shot cache; {_ADVICE}.", exit_status=1
             )
         with open(path, "rb") as file:
-            values = _DatumUnpickler(file).load()
+            values = InertUnpickler(file, _known).load()
     except UserError:
         raise
     except OSError as error:
@@ -65,26 +65,16 @@ class _Refused(Exception):
     """The name that a pickle asked for."""
 
 
-class _Datum:
-    """Stands in for Dassl's class: its four attributes arrive as the state of an object."""
-
-    state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _DatumUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "Datum":  # in whatever module of Dassl or of a fork; nothing is imported
-            return _Datum
-        raise _Refused(f"{module}.{name}")
+def _known(module: str, name: str) -> InertClass:
+    if name == "Datum":  # in whatever module of Dassl or of a fork; nothing is imported
+        return InertClass(name)
+    raise _Refused(f"{module}.{name}")
 
 
 def _images(rows: Any, path: Path) -> list[CachedImage]:
     images = []
     for row in rows if isinstance(rows, list) else [rows]:
-        state = row.state if isinstance(row, _Datum) and isinstance(row.state, dict) else {}
+        state = row.state if isinstance(row, InertObject) and isinstance(row.state, dict) else {}
         source, label = state.get("_impath"), state.get("_label")
         if not isinstance(source, str) or type(label) is not int:
             raise UserError(f"{path} holds something that is not an image; {_ADVICE}.", exit_status=1)

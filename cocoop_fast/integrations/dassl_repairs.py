@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from cocoop_fast.files.torch_archive import InertObject, read_archive
+from cocoop_fast.files.inert_pickle import InertObject
+from cocoop_fast.files.torch_archive import read_archive
 
 # Where a scheduler stands. Everything else it has comes from the configuration.
 _POSITION = ("last_epoch", "_step_count", "_last_lr")
@@ -106,9 +106,7 @@ def read_safely() -> str:
         """A checkpoint, on the CPU: whoever loads a state dict from it moves it."""
         if fpath is None or not Path(fpath).is_file():
             return dassls_own(fpath)  # for its own messages
-        if zipfile.is_zipfile(fpath):
-            return read_archive(Path(fpath))
-        return torch.load(fpath, map_location="cpu", weights_only=True)  # PyTorch's format before 1.6
+        return read_archive(Path(fpath))
 
     _replace_everywhere(dassls_own, load_checkpoint)
     return "load_checkpoint: files are read without running code in them"

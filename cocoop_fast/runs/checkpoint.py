@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import make_folder, sync_directory, write_atomically
+from cocoop_fast.files.torch_archive import read_archive
 from cocoop_fast.methods.base import PromptClassifier
 
 _MAGIC = "cocoop_fast checkpoint"
@@ -46,6 +47,15 @@ class Checkpoint:
     seconds: float  # spent training so far
     average: dict[str, Any] = field(default_factory=dict)  # over the epochs so far; empty without one
     other_classes: list[str] = field(default_factory=list)  # of the data set, not trained on
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("config", "optimizer", "scaler", "rng", "average"), (dict,)),
+    **dict.fromkeys(("epoch", "batch", "step"), (int,)),
+    "classnames": (list,),
+    "data_fingerprint": (str,),
+    "seconds": (int, float),
+}
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -90,7 +100,7 @@ def load(path: Path) -> Checkpoint:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        content = None if damaged else read_archive(path)
     except FileNotFoundError as error:
         raise UserError(f"The checkpoint {path} does not exist.", exit_status=1) from error
     except Exception as error:  # zip, pickle and torch each raise their own on a file that is not theirs
@@ -111,11 +121,15 @@ def load(path: Path) -> Checkpoint:
     names = [one.name for one in fields(Checkpoint)]
     if any(name not in content for name in names):
         raise UserError(f"The checkpoint {path} is incomplete; {_ADVICE}.", exit_status=1)
-    if not _is_named_tensors(content["parameters"]) or not all(
-        isinstance(content[name], dict) for name in ("optimizer", "average")
-    ):
+    if not _is_named_tensors(content["parameters"]):
         raise UserError(
             f"The checkpoint {path} holds something else than parameters; {_ADVICE}.", exit_status=1
+        )
+    wrong = next((name for name, kinds in _KINDS.items() if type(content[name]) not in kinds), None)
+    if wrong is not None or any(type(name) is not str for name in content["classnames"]):
+        raise UserError(
+            f"The checkpoint {path} holds something else than a run's state in `{wrong or 'classnames'}`; {_ADVICE}.",
+            exit_status=1,
         )
     bad = _not_finite(content)
     if bad is not None:

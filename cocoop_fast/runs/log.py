@@ -58,7 +58,11 @@ class RunLog(Observer):
 
     def on_run_start(self, info: RunInfo) -> None:
         self._device = info.device
-        for line in (describe(info.config.model), classes_in_and_out(info.classnames, info.other_classes), *info.notes):
+        for line in (
+            describe(info.config.model),
+            classes_in_and_out(info.classnames, info.other_classes),
+            *info.notes,
+        ):
             self._text(line)
         self._text(f"Learned parameters: {info.parameters:,}; training images: {info.train_images:,}")
         if info.first_step:

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from cocoop_fast import UserError
 from cocoop_fast.config import DataConfig
@@ -274,3 +275,17 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         )
         assert abs(difference).max() <= 1, suffix
     assert written
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RecursionError(), AssertionError(), KeyError(3), OverflowError("x")]
+)
+def test_whatever_a_decoder_raises_makes_a_bad_image(tmp_path, monkeypatch, error):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+
+    def broken(self):
+        raise error
+
+    monkeypatch.setattr(PngImageFile, "load", broken)
+    with pytest.raises(ImageError, match="damaged"):
+        open_rgb(tmp_path / "x.png")

@@ -257,8 +257,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     run(tmp_path / "on", "OPTIM.MAX_EPOCH", "2", options=["--resume", str(tmp_path)])
     assert not (tmp_path / "proof").exists()
     torch.save(content, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(pickle.UnpicklingError):
-        run(tmp_path / "test", options=options)
+    run(tmp_path / "test", options=options)
     assert not (tmp_path / "proof").exists()
 
 

@@ -184,8 +184,10 @@ class Malicious:
 
 def test_code_in_a_file_is_not_run(tmp_path):
     path, proof = tmp_path / "step-0000000001.pt", tmp_path / "proof"
-    torch.save({"format": "cocoop_fast checkpoint", "version": 1, "x": Malicious(proof)}, path)
-    with pytest.raises(UserError, match=r"not a checkpoint"):
+    torch.save(
+        {"format": "cocoop_fast checkpoint", "version": 1, **vars(sample()), "config": Malicious(proof)}, path
+    )
+    with pytest.raises(UserError, match=r"holds something else than a run's state in `config`"):
         checkpoint.load(path)
     path.write_bytes(pickle.dumps(Malicious(proof)))
     with pytest.raises(UserError, match=r"not a checkpoint"):

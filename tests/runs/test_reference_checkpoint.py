@@ -17,7 +17,6 @@ from torch import nn
 
 from cocoop_fast import UserError
 from cocoop_fast.config import OptimConfig, PromptConfig
-from cocoop_fast.files import torch_archive
 from cocoop_fast.methods import build_model
 from cocoop_fast.runs import reference_checkpoint
 from cocoop_fast.runs.checkpoint import learned_parameters, load_parameters
@@ -155,7 +154,6 @@ def test_a_pickle_cannot_change_the_reader(tmp_path, model):
                 target.writestr(entry, program if entry.endswith("data.pkl") else data)
         with pytest.raises(UserError, match=r"model.pth.tar-1"):
             reference_checkpoint.load(path)
-        assert torch_archive._rebuild_tensor.__defaults__ is None
         torch.save(reference_content(model), path)
         reference_checkpoint.load(path)
 
@@ -188,9 +186,8 @@ def test_damaged_pickles_inside_an_intact_archive(tmp_path, model):
     rng = random.Random(2)
     for _ in range(200):
         damaged = bytearray(parts[pickled])
-        # A changed memo index may ask for gigabytes; the opcodes before it are where the structure is.
         for position in rng.sample(range(2, len(damaged)), 2):
-            damaged[position] = rng.choice(b"]})(tR.0N\x85\x86\x87")
+            damaged[position] = rng.choice([*b"]})(tR.0N\x85\x86\x87", rng.randrange(256)])
         with zipfile.ZipFile(path, "w") as target:
             for entry, data in parts.items():
                 target.writestr(entry, bytes(damaged) if entry == pickled else data)
@@ -210,7 +207,9 @@ def test_a_small_file_cannot_ask_for_a_huge_tensor(tmp_path):
 def test_other_files(tmp_path):
     path = tmp_path / "model.pth.tar-1"
     torch.save({"state_dict": {"ctx": torch.zeros(2)}}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=r"zip format that PyTorch writes since version 1\.6"):
+    assert reference_checkpoint.load(path).parameters["ctx"].tolist() == [0, 0]  # of an older PyTorch
+    path.write_text("no checkpoint")
+    with pytest.raises(UserError, match=r"is not a file that PyTorch wrote, or is not complete"):
         reference_checkpoint.load(path)
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
     with pytest.raises(UserError, match=r"no learned context"):

@@ -36,7 +36,7 @@ def _listed(path: Path, images: str, names: list[str]) -> tuple[Sample, ...]:
     rows = read_mat(
         path,
         "annotations",
-        lambda value: [(str(row["fname"][0]), int(row["class"][0, 0]) - 1) for row in value[0]],
+        lambda value: [(str(row["fname"][0]), int(row["class"][0][0]) - 1) for row in value[0]],
     )
     samples = []
     for file, label in rows:
