@@ -125,6 +125,7 @@ def short_of_memory(ranks: Ranks, job: dict[str, Any]) -> Any:
 
 
 def one_rank(jobs: list[dict[str, Any]]) -> int:
+    heartbeat.INTERVAL = jobs[0].get("heartbeat", heartbeat.INTERVAL)
     try:
         with join() as ranks:
             answers = [globals()[job["do"]](ranks, job) for job in jobs]
@@ -146,7 +147,6 @@ def fork(launch: dict[str, Any], told: Path) -> dict[str, Any]:
         port = free.getsockname()[1]
     count = launch["ranks"]
     os.environ.update(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    heartbeat.INTERVAL = launch.get("heartbeat", heartbeat.INTERVAL)
     children = [_child(rank, launch["jobs"], told) for rank in range(count)]
     status = {}
     for _ in children:

@@ -103,9 +103,9 @@ def launched(folder):
 def forked(folder):
     """Launches without torchrun, by what they are for."""
 
-    def hurt(signal, after):
-        file = folder / f"{signal}.moment"
-        return {"signal": signal, "hurt_after": after, "rank": 1, "moment": str(file)}
+    def hurt(name, signal, rank, after):
+        moment = str(folder / f"{name}.moment")
+        return {"signal": signal, "hurt_after": after, "rank": rank, "moment": moment, "heartbeat": 0.1}
 
     gradients = [{"do": "gradients", "dtype": dtype, **one} for one in GRADIENTS for dtype in MOST_WRONG]
     launches = {
@@ -114,9 +114,13 @@ def forked(folder):
         "memory": {"ranks": 3, "jobs": [{"do": "short_of_memory", "times": 2}]},
         "refused": {"ranks": 3, "jobs": [train(folder / "refused", {"optim__batch_size": 4})]},
     }
-    for signal, after in (("SIGKILL", 3), ("SIGSTOP", 3), ("SIGTERM", 23)):
-        job = train(folder / signal, ONE_BY_ONE, **hurt(signal, after))
-        launches[signal] = {"ranks": 2, "jobs": [job], "heartbeat": 0.1}
+    for name, *how in (
+        ("SIGKILL", "SIGKILL", 1, 3),
+        ("SIGSTOP", "SIGSTOP", 1, 3),
+        ("first SIGSTOP", "SIGSTOP", 0, 3),
+        ("SIGTERM", "SIGTERM", 1, 23),
+    ):
+        launches[name] = {"ranks": 2, "jobs": [train(folder / name, ONE_BY_ONE, **hurt(name, *how))]}
     return finish(start(folder / "launches.json", launches))
 
 
@@ -217,6 +221,36 @@ def test_ranks_without_a_launcher_end_together(forked, folder, signal):
     assert "Traceback" not in launch["told"]
     if signal == "SIGSTOP":
         assert "rank 1 has not been heard of" in launch["told"]
+
+
+def test_a_first_rank_that_hangs_ends_the_others(forked, folder):
+    """It answers no questions about the ranks either."""
+    launch = forked["first SIGSTOP"]
+    assert launch["status"] == [-9, 1]
+    assert launch["ended"] - float((folder / "first SIGSTOP.moment").read_text().split()[1]) < 30
+    assert "the process that the ranks meet through does not answer, so rank 1 ends too" in launch["told"]
+
+
+def test_a_rank_that_hangs_under_torchrun_is_ended(alone, tmp_path):
+    """torchrun by itself waits 30 s for a process that does not hear its SIGTERM."""
+    hurt = {
+        "hurt_after": 3,
+        "rank": 1,
+        "signal": "SIGSTOP",
+        "moment": str(tmp_path / "moment"),
+        "heartbeat": 0.1,
+    }
+    process = torchrun(tmp_path / "jobs.json", [train(tmp_path / "run", ONE_BY_ONE, **hurt)], 2)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode != 0
+    assert time.time() - float((tmp_path / "moment").read_text().split()[1]) < 25
+    assert "rank 1 has not been heard of for 2 seconds, so rank 0 ends too" in err
+
+
+def test_a_process_is_told_from_another_of_its_number():
+    mine = heartbeat._identity(os.getpid())
+    assert mine and mine == heartbeat._identity(os.getpid()) != heartbeat._identity(os.getppid())
+    assert heartbeat._identity(2**22 + 1) == ""
 
 
 def test_silence_is_noticed_in_time():
