@@ -14,11 +14,11 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cocoop_fast.errors import UserError
+from cocoop_fast.files.parsing import ParseError, yaml_value
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -31,10 +31,12 @@ ShardBy = Literal["auto", "images", "classes", "both"]
 OnNonfinite = Literal["stop", "skip"]
 ConsistencyKind = Literal["none", "l1", "cosine"]
 
-Count = Annotated[int, Field(ge=0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+# Bounds that no use reaches, and beyond which arithmetic overflows in one library or another.
+Count = Annotated[int, Field(ge=0, le=10**9)]
+AtLeastOne = Annotated[int, Field(ge=1, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -160,7 +162,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    seed: Count = 1
+    seed: Seed = 1
     """Draws the shots, their order and crops."""
     output_dir: Path | None = None
     """Run directory. Default: output/DATASET/METHOD/seedSEED."""
@@ -238,6 +240,8 @@ def resolved_from_mapping(values: dict[str, Any], where: str = "the configuratio
 def _validated(kind: type[_Config], values: dict[str, Any], where: str) -> _Config:
     try:
         return TypeAdapter(kind).validate_python(values)
+    except (RecursionError, OverflowError) as error:
+        raise UserError(f"{where} is nested too deeply or has a number that is too large.") from error
     except ValidationError as error:
         # What is there and wrong says more than what is not there.
         first = min(error.errors(), key=lambda one: one["type"] == "missing")
@@ -266,14 +270,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, is not YAML, or is not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml_value(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"The configuration file {path} cannot be read: {reason}.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        raise UserError(f"The configuration file {path} is not valid YAML{line}.") from error
+    except ParseError as error:
+        raise UserError(f"The configuration file {path} cannot be used: {error}.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -286,4 +288,12 @@ def _explain(error: Any) -> str:
         return "is not a known field"
     if error["type"] == "missing":
         return "is missing"
-    return f"is {error['input']!r}, but {error['msg'][:1].lower()}{error['msg'][1:]}"
+    try:
+        value = repr(error["input"])
+    except (
+        ValueError,
+        RecursionError,
+    ):  # an integer of more digits than Python writes, or lists in lists in lists
+        value = "beyond all bounds"
+    value = value if len(value) < 200 else f"{value[:200]}..."
+    return f"is {value}, but {error['msg'][:1].lower()}{error['msg'][1:]}"

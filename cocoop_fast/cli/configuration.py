@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from cocoop_fast.cli import reference_config
 from cocoop_fast.config import Method, RunConfig, flatten, from_mapping, load_yaml
 from cocoop_fast.errors import UserError
+from cocoop_fast.files.parsing import ParseError, yaml_value
 from cocoop_fast.spelling import meant
 
 # Where and how a run computes: fields that leave its result alone, up to rounding.
@@ -135,8 +134,8 @@ def _pairs(pairs: Sequence[str]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """Lists and null as YAML writes them; all else stays text, and the field's type decides what it means."""
     try:
-        value = yaml.safe_load(text) if text else text
-    except yaml.YAMLError:
+        value = yaml_value(text) if text else text
+    except ParseError:
         return text
     return value if isinstance(value, list) or (value is None and text) else text
 

@@ -28,6 +28,7 @@ from cocoop_fast.clip.frozen import FrozenCLIP, text_module
 from cocoop_fast.clip.hub import hub_file, kept_file, tagged_file
 from cocoop_fast.clip.tokenizer import tokenizer
 from cocoop_fast.errors import UserError
+from cocoop_fast.files.parsing import json_value
 
 HUB = "hf-hub:"
 FOLDER = "local-dir:"
@@ -291,7 +292,7 @@ def _described(place: str, find: Callable[[str], Path | None], weights: Callable
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json_value(path.read_text("utf-8"))
     except (ValueError, OSError) as error:
         raise WeightsError(f"{path} cannot be read ({error})") from error
     if not isinstance(content, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from cocoop_fast.data.split import split_by_class
 from cocoop_fast.data.split_file import parse_split
 from cocoop_fast.data.split_names import SPLITS, split_of
 from cocoop_fast.errors import UserError
+from cocoop_fast.files.parsing import ParseError, json_value
 
 ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl")
 _DELIMITERS = ",;\t|"
@@ -101,9 +101,9 @@ def _json_lines(path: Path) -> list[Any]:
     rows = []
     for number, line in enumerate(text_lines(path), start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}: row {number} is not valid JSON.", exit_status=1) from error
+            rows.append(json_value(line))
+        except ParseError as error:
+            raise UserError(f"{path}: row {number} cannot be used: {error}.", exit_status=1) from error
     return rows
 
 
@@ -196,7 +196,7 @@ def _fields(row: Any, where: str) -> tuple[str, str, int | None, str | None]:
     name, label, split = row.get("classname"), row.get("label"), row.get("split")
     if not isinstance(name, str) or not plain(name):
         raise UserError(f"{where} ({source}) has no classname.", exit_status=1)
-    if isinstance(label, str) and label.strip().isdecimal():
+    if isinstance(label, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", label):
         label = int(label)
     if label == "":
         label = None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cocoop_fast.errors import UserError
+from cocoop_fast.files.parsing import ParseError, json_value
 
 # What systems put beside one's files: macOS into archives, Synology's thumbnails, Windows, ext4.
 _OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
@@ -95,11 +95,9 @@ def read_json(path: Path) -> Any:
         UserError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON (line {error.lineno}).", exit_status=1) from error
-    except RecursionError as error:
-        raise UserError(f"{path} is not valid JSON (nested too deeply).", exit_status=1) from error
+        return json_value(read_text(path))
+    except ParseError as error:
+        raise UserError(f"{path} cannot be used: {error}.", exit_status=1) from error
 
 
 def _names(folder: Path, *, directories: bool) -> list[str]:

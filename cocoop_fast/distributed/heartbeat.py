@@ -18,8 +18,9 @@ from cocoop_fast.distributed.ranks import GO_ON
 INTERVAL = 1.0  # seconds between two beats
 # A rank that has not been heard of for so many beats of one's own is gone. Beats are counted rather than seconds, so
 # that ranks which are suspended together do not take each other for dead when they wake up.
-MISSED_BEATS = 20
+MISSED_BEATS = 12
 _FAILURE = "failure"
+_ROUNDS = -1  # among the ranks' numbers: of one's own talks to the store
 
 
 class Heartbeat:
@@ -80,19 +81,19 @@ class Heartbeat:
                 self._failure = "the process that the ranks meet through has ended"
 
     def _count(self) -> None:
-        before: dict[int | str, int] = {}
-        missed: dict[int | str, int] = {}
+        before: dict[int, int] = {}
+        missed: dict[int, int] = {}
         while not self._done.wait(INTERVAL):
-            counts: dict[int | str, int] = {**self._heard, "rounds": self._rounds}
+            counts = {**self._heard, _ROUNDS: self._rounds}
             for key, count in counts.items():
                 missed[key] = missed.get(key, 0) + 1 if before.get(key) == count else 0
             before = counts
-            if missed["rounds"] > MISSED_BEATS:
+            if missed[_ROUNDS] > MISSED_BEATS:
                 self._end("the process that the ranks meet through does not answer", silent=[0])
             silent = [rank for rank in self._heard if missed[rank] > MISSED_BEATS]
             if self._failure is not None:
                 self._end(self._failure)
-            elif silent and not missed["rounds"]:
+            elif silent and not missed[_ROUNDS]:
                 names = ", ".join(f"rank {rank}" for rank in silent)
                 have = "has" if len(silent) == 1 else "have"
                 self._end(

@@ -29,9 +29,12 @@ def spell_names(classnames: Sequence[str]) -> list[str]:
     Raises:
         UserError: no classes, or an empty name.
     """
-    if isinstance(classnames, (str, Mapping)) or not len(classnames):
-        raise UserError(f"The class list must be a non-empty list of names, got {classnames!r}.")
-    names = [prompt_name(str(name)) for name in classnames]
+    if isinstance(classnames, str | Mapping) or not hasattr(classnames, "__len__") or not len(classnames):
+        raise UserError(f"The class list must be a non-empty list of names, got {repr(classnames)[:200]}.")
+    other = next((name for name in classnames if not isinstance(name, str)), None)
+    if other is not None or None in classnames:
+        raise UserError(f"A class name must be text, got {repr(other)[:200]}; write names as str(name).")
+    names = [prompt_name(name) for name in classnames]
     for k, name in enumerate(names):
         if not encode(name):
             raise UserError(f"Class {k} has an empty name; give every class at least one word.")

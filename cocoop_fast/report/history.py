@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from cocoop_fast.files.parsing import json_value
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,21 @@ class History:
         return f"{len(self.epochs)} of {self.start['epochs']} epochs done"
 
 
+_NUMBERS = ("step", "epoch", "trained")  # records that hold nothing else
+
+
+def _check_numbers(record: dict[str, Any]) -> None:
+    for name, value in record.items():
+        if name != "event" and value is not None and type(value) not in (int, float):
+            raise TypeError(f"`{name}` of a record is no number")
+
+
 def read_history(path: Path) -> History:
-    """Read ``metrics.jsonl``; lines that are torn are passed over, and a file that is not there is empty."""
+    """Read ``metrics.jsonl``; lines that are torn are passed over, and a file that is not there is empty.
+
+    Raises:
+        TypeError, KeyError: a record is not as a run writes it.
+    """
     start: dict[str, Any] = {}
     steps: dict[int, dict[str, Any]] = {}
     epochs: dict[int, dict[str, Any]] = {}
@@ -58,9 +72,11 @@ def read_history(path: Path) -> History:
         lines = []
     for line in lines:
         try:
-            record = json.loads(line)
+            record = json_value(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and record.get("event") in _NUMBERS:
+            _check_numbers(record)
         match record:
             case {"event": "run"}:
                 start = record

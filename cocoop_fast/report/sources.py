@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cocoop_fast.config import PromptConfig, RunConfig, flatten, from_mapping, load_yaml, to_mapping
 from cocoop_fast.errors import UserError
+from cocoop_fast.files.parsing import ParseError, json_value, refusing_damage
 from cocoop_fast.protocols.outputs import FORMAT, VERSION
 from cocoop_fast.protocols.protocol import find_protocol, in_shots
 from cocoop_fast.protocols.table import BySeed, Entry, entries_of
@@ -52,7 +51,11 @@ class Run:
         if self.results is None:
             return {}
         row = self.results["rows"][0]
-        return {name: row[name] for name in SUBSETS if row[name] is not None}
+        found = {name: row[name] for name in SUBSETS if row[name] is not None}
+        for name, value in found.items():
+            if type(value) not in (int, float) or not 0 <= value <= 100:
+                raise TypeError(f"`{name}` is no percentage")
+        return found
 
     def class_accuracy(self, subset: str, count: int) -> list[float | None] | None:
         """Percent, of each of ``count`` classes of a subset; ``None`` if it was not recorded."""
@@ -126,7 +129,7 @@ def _read_protocol(path: Path) -> Source:
             "use the version that wrote it."
         )
     runs, missing = [], []
-    with _refusing_damage(file):
+    with refusing_damage(file):
         for cell in results["cells"]:
             folder = path / cell["run_dir"]
             if not folder.resolve().is_relative_to(path):
@@ -157,7 +160,7 @@ def _read_run(path: Path, dataset: str | None = None, features: Path | None = No
     config = from_mapping(load_yaml(path / "config.yaml"), where=str(path / "config.yaml"))
     own = config.data.root.name if config.data.name == "folder" and config.data.root else config.data.name
     file, log = path / "results.json", path / "metrics.jsonl"
-    with _refusing_damage(log):
+    with refusing_damage(log):
         history = read_history(log)
     run = Run(
         path=path,
@@ -168,7 +171,7 @@ def _read_run(path: Path, dataset: str | None = None, features: Path | None = No
         history=history,
         features=features,
     )
-    with _refusing_damage(file):
+    with refusing_damage(file):
         run.accuracy()
     return run
 
@@ -242,24 +245,12 @@ def _setting(config: Mapping[str, Any], shots: Sequence[int] = ()) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_value(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged (it is not JSON); run the command that wrote it again."
-        ) from error
+    except ValueError as error:  # of the parser, or no UTF-8
+        reason = error if isinstance(error, ParseError) else "it is not UTF-8 text"
+        raise UserError(f"{path} is damaged ({reason}); run the command that wrote it again.") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged (it holds no fields); run the command that wrote it again.")
     return found
-
-
-@contextmanager
-def _refusing_damage(path: Path) -> Iterator[None]:
-    """Within it, what is missing in a file, or of another type than it should be, means that the file is damaged."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); run the command that wrote it again.") from error

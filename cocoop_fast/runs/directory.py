@@ -14,7 +14,6 @@ results.json      written last, so a directory with it is finished
 from __future__ import annotations
 
 import errno
-import json
 import re
 import time
 import warnings
@@ -31,6 +30,7 @@ from cocoop_fast.data.registry import REGISTRY
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import write_atomically, write_json
 from cocoop_fast.files.lock import folder_locked, locked
+from cocoop_fast.files.parsing import json_value
 from cocoop_fast.runs import checkpoint
 from cocoop_fast.runs.checkpoint import Checkpoint
 
@@ -103,7 +103,7 @@ class RunDirectory:
     def results(self) -> dict[str, Any] | None:
         """What ``results.json`` holds; ``None`` if the run is not finished (or the file is damaged)."""
         try:
-            return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+            return json_value((self.path / "results.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 

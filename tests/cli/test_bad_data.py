@@ -147,7 +147,7 @@ BAD = [
     Bad("training on test images", train("imagenet_a"), "imagenet_a has test images only", disk=miniature("imagenet_a")),
     Bad("a probe of test images", train("imagenet_a", "--method linear-probe"), "linear-probe cannot be trained on it", disk=miniature("imagenet_a")),
     # split files
-    Bad("a split that is no JSON", train("dtd"), "Textures.json is not valid JSON (line 1)", FAILED, miniature("dtd", holding(DTD_SPLIT, "{"))),
+    Bad("a split that is no JSON", train("dtd"), "Textures.json cannot be used: it is not JSON (line 1)", FAILED, miniature("dtd", holding(DTD_SPLIT, "{"))),
     Bad("a split that is not text", train("dtd"), "Textures.json is not UTF-8 text", FAILED, miniature("dtd", holding(DTD_SPLIT, b"\xff"))),
     Bad("a split without test", train("dtd"), "must hold train, val and test lists", FAILED, with_split(test=None)),
     Bad("a split of wrong rows", train("dtd"), "row 4 of train is not [path, label, class name]", FAILED, with_split([["a"]])),

@@ -143,7 +143,7 @@ def test_a_line_of_json_an_image(tmp_path):
     path.write_text("\n".join(json.dumps(row) for row in rows()) + "\n")
     assert load(path).classnames == ("red fox", "wolf")
     path.write_text('{"path": "a.jpg", "classname": "a"}\n{"path"\n')
-    with pytest.raises(UserError, match="row 2 is not valid JSON"):
+    with pytest.raises(UserError, match="row 2 cannot be used: it is not JSON"):
         load(path)
 
 

@@ -86,7 +86,7 @@ def step_without_number(folder):
     [
         (missing, "There is no directory"),
         (empty, "holds no run (no config.yaml) and no results of a protocol"),
-        (not_json, "is damaged (it is not JSON)"),
+        (not_json, "is damaged (it is not JSON (line 1))"),
         (not_fields, "is damaged (it holds no fields)"),
         (another_format, "holds no results of a protocol"),
         (another_version, "has format 99, and this version of cocoop_fast reads format 1"),
