@@ -39,11 +39,7 @@ def refusing_damage(path: Path, advice: str = "run the command that wrote it aga
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}{f': {detail}' if detail else ''}); {advice}.",
-            exit_status=1,
-        ) from error
+        raise UserError(f"{path} is damaged ({repr(error)[:200]}); {advice}.") from error
 
 
 def json_value(text: str) -> Any:
