@@ -75,7 +75,7 @@ PLACEHOLDERS = {"COMMAND": "train", "METHOD": "coop", "PROTOCOL": "base2new", "N
 FILES = {
     "names.txt": "cat\ndog\n",
     "config.yaml": "seed: 1\n",
-    "vit_b16_c4_ep10_batch1_ctxv1.yaml": "OPTIM: {MAX_EPOCH: 10}\nMODEL: {BACKBONE: {NAME: ViT-B/16}}\n",
+    "vit_b16_c4_ep10_batch1_ctxv1.yaml": "OPTIM: {MAX_EPOCH: 10}\nMODEL: {BACKBONE: {NAME: ViT-B/16}}\nTRAINER: {COCOOP: {N_CTX: 4}}\n",
 }
 
 COMMANDS = [

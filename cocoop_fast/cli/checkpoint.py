@@ -27,6 +27,7 @@ def import_(
     *,
     config: list[Path] | None = None,
     given: Given,
+    trainer: str | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -37,6 +38,7 @@ def import_(
 
     Args:
         file: A model.pth.tar-N, or the folder that holds it.
+        trainer: The reference's name of the method: CoCoOp or CoOp. Default: the file's.
         overwrite: Discard a run that is there.
     """
     built = configuration.build(config, given, pairs)

@@ -1,7 +1,8 @@
 """From files, options and trailing ``KEY VALUE`` pairs to one :class:`RunConfig`.
 
 Later layers win: defaults <- ``--config`` files in their order <- options <- trailing pairs. Each layer may use
-our field names (``optim.lr``) or the reference's keys (``OPTIM.LR``).
+our field names (``optim.lr``) or the reference's keys (``OPTIM.LR``). With any of those, the defaults of what is learned
+(context, classes, shots) are the reference's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from cocoop_fast.cli import reference_config
+from cocoop_fast.cli import reference_config, reference_defaults
 from cocoop_fast.config import Method, RunConfig, flatten, from_mapping, load_yaml
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.parsing import ParseError, yaml_value
@@ -51,6 +52,8 @@ def build(
     files: Sequence[Path] | None = None,
     options: Mapping[str, tuple[str, Any]] | None = None,
     pairs: Sequence[str] | None = None,
+    *,
+    protocol: bool = False,
 ) -> Configuration:
     """Merge the layers.
 
@@ -58,19 +61,14 @@ def build(
         files: YAML files, ours or the reference's.
         options: by field the option that was given and its value, e.g. ``{"optim.lr": ("--lr", 0.01)}``.
         pairs: keys and values in turn, or joined by ``=``.
+        protocol: methods, classes and shots are said elsewhere; of the reference's defaults, files bring the context's.
 
     Raises:
-        UserError: an unreadable file, an unknown key, a value of the wrong type or out of range.
+        UserError: keys of the reference of which nobody says which trainer they are for, an unreadable file, an unknown
+            key, a value of the wrong type or out of range.
     """
     given = options or {}
     pair_values = _pairs(pairs or ())
-    # Choices made outside a file of the reference, which outrank what it says in its own way.
-    chosen = {
-        field: pair_values.get(field, given.get(field, (None, None))[1])
-        for field in ("prompt.method", "data.name")
-    }
-    _known_spellings(chosen)
-
     for key in pair_values:
         if not reference_config.is_reference_key(key):
             _check_known(key)
@@ -79,6 +77,16 @@ def build(
         *((option, {field: value}) for field, (option, value) in given.items()),
         ("the command line", pair_values),
     ]
+    keys = reference_defaults.reference_keys(layers)
+    method = reference_defaults.method_said(layers, files or ()) if keys else None
+    if keys and method is None and not protocol:
+        raise reference_defaults.ask_for_trainer(keys)
+    # Choices made outside a file of the reference, which outrank what it says in its own way.
+    chosen = {
+        "prompt.method": method,
+        "data.name": pair_values.get("data.name", given.get("data.name", (None, None))[1]),
+    }
+    _known_spellings(chosen)
     merged: dict[str, Any] = {}  # by dotted name
     warnings: list[str] = []
     for where, values in layers:
@@ -98,6 +106,11 @@ def build(
     if str(merged.get("prompt.csc", "")).lower() == "true":
         merged.setdefault("prompt.ctx_init", "")  # contexts of single classes begin from random vectors
     warnings.extend(_context_length(merged))
+    files_keys = reference_defaults.reference_keys(layers[: len(files or ())])
+    if files_keys if protocol else keys:
+        warnings += reference_defaults.fill_in(merged, experiment=not protocol)
+    if files_keys and not protocol:
+        warnings += reference_defaults.recipe_instead(merged, keys)
     config = from_mapping(_nest(merged, "the configuration"))
     if config.optim.epochs == 0:
         from cocoop_fast.methods.records import METHODS  # needs torch

@@ -70,7 +70,8 @@ def translate(
     Args:
         values: nested mappings, dotted keys, or both; values as YAML or a command line gives them.
         where: what errors and warnings name as their place, e.g. the file.
-        chosen: ``prompt.method`` and ``data.name`` as chosen elsewhere; they outrank what the keys say.
+        chosen: ``prompt.method``, for which the keys are read, and ``data.name`` as chosen elsewhere, which outranks
+            DATASET.NAME.
 
     Raises:
         UserError: an unknown key, or a value that would change the result and is not offered; it names the key.
@@ -78,12 +79,12 @@ def translate(
     flat = dict(flatten(values))
     rules = {key: _rule(key, where) for key in flat}
     chosen = chosen or {}
-    method = chosen.get("prompt.method") or _method_of(flat, where)
+    method = chosen.get("prompt.method")
 
     fields: Fields = {} if method is None else {"prompt.method": method}
     warnings = []
     for key, value in flat.items():
-        if _method_of_key(key) not in (None, method):
+        if method and method_of_key(key) not in (None, method):
             warnings.append(f"{where}: {key} is ignored, because the method is {method}.")
         elif key == "DATASET.NAME" and chosen.get("data.name"):
             warnings.append(f"{where}: {key} is ignored, because the data set is {chosen['data.name']}.")
@@ -105,6 +106,11 @@ def open_clip_name(name: str) -> tuple[str, str] | None:
     """
     found = meant(name, BACKBONES) if "/" in name else None
     return None if found is None else (BACKBONES[found], "openai")
+
+
+def method_of_key(key: str) -> str | None:
+    """The method whose section of the reference's configuration a dotted key is in."""
+    return METHOD_SECTIONS.get(key.rpartition(".")[0])
 
 
 # -- the rows ---------------------------------------------------------------------------------------------------
@@ -196,6 +202,18 @@ def _seed(value: Any) -> int:
     return int(value)
 
 
+def _ctx_init(value: Any) -> str:
+    """Words. Forks keep a bool there: False is none, True a template that each of them has of its own."""
+    if value is None or value is False:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(
+            "the words that the context begins as are wanted, e.g. 'a photo of a' (forks that keep True there mean a "
+            "template of their own)"
+        )
+    return value
+
+
 def _use_cuda(value: Any) -> Fields:
     # True is the reference's default and means "if there is one", which is ours as well.
     return {} if value else {"model.device": "cpu"}
@@ -263,7 +281,7 @@ RULES: dict[str, Rule] = {
 # TRAINER.COCOOP.* and TRAINER.COOP.*
 METHOD_RULES: dict[str, Rule] = {
     "N_CTX": _field("prompt.n_ctx"),
-    "CTX_INIT": _field("prompt.ctx_init", lambda value: "" if value is None else str(value)),
+    "CTX_INIT": _field("prompt.ctx_init", _ctx_init),
     "PREC": _choice("model.precision", PRECISIONS),
     "CSC": _field("prompt.csc"),
     "CLASS_TOKEN_POSITION": _field("prompt.class_position"),
@@ -295,19 +313,6 @@ def _rule(key: str, where: str) -> Rule:
         hint = f"did you mean {near[0]}?" if near else "check its spelling, or leave it out."
         raise UserError(f"{where}: {key} is not a key of the reference's configuration; {hint}")
     return rule
-
-
-def _method_of_key(key: str) -> str | None:
-    return METHOD_SECTIONS.get(key.rpartition(".")[0])
-
-
-def _method_of(flat: Mapping[str, Any], where: str) -> str | None:
-    if "TRAINER.NAME" in flat:
-        return {name.lower(): ours for name, ours in TRAINERS.items()}.get(str(flat["TRAINER.NAME"]).lower())
-    methods = {method for key in flat if (method := _method_of_key(key))}
-    if len(methods) > 1:
-        raise UserError(f"{where}: it has both TRAINER.COCOOP and TRAINER.COOP; say which with --method.")
-    return methods.pop() if methods else None
 
 
 def _check_image_size(flat: Mapping[str, Any], where: str) -> None:

@@ -93,7 +93,7 @@ def run(
     from cocoop_fast.protocols.run_cell import Outcome, run_cells
 
     setting = find_protocol(protocol)
-    built = configuration.build(config, given, pairs)
+    built = configuration.build(config, given, pairs, protocol=True)
     output.warn(built.warnings)
     if all_classes and setting.subset != "base":
         raise UserError(

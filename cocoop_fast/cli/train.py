@@ -29,6 +29,7 @@ def command(
     *,
     config: list[Path] | None = None,
     given: Given,
+    trainer: str | None = None,
     compare: str | None = None,
     no_compare: bool = False,
     overwrite: bool = False,
@@ -42,6 +43,7 @@ def command(
     embedded CLIP, compared with zero-shot CLIP and CoOp. An interrupted run goes on when called again.
 
     Args:
+        trainer: The reference's name of the method, for its files and keys: CoCoOp, CoOp, ZeroshotCLIP or ZeroshotCLIP2.
         compare: Train and evaluate further methods too; without a value, all of them. Default: on if nothing was said
             about the experiment.
         no_compare: Only the one method.
@@ -52,9 +54,11 @@ def command(
         The demonstration, with its comparison: train
         Your own images: train --dataset folder --root photos --model ViT-B/16
         Files of ours or of the reference: train -c vit_b16_c4_ep10_batch1_ctxv1.yaml --root photos
-        Any other field: train --shots 4 optim.momentum 0.8 OPTIM.WARMUP_EPOCH 2
+        Files of the reference that do not say whose they are: train --trainer CoOp -c vit_b16_ctxv1.yaml -c eurosat.yaml
+            --root DATA
+        Any other field: train --shots 4 optim.momentum 0.8 optim.warmup_epochs 2
     """
-    built = configuration.build(config, given, pairs)
+    built = configuration.build(config, given, [*trainer_pair(trainer), *(pairs or ())])
     compared = methods_to_compare(compare, no_compare, built)
 
     from cocoop_fast.cli.progress import observe
@@ -77,6 +81,11 @@ def command(
         output.print_json({"command": "train", "output_dir": str(results.output_dir), "rows": rows})
     else:
         _print(results)
+
+
+def trainer_pair(trainer: str | None) -> list[str]:
+    """``--trainer`` as the key that it stands for, of the reference's train.py."""
+    return [] if trainer is None else ["TRAINER.NAME", trainer]
 
 
 def methods_to_compare(

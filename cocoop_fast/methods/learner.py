@@ -44,13 +44,26 @@ class Learner(nn.Module):
         raise NotImplementedError
 
 
+def _words(ctx_init: Any) -> str:
+    """CTX_INIT, which some forks of the reference keep a bool in: False for random vectors."""
+    if ctx_init is None or ctx_init is False:
+        return ""
+    if not isinstance(ctx_init, str):
+        raise UserError(
+            f"CTX_INIT is {ctx_init!r}, but the words that the context begins as are wanted, e.g. 'a photo of a'. (Forks "
+            "that keep True there mean a template of their own: write its words.)"
+        )
+    return ctx_init
+
+
 class ContextLearner(Learner):
     """M context vectors in the prompts of K classes: all that CoOp learns. The base of those that learn more.
 
     Args:
-        cfg: any object, or nested dicts, with ``INPUT.SIZE`` and, in ``TRAINER.<section>``, ``N_CTX`` and ``CTX_INIT``. If
-            there, ``CSC`` (a context for each class), ``CLASS_TOKEN_POSITION`` ("end", "middle", "front") and
-            ``ABLATE_IMAGE`` (what shifts the context is shown the same random vector for every image) are read.
+        cfg: any object, or nested dicts, with ``INPUT.SIZE`` and, in ``TRAINER.<section>``, ``N_CTX`` and ``CTX_INIT``
+            (words, or "" or False for random vectors). If there, ``CSC`` (a context for each class),
+            ``CLASS_TOKEN_POSITION`` ("end", "middle", "front") and ``ABLATE_IMAGE`` (what shifts the context is shown the
+            same random vector for every image) are read.
         classnames: K names; an underscore counts as a space.
         clip_model: an open_clip or OpenAI CLIP.
 
@@ -60,7 +73,8 @@ class ContextLearner(Learner):
     when they are asked for.
 
     Raises:
-        UserError: a cfg without one of these, an empty class list or name, a prompt longer than the context length, class-specific contexts
+        UserError: a cfg without one of these, a CTX_INIT that is no text, an empty class list or name, a prompt longer than
+            the context length, class-specific contexts
             that are to begin from words, or a cfg whose image size is not the model's.
     """
 
@@ -74,7 +88,7 @@ class ContextLearner(Learner):
         super().__init__()
         self._frozen = FrozenCLIP(clip_model)
         options = f"TRAINER.{self.section}"
-        self._ctx_init: str = _option(cfg, f"{options}.CTX_INIT")
+        self._ctx_init = _words(_option(cfg, f"{options}.CTX_INIT"))
         self._class_specific = bool(_option(cfg, f"{options}.CSC", False))
         self._class_position: ClassPosition = _option(cfg, f"{options}.CLASS_TOKEN_POSITION", "end")
         self._ablate_image = bool(_option(cfg, f"{options}.ABLATE_IMAGE", False))

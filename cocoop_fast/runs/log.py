@@ -15,6 +15,7 @@ from cocoop_fast.evaluation.metrics import Metrics
 from cocoop_fast.files.atomic import make_folder, through_no_link
 from cocoop_fast.readable import classes_in_and_out, printable
 from cocoop_fast.runs.directory import DELETION_SECONDS
+from cocoop_fast.runs.recipe import in_words
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Means, Observer, RunInfo, StepInfo
 
 
@@ -60,6 +61,7 @@ class RunLog(Observer):
         self._device = info.device
         for line in (
             describe(info.config.model),
+            in_words(info.config),
             classes_in_and_out(info.classnames, info.other_classes),
             *info.notes,
         ):

@@ -83,6 +83,29 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
     )
 
 
+def in_words(config: ResolvedConfig) -> str:
+    """What is learned, from what: the line that a log begins with."""
+    prompt, data, optim = config.prompt, config.data, config.optim
+    parts: list[str] = [prompt.method]
+    if METHODS[prompt.method].epochs != 0:
+        own = " for each class" if prompt.csc else ""
+        start = f"from '{prompt.ctx_init}'" if prompt.ctx_init else f"of {prompt.n_ctx} random vectors"
+        place = "" if prompt.class_position == "end" else f", class name in {prompt.class_position}"
+        parts.append(f"context{own} {start}{place}")
+    else:
+        parts.append(
+            f"prompt '{prompt.template}'" if prompt.ensemble == "none" else f"ensemble {prompt.ensemble}"
+        )
+    parts += [
+        f"{data.subset} classes of {data.name}",
+        f"{data.shots} images a class" if data.shots else "all images of a class",
+        f"{config.model.name} {config.model.pretrained or ''}".strip(),
+    ]
+    if optim.epochs:
+        parts.append(f"{optim.epochs} epochs in batches of {optim.batch_size} from lr {optim.lr:g}")
+    return "; ".join(parts)
+
+
 def _data_name(data: DataConfig) -> str:
     """Of the default directory: one's own images are told apart by the name of their folder or list."""
     own = data.name in ("folder", "list") and data.root is not None

@@ -102,19 +102,26 @@ def test_files_options_and_pairs_reach_the_run(tmp_path, capsys):
     config.write_text("TRAINER: {COOP: {N_CTX: 3}}\nOPTIM: {MAX_EPOCH: 9, LR: 0.1}\n")
     run_dir = tmp_path / "run"
     call = ["train", "-c", str(config), "--shots", "1", "--lr", "0.2", "-q", "-o", str(run_dir)]
-    assert cli.run([*call, "optim.epochs", "1", "OPTIM.MOMENTUM", "0.5"]) == 0
+    assert cli.run([*call, "--subset", "base", "optim.epochs", "1", "OPTIM.MOMENTUM", "0.5"]) == 0
     written = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert written["prompt"]["method"] == "coop"
     assert (written["prompt"]["n_ctx"], written["prompt"]["ctx_init"]) == (3, "")
     assert (written["optim"]["epochs"], written["optim"]["lr"], written["optim"]["momentum"]) == (1, 0.2, 0.5)
     assert "CoOp" in capsys.readouterr().out
+    first = (run_dir / "log.txt").read_text().splitlines()[0]
+    assert first == (
+        "coop; context of 3 random vectors; base classes of digits; 1 images a class; demo; "
+        "1 epochs in batches of 32 from lr 0.2"
+    )
 
 
 def test_warnings_go_to_stderr(tmp_path, capsys):
     call = ["train", "-m", "zeroshot", "-q", "-o", str(tmp_path / "run"), "--json", "VERBOSE", "True"]
     assert cli.run(call) == 0
     out, err = capsys.readouterr()
-    assert err == "warning: the command line: VERBOSE is ignored; it does not change what is learned.\n"
+    first, second = err.splitlines()
+    assert first == "warning: the command line: VERBOSE is ignored; it does not change what is learned."
+    assert second.startswith("warning: Not said, and so as in the reference: DATASET.SUBSAMPLE_CLASSES all")
     assert len(out.splitlines()) == 1 and json.loads(out)["rows"][0]["method"] == "zeroshot"
 
 

@@ -21,7 +21,7 @@ def test_later_layers_win(tmp_path):
     built = configuration.build(
         files=[first, second],
         options={"optim.weight_decay": ("--weight-decay", 0.3), "optim.epochs": ("--epochs", 3)},
-        pairs=["OPTIM.MAX_EPOCH", "4"],
+        pairs=["TRAINER.NAME", "CoCoOp", "OPTIM.MAX_EPOCH", "4"],
     )
     optim = built.config.optim
     assert (optim.lr, optim.momentum, optim.weight_decay, optim.epochs) == (0.1, 0.2, 0.3, 4)
@@ -52,7 +52,7 @@ def test_a_written_configuration_reads_back_the_same(tmp_path):
 
 def test_our_fields_and_the_references_keys_in_one_file(tmp_path):
     path = tmp_path / "both.yaml"
-    path.write_text("OPTIM: {LR: 0.5}\nprompt: {ctx_init: a sketch of a}\n")
+    path.write_text("OPTIM: {LR: 0.5}\nprompt: {method: coop, ctx_init: a sketch of a}\n")
     config = configuration.build(files=[path]).config
     assert (config.optim.lr, config.prompt.ctx_init) == (0.5, "a sketch of a")
 

@@ -1,5 +1,8 @@
 """The reference's configuration files and keys become ours, or are refused by name."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -67,7 +70,9 @@ def test_the_papers_file_becomes_the_papers_recipe(tmp_path):
     built = configuration.build(files=[path], pairs=["data.root", str(tmp_path)])
     config, default = built.config, RunConfig()
 
-    assert built.warnings == ()
+    assert built.warnings == (
+        "Not said, and so as in the reference: DATASET.SUBSAMPLE_CLASSES all, DATASET.NUM_SHOTS -1 (all images).",
+    )
     assert (config.model.name, config.model.pretrained) == ("ViT-B-16-quickgelu", "openai")
     assert config.model.precision == "auto"  # fp16 where it was written for, a GPU
     assert config.prompt == default.prompt  # the defaults are that file's
@@ -77,9 +82,11 @@ def test_the_papers_file_becomes_the_papers_recipe(tmp_path):
     assert (config.augment.crop_scale, config.augment.flip) == ((0.08, 1.0), 0.5)
 
 
-def test_the_method_follows_from_the_section():
+def test_the_method_follows_from_the_section(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text(COOP_YAML)
+    assert configuration.build(files=[path]).config.prompt.method == "coop"
     fields = read(COOP_YAML).fields
-    assert fields["prompt.method"] == "coop"
     assert (fields["optim.batch_size"], fields["optim.epochs"], fields["print_freq"]) == (32, 200, 5)
 
 
@@ -90,11 +97,14 @@ def test_a_method_chosen_elsewhere_outranks_the_section():
     assert [w for w in translation.warnings if "TRAINER.COCOOP.CTX_INIT is ignored" in w]
 
 
-def test_trainer_name_decides_between_two_sections():
-    text = "TRAINER: {NAME: CoOp, COOP: {N_CTX: 16}, COCOOP: {N_CTX: 4}}"
-    assert read(text).fields["prompt.n_ctx"] == 16
+def test_trainer_name_decides_between_two_sections(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text("TRAINER: {NAME: CoOp, COOP: {N_CTX: 8}, COCOOP: {N_CTX: 4}}")
+    assert configuration.build(files=[path]).config.prompt.n_ctx == 8
+    assert configuration.build(files=[path], pairs=["TRAINER.NAME", "CoCoOp"]).config.prompt.n_ctx == 4
+    path.write_text("TRAINER: {COOP: {N_CTX: 8}, COCOOP: {N_CTX: 4}}")
     with pytest.raises(UserError, match=r"both TRAINER\.COCOOP and TRAINER\.COOP"):
-        read(text.replace("NAME: CoOp, ", ""))
+        configuration.build(files=[path])
 
 
 @pytest.mark.parametrize(
@@ -116,13 +126,16 @@ def test_trainer_name_decides_between_two_sections():
         (["INPUT.RRCROP_SCALE", "(0.5, 1.0)"], "augment.crop_scale", (0.5, 1.0)),
         (["TRAINER.NAME", "ZeroshotCLIP"], "prompt.method", "zeroshot"),
         (["TRAINER.NAME", "ZeroshotCLIP2"], "prompt.ensemble", "select"),
+        (["TRAINER.COOP.CTX_INIT", "False"], "prompt.ctx_init", ""),
+        (["TRAINER.COOP.CTX_INIT", "False"], "prompt.n_ctx", 16),
         (["TRAINER.COOP.CSC", "True"], "prompt.csc", True),
         (["TRAINER.COOP.CSC", "True"], "prompt.ctx_init", ""),
         (["TRAINER.COOP.CLASS_TOKEN_POSITION", "middle"], "prompt.class_position", "middle"),
     ],
 )
 def test_trailing_pairs_of_the_reference(pairs, field, expected):
-    value = configuration.build(pairs=pairs).config
+    section = any(key.startswith("TRAINER.") for key in pairs)
+    value = configuration.build(pairs=pairs if section else ["TRAINER.NAME", "CoCoOp", *pairs]).config
     for part in field.split("."):
         value = getattr(value, part)
     assert value == expected
@@ -142,6 +155,8 @@ def test_trailing_pairs_of_the_reference(pairs, field, expected):
         ("MODEL.BACKBONE.NAME", "resnet18", "MODEL.BACKBONE.NAME is 'resnet18'"),
         ("MODEL.INIT_WEIGHTS", "weights.pth", "MODEL.INIT_WEIGHTS"),
         ("TRAINER.COCOOP.PREC", "fp8", "TRAINER.COCOOP.PREC"),
+        ("TRAINER.COOP.CTX_INIT", True, "the words that the context begins as are wanted"),
+        ("TRAINER.COOP.CTX_INIT", "True", "the words that the context begins as are wanted"),
         ("TRAINER.NAME", "DomainMix", "only CoCoOp, CoOp, ZeroshotCLIP, ZeroshotCLIP2 are offered"),
         ("TEST.FINAL_MODEL", "best_val", "TEST.FINAL_MODEL"),
         ("DATASET.NAME", "OfficeHome", "one folder a class"),
@@ -193,6 +208,7 @@ def test_every_field_that_a_rule_names_exists():
         "MODEL.BACKBONE.NAME": "RN50",
         "TRAINER.NAME": "CoOp",
         "USE_CUDA": False,
+        "CTX_INIT": "a",
         "PREC": "amp",
     }
     known = set(configuration.field_names())
@@ -210,3 +226,154 @@ def test_every_field_that_a_rule_names_exists():
 def test_keys_are_told_apart_by_their_case():
     assert is_reference_key("OPTIM.LR") and is_reference_key("SEED")
     assert not is_reference_key("optim.lr") and not is_reference_key("Seed")
+
+
+def test_the_migration_page_has_every_key():
+    page = (Path(__file__).parents[2] / "docs/migration.md").read_text()
+    table = page.split("## Every key", 1)[1].split("\n## ", 1)[0]
+    listed = {
+        key
+        for row in table.splitlines()
+        if row.startswith("|")
+        for key in re.findall(r"`([A-Z_0-9.]+)`", row.split("|")[1])
+    }
+    expected = set(RULES) | {f"TRAINER.*.{key}" for key in METHOD_RULES}
+    assert {key.replace("TRAINER..", "TRAINER.*.") for key in listed} >= {
+        key for key in expected if "*" not in key
+    }
+    assert {f"TRAINER.*.{key}" for key in METHOD_RULES} <= set(re.findall(r"`(TRAINER\.\*\.[A-Z_]+)`", table))
+
+
+# -- every file of the reference: what its train.py would learn, by its own table of defaults -----------------------
+
+DATA_SETS = {
+    "caltech101": "Caltech101", "dtd": "DescribableTextures", "eurosat": "EuroSAT", "fgvc_aircraft": "FGVCAircraft",
+    "food101": "Food101", "imagenet": "ImageNet", "imagenet_a": "ImageNetA", "imagenet_r": "ImageNetR",
+    "imagenet_sketch": "ImageNetSketch", "imagenetv2": "ImageNetV2", "oxford_flowers": "OxfordFlowers",
+    "oxford_pets": "OxfordPets", "stanford_cars": "StanfordCars", "sun397": "SUN397", "ucf101": "UCF101",
+}  # fmt: skip
+# Of each file in configs/trainers: backbone, context as it says (words or a length), epochs.
+TRAINERS_FILES = {
+    "CoCoOp/vit_b16_c16_ep10_batch1": ("ViT-B/16", 16, 10),
+    "CoCoOp/vit_b16_c4_ep10_batch1": ("ViT-B/16", 4, 10),
+    "CoCoOp/vit_b16_c4_ep10_batch1_ctxv1": ("ViT-B/16", "a photo of a", 10),
+    "CoCoOp/vit_b16_c8_ep10_batch1": ("ViT-B/16", 8, 10),
+    "CoOp/rn101": ("RN101", None, 200),
+    "CoOp/rn101_ep50": ("RN101", None, 50),
+    "CoOp/rn50": ("RN50", None, 200),
+    "CoOp/rn50_ctxv1": ("RN50", "a photo of a", 200),
+    "CoOp/rn50_ep100": ("RN50", None, 100),
+    "CoOp/rn50_ep50": ("RN50", None, 50),
+    "CoOp/rn50_ep50_ctxv1": ("RN50", "a photo of a", 50),
+    "CoOp/rn50_val": ("RN50", None, None),
+    "CoOp/vit_b16": ("ViT-B/16", None, 200),
+    "CoOp/vit_b16_ctxv1": ("ViT-B/16", "a photo of a", 200),
+    "CoOp/vit_b16_ep100": ("ViT-B/16", None, 100),
+    "CoOp/vit_b16_ep100_ctxv1": ("ViT-B/16", "a photo of a", 100),
+    "CoOp/vit_b16_ep50": ("ViT-B/16", None, 50),
+    "CoOp/vit_b16_ep50_ctxv1": ("ViT-B/16", "a photo of a", 50),
+    "CoOp/vit_b32": ("ViT-B/32", None, 200),
+    "CoOp/vit_b32_ep50": ("ViT-B/32", None, 50),
+}
+
+
+def imitation(tmp_path, name):
+    """A file of configs/trainers by its name, with the keys that it has there."""
+    trainer, (backbone, context, epochs) = name.split("/")[0], TRAINERS_FILES[name]
+    text = COOP_YAML if trainer == "CoOp" else COCOOP_YAML
+    values = yaml.safe_load(text)
+    values["MODEL"]["BACKBONE"]["NAME"] = backbone
+    values.pop("TRAINER")
+    if trainer == "CoCoOp":
+        words = isinstance(context, str)
+        options = {"N_CTX": 4 if words else context, "CTX_INIT": context if words else "", "PREC": "fp16"}
+        values["TRAINER"] = {"COCOOP": options}
+    elif context:
+        values["TRAINER"] = {"COOP": {"CTX_INIT": context}}
+    if epochs is None:  # for evaluation: it says nothing of training
+        del values["OPTIM"], values["TRAIN"]
+    else:
+        values["OPTIM"]["MAX_EPOCH"] = epochs
+    path = tmp_path / "configs/trainers" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def set_up(tmp_path, name):
+    path = tmp_path / "configs/datasets" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'DATASET:\n  NAME: "{DATA_SETS[name]}"')
+    return path
+
+
+@pytest.mark.parametrize("name", TRAINERS_FILES)
+def test_every_file_of_a_trainer_learns_what_it_learns_there(tmp_path, name):
+    backbone, context, epochs = TRAINERS_FILES[name]
+    built = configuration.build(files=[imitation(tmp_path, name)])
+    config, words = built.config, isinstance(context, str)
+    assert config.prompt.method == name.split("/")[0].lower()
+    assert config.prompt.ctx_init == (context if words else "")
+    assert words or config.prompt.n_ctx == (context or 16)
+    assert (config.data.subset, config.data.shots) == ("all", 0)
+    assert config.model.name == BACKBONES[backbone]
+    assert config.optim.epochs == epochs
+    recipe = [line for line in built.warnings if "published recipe of coop is used" in line]
+    assert bool(recipe) == (epochs is None)
+    assert not recipe or "OPTIM.NAME adam" in recipe[0]
+    # And for another trainer, as `train.py --trainer` would.
+    other = configuration.build(files=[imitation(tmp_path, name)], pairs=["TRAINER.NAME", "ZeroshotCLIP2"])
+    assert (other.config.prompt.method, other.config.prompt.ensemble) == ("zeroshot", "select")
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_every_file_of_a_data_set(tmp_path, name):
+    files = [set_up(tmp_path, name), imitation(tmp_path, "CoCoOp/vit_b16_c4_ep10_batch1_ctxv1")]
+    config = configuration.build(
+        files=files, pairs=["DATASET.ROOT", "DATA", "DATASET.NUM_SHOTS", "16"]
+    ).config
+    assert config.data.name == name
+    assert (config.data.subset, config.data.shots, config.prompt.method) == ("all", 16, "cocoop")
+    with pytest.raises(UserError, match="trainer of the reference these keys are for: DATASET"):
+        configuration.build(files=files[:1])
+
+
+def test_folder_section_and_trainer_have_to_agree(tmp_path):
+    path = tmp_path / "configs/trainers/CoOp/file.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("TRAINER: {COCOOP: {N_CTX: 4}}")
+    with pytest.raises(UserError, match=r"in configs/trainers/CoOp, but the keys are for cocoop; say which"):
+        configuration.build(files=[path])
+    assert configuration.build(files=[path], pairs=["TRAINER.NAME", "CoCoOp"]).config.prompt.n_ctx == 4
+    assert (
+        configuration.build(files=[path], options={"prompt.method": ("--method", "coop")}).config.prompt.n_ctx
+        == 16
+    )
+    foreign = tmp_path / "configs/trainers/MaPLe/file.yaml"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("OPTIM: {LR: 0.1}")
+    with pytest.raises(UserError, match="MaPLe are for a trainer that is not offered"):
+        configuration.build(files=[foreign])
+
+
+def test_what_our_own_options_say_outranks_the_references_defaults(tmp_path):
+    options = {
+        "data.subset": ("--subset", "base"),
+        "data.shots": ("--shots", 4),
+        "prompt.n_ctx": ("--n-ctx", 2),
+    }
+    config = configuration.build([imitation(tmp_path, "CoOp/rn50")], options).config
+    assert (config.data.subset, config.data.shots, config.prompt.n_ctx) == ("base", 4, 2)
+    words = {"prompt.ctx_init": ("--ctx-init", "a sketch of a")}
+    assert (
+        configuration.build([imitation(tmp_path, "CoOp/rn50")], words).config.prompt.ctx_init
+        == "a sketch of a"
+    )
+
+
+def test_a_protocol_says_classes_shots_and_methods_itself(tmp_path):
+    config = configuration.build(pairs=["OPTIM.LR", "0.1"], protocol=True).config
+    assert (config.data, config.prompt) == (RunConfig().data, RunConfig().prompt)
+    config = configuration.build([imitation(tmp_path, "CoOp/vit_b16")], protocol=True).config
+    assert (config.data.subset, config.data.shots) == ("base", 16)
+    assert (config.prompt.n_ctx, config.prompt.ctx_init) == (16, "")

@@ -169,3 +169,11 @@ def test_a_learner_of_ones_own():
     assert model.prompt_learner.shift.weight.grad.abs().sum() > 0
     model.set_classnames(NAMES[:3])
     assert model.eval().forward_features(torch.randn(2, 64)).shape == (2, 3)
+
+
+def test_a_bool_in_ctx_init_is_random_vectors_or_refused():
+    clip_model = tiny_clip()
+    learner = PromptLearner(cfg(False), NAMES[:2], clip_model)
+    assert learner.n_ctx == 4 and learner.ctx.std() < 0.1
+    with pytest.raises(UserError, match="CTX_INIT is True, but the words"):
+        PromptLearner(cfg(True), NAMES[:2], clip_model)
