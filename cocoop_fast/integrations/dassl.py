@@ -4,8 +4,9 @@ Or, without a change to any file, in the CoOp repository::
 
     python -m cocoop_fast.integrations.dassl train.py --trainer CoCoOp ...
 
-The trainers CoCoOp and CoOp are replaced when Dassl looks them up, so it does not matter whether the repository has
-registered them by then. Configuration, data, training loop, log, evaluation and checkpoints stay Dassl's and CoOp's.
+Trainers are replaced when Dassl looks them up, so it does not matter whether the repository has registered them by then:
+those that compute what the reference's CoCoOp and CoOp compute by ours, others in their text features alone. Each says so
+in the log. Configuration, data, training loop, log, evaluation and checkpoints stay Dassl's and the repository's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from cocoop_fast.errors import UserError
 from cocoop_fast.integrations.dassl_repairs import repair_dassl
-from cocoop_fast.integrations.dassl_trainer import FAST_TRAINERS, fast_trainer
+from cocoop_fast.integrations.dassl_trainer import fast_trainer
 
 _PATCHED = "_cocoop_fast"
 
@@ -26,7 +27,7 @@ def patch_dassl() -> tuple[str, ...]:
     """Let Dassl build fast trainers, and repair what keeps it from running right. Doing it twice changes nothing.
 
     Returns:
-        What was replaced or repaired, one line each.
+        What was repaired, one line each. What is replaced, a trainer says itself when it is built.
 
     Raises:
         UserError: Dassl cannot be imported.
@@ -41,8 +42,8 @@ def patch_dassl() -> tuple[str, ...]:
         return ()
     setattr(TRAINER_REGISTRY, _PATCHED, True)
     get = TRAINER_REGISTRY.get
-    TRAINER_REGISTRY.get = lambda name: fast_trainer(name, get(name)) if name in FAST_TRAINERS else get(name)
-    return (*(f"trainer {name}: computed by cocoop_fast" for name in FAST_TRAINERS), *repair_dassl())
+    TRAINER_REGISTRY.get = lambda name: fast_trainer(name, get(name))
+    return repair_dassl()
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,19 +1,26 @@
-"""A trainer for Dassl's loop: the model, its loss and its gradients are ours, all else is the trainer's it replaces."""
+"""Trainers for Dassl's loop, as subclasses of those that a repository has registered.
+
+:class:`FastTrainer`: the model, its loss and its gradients are ours, all else is the trainer's it replaces; for trainers
+that are recognised as the reference's. :class:`SeamTrainer`: the trainer's own, but for the computation of text features.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cocoop_fast.clip.frozen import ClipModel
+from cocoop_fast.clip.frozen import ClipModel, text_module
 from cocoop_fast.clip.load import amp_text_dtype
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast
+from cocoop_fast.integrations.recognise import differences
+from cocoop_fast.integrations.text_seam import accelerate
 from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
@@ -48,12 +55,10 @@ class FastTrainer:
 
     def build_model(self) -> None:
         """Load CLIP by the replaced trainer's own function; register the prompt learner with optimizer and schedule."""
-        from dassl.optim import build_lr_scheduler, build_optimizer
-        from dassl.utils import load_pretrained_weights
-
-        cfg = self.cfg
+        # What the replaced build_model would call.
+        cfg, home = self.cfg, self.replaced.build_model.__globals__  # type: ignore[attr-defined]
         print(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME})")
-        clip_model = self._load_clip(cfg)
+        clip_model = home["load_clip_to_cpu"](cfg)
         self.precision: str = getattr(cfg.TRAINER, self.fast_model.learner.section).PREC
         if self.precision == "fp16" and self.device.type == "cpu":
             print("PREC fp16 is computed in fp32 on a CPU")
@@ -61,6 +66,7 @@ class FastTrainer:
         if self.precision != "fp16":
             clip_model.float()
 
+        print(f"cocoop_fast: trainer {self.replaced.__name__} is the reference's, and computed whole")
         print("Building custom CLIP (cocoop_fast)")
         clip_model.to(self.device).requires_grad_(False)
         text_dtype = amp_text_dtype(self.precision, self.device)
@@ -69,10 +75,11 @@ class FastTrainer:
         learner.saves_tokens = True  # so that the reference's strict resume reads what is written here
         print(f"Number of context words (tokens): {learner.n_ctx}")
         if cfg.MODEL.INIT_WEIGHTS:
-            load_pretrained_weights(learner, cfg.MODEL.INIT_WEIGHTS)
+            home["load_pretrained_weights"](learner, cfg.MODEL.INIT_WEIGHTS)
         self.model.to(self.device)
-        self.optim = build_optimizer(learner, cfg.OPTIM)
-        self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
+        self.optim = home["build_optimizer"](learner, cfg.OPTIM)
+        check_learned(learner, self.optim)
+        self.sched = home["build_lr_scheduler"](self.optim, cfg.OPTIM)
         self.register_model("prompt_learner", learner, self.optim, self.sched)
 
         self._parameters = list(learner.parameters())
@@ -112,15 +119,90 @@ class FastTrainer:
         print("Finished training")
         super().after_train()  # type: ignore[misc]  # the replaced trainer's
 
-    def _load_clip(self, cfg: Any) -> ClipModel:
-        home = self.replaced.__module__
-        load = getattr(sys.modules[home], "load_clip_to_cpu", None)
-        if load is None:
-            raise UserError(
-                f"The module {home} of trainer {self.replaced.__name__} has no `load_clip_to_cpu`, which CoOp's have; "
-                "use that trainer without cocoop_fast."
+
+class SeamTrainer:
+    """The first base of a trainer that keeps its own model, loss and optimizer: the tree computes its text features.
+
+    What is computed how is said once, after the model is built; of what could not be, why.
+    """
+
+    replaced: type
+    differs: str  # from the reference, for the line that says so
+    model: Any
+
+    def build_model(self) -> None:
+        """The replaced trainer's, and then a seam before its text encoder."""
+        with _captured(self.replaced) as loaded:
+            super().build_model()  # type: ignore[misc]  # the replaced trainer's
+        name = f"trainer {self.replaced.__name__}"
+        try:
+            accelerate(self.model, _clip_of(self.model, loaded))
+        except UserError as error:
+            print(
+                f"cocoop_fast: {name} is left alone, because {error}; {self.differs}. "
+                "`cocoop_fast.TreeTextEncoder` can be called from its code"
             )
-        return load(cfg)
+        else:
+            print(
+                f"cocoop_fast: {name} keeps its own model and loss, with text features by the tree; {self.differs}"
+            )
+
+
+def check_learned(learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises a UserError if a tensor that is to be learned is in no group of an optimizer, so that nothing would change it."""
+    held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    missing = [name for name, one in learner.named_parameters() if one.requires_grad and id(one) not in held]
+    if missing:
+        raise UserError(
+            f"build_optimizer leaves out {', '.join(missing)} of the prompt learner, which would never be learned; see "
+            "OPTIM.STAGED_LR and OPTIM.NEW_LAYERS."
+        )
+
+
+def _clip_of(model: Any, loaded: Sequence[Any]) -> ClipModel:
+    """The one of the CLIPs that were loaded whose text tower a model has.
+
+    Raises:
+        UserError: there is none, or the model is spread over several GPUs.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise UserError("it is spread over several GPUs (DataParallel; CUDA_VISIBLE_DEVICES=0 is one)")
+    encoder = getattr(model, "text_encoder", None)
+    if encoder is None:
+        raise UserError("its model has no `text_encoder`")
+    tower = getattr(encoder, "transformer", None)
+    for clip_model in loaded:
+        if tower is not None and tower is getattr(text_module(clip_model), "transformer", None):
+            clip_model.to(
+                next(encoder.parameters()).device
+            )  # the embedding of tokens is no part of the encoder
+            return clip_model
+    raise UserError("its text encoder is not the text tower of the CLIP that it loads")
+
+
+@contextmanager
+def _captured(trainer: type) -> Iterator[list[Any]]:
+    """The CLIPs that ``load_clip_to_cpu`` of a trainer's modules gives in the meantime."""
+    loaded: list[Any] = []
+    homes = {kind.__module__ for kind in trainer.__mro__}
+    originals = {
+        home: load for home in homes if (load := vars(sys.modules[home]).get("load_clip_to_cpu")) is not None
+    }
+
+    def capturing(load: Callable[..., Any]) -> Callable[..., Any]:
+        def load_clip_to_cpu(*arguments: Any, **named: Any) -> Any:
+            loaded.append(load(*arguments, **named))
+            return loaded[-1]
+
+        return load_clip_to_cpu
+
+    for home, load in originals.items():
+        vars(sys.modules[home])["load_clip_to_cpu"] = capturing(load)
+    try:
+        yield loaded
+    finally:
+        for home, load in originals.items():
+            vars(sys.modules[home])["load_clip_to_cpu"] = load
 
 
 # By the name of the trainer that is replaced: its model, and what it logs of a step.
@@ -132,7 +214,18 @@ FAST_TRAINERS: dict[str, tuple[type[CoOp], tuple[str, ...]]] = {
 
 @cache
 def fast_trainer(name: str, replaced: type) -> type:
-    """The class to use instead of a trainer that is registered as ``name``, one of ``FAST_TRAINERS``."""
-    model, logged = FAST_TRAINERS[name]
-    own = {"fast_model": model, "logged": logged, "replaced": replaced, "__doc__": FastTrainer.__doc__}
-    return type(replaced.__name__, (FastTrainer, replaced), own)
+    """The class to use instead of a trainer that is registered as ``name``: itself if it loads no CLIP."""
+    if not any("load_clip_to_cpu" in vars(sys.modules[kind.__module__]) for kind in replaced.__mro__):
+        return replaced
+    differing = differences(name, replaced)
+    own: dict[str, Any] = {"replaced": replaced}
+    if name in FAST_TRAINERS and not differing:
+        model, logged = FAST_TRAINERS[name]
+        own |= {"fast_model": model, "logged": logged, "__doc__": FastTrainer.__doc__}
+        return type(replaced.__name__, (FastTrainer, replaced), own)
+    own["differs"] = (
+        f"not the reference's: {', '.join(differing)}"
+        if name in FAST_TRAINERS
+        else "it is not one of the reference's"
+    )
+    return type(replaced.__name__, (SeamTrainer, replaced), {**own, "__doc__": SeamTrainer.__doc__})

@@ -5,7 +5,7 @@ import os.path as osp
 import torch
 from dassl.engine import TRAINER_REGISTRY, TrainerX
 from dassl.optim import build_lr_scheduler, build_optimizer
-from dassl.utils import load_checkpoint
+from dassl.utils import load_checkpoint, load_pretrained_weights
 from tiny_models import tiny_openai_clip
 
 from cocoop_fast.reference import DensePromptedCLIP
@@ -36,6 +36,8 @@ class CoCoOp(TrainerX):
         learner = self.model.prompt_learner
         learner.register_buffer("token_prefix", self.model.embedding[:, :1])
         learner.register_buffer("token_suffix", self.model.embedding[:, 1 + learner.ctx.shape[-2] :])
+        if cfg.MODEL.INIT_WEIGHTS:
+            load_pretrained_weights(learner, cfg.MODEL.INIT_WEIGHTS)
         self.optim = build_optimizer(learner, cfg.OPTIM)
         self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
         self.register_model("prompt_learner", learner, self.optim, self.sched)
