@@ -20,7 +20,7 @@ app = options.group(
 
 
 @app.command("import")
-@options.command(fields="data.name data.root seed output_dir")
+@options.command(fields="data.name data.root model.name model.pretrained seed output_dir")
 def import_(
     file: Path,
     pairs: list[str] | None = None,

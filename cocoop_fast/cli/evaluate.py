@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cocoop_fast.cli import options, output
+from cocoop_fast.cli import configuration, options, output
+from cocoop_fast.cli.options import Given
 from cocoop_fast.config import Subset
+from cocoop_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from cocoop_fast.config import RunConfig
 
 
-@options.command()
+@options.command(fields="prompt.method data.name data.root model.name model.pretrained")
 def command(
-    run_dir: Path,
+    run_dir: Path | None = None,
     *,
+    config: list[Path] | None = None,
+    given: Given,
     subset: Subset | None = None,
     reference_checkpoint: Path | None = None,
     json: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Evaluate a finished run again, on the same or on other classes.
+    """Evaluate a finished run again, on the same or on other classes; or what the reference has learned.
+
+    Without RUN_DIR, the options and files say on which images and with which model --reference-checkpoint is evaluated.
 
     Args:
         subset: Classes to evaluate on. Default: as the run was.
@@ -27,20 +37,35 @@ def command(
     Examples:
         What the run was evaluated on: eval output/digits/cocoop/seed1
         All classes together: eval output/digits/cocoop/seed1 --subset all --json
+        Without a run: eval --reference-checkpoint model.pth.tar-10 --dataset eurosat --root DATA --model ViT-B/16
     """
+    if run_dir is None and reference_checkpoint is None:
+        raise UserError(
+            "Give a run directory, or --reference-checkpoint with the data set and model it is of."
+        )
+    if run_dir is not None and (given or config):
+        options_given = [option for option, _ in given.values()] or ["--config"]
+        raise UserError(f"{run_dir} says its model and data itself; leave out {', '.join(options_given)}.")
     from cocoop_fast.cli.progress import observe
     from cocoop_fast.distributed.launch import join
     from cocoop_fast.evaluation.metrics import harmonic_mean
     from cocoop_fast.experiments import experiment
 
     with output.only_json(json), join() as ranks, observe(quiet=quiet or not ranks.is_first) as observer:
-        results = experiment.evaluate_run(
-            run_dir,
-            subset=subset,
-            reference_checkpoint=reference_checkpoint,
-            observer=observer,
-            ranks=ranks,
-        )
+        if run_dir is not None:
+            results = experiment.evaluate_run(
+                run_dir,
+                subset=subset,
+                reference_checkpoint=reference_checkpoint,
+                observer=observer,
+                ranks=ranks,
+            )
+        else:
+            assert reference_checkpoint is not None
+            asked = config_of(reference_checkpoint, config, given, warn=ranks.is_first)
+            results = experiment.evaluate_reference(
+                asked, reference_checkpoint, subset=subset, observer=observer, ranks=ranks
+            )
     if not ranks.is_first:
         return
     h = None
@@ -52,7 +77,7 @@ def command(
         output.print_json(
             {
                 "command": "eval",
-                "run_dir": str(run_dir),
+                "run_dir": None if run_dir is None else str(run_dir),
                 "results": {
                     name: {key: getattr(metrics, key) for key in kept} for name, metrics in results.items()
                 },
@@ -69,3 +94,26 @@ def command(
     )
     if h is not None:
         print(f"H, the harmonic mean of base and new: {output.shown(h)}")
+
+
+def config_of(checkpoint: Path, files: list[Path] | None, given: Given, *, warn: bool) -> RunConfig:
+    """The configuration of a checkpoint of the reference: what its tensors say, and the rest by options and files.
+
+    Raises:
+        UserError: a checkpoint or file that cannot be read, or an unusable value.
+    """
+    from cocoop_fast.runs import reference_checkpoint
+
+    learned = reference_checkpoint.load(checkpoint).parameters
+    context = learned["ctx"]
+    tensors = {
+        "prompt.method": "cocoop" if any(name.startswith("meta_net.") for name in learned) else "coop",
+        "prompt.ctx_init": "",  # whatever it began as, it is read from the file
+        "prompt.n_ctx": context.shape[-2],
+        "prompt.csc": context.ndim == 3,
+    }
+    said = {field: (str(checkpoint), value) for field, value in tensors.items()}
+    built = configuration.build(files, {**said, **given})
+    if warn:
+        output.warn(built.warnings)
+    return built.config

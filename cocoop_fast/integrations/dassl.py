@@ -11,9 +11,10 @@ in the log. Configuration, data, training loop, log, evaluation and checkpoints 
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cocoop_fast.errors import UserError
@@ -32,18 +33,36 @@ def patch_dassl() -> tuple[str, ...]:
     Raises:
         UserError: Dassl cannot be imported.
     """
-    try:
-        from dassl.engine import TRAINER_REGISTRY
-    except ImportError as error:
-        raise UserError(
-            f"Dassl cannot be imported ({error}); install it as the CoOp repository says, and use the same Python."
-        ) from error
-    if hasattr(TRAINER_REGISTRY, _PATCHED):
-        return ()
-    setattr(TRAINER_REGISTRY, _PATCHED, True)
-    get = TRAINER_REGISTRY.get
-    TRAINER_REGISTRY.get = lambda name: fast_trainer(name, get(name))
-    return repair_dassl()
+    lines: list[str] = []
+    for package in _packages():
+        try:
+            registry = importlib.import_module(f"{package}.engine").TRAINER_REGISTRY
+        except ImportError as error:
+            raise UserError(
+                f"Dassl cannot be imported ({error}); install it as the CoOp repository says, and use the same Python."
+            ) from error
+        if not hasattr(registry, _PATCHED):
+            setattr(registry, _PATCHED, True)
+            registry.get = _looking_at(registry.get)
+            lines += repair_dassl(package)
+    return tuple(dict.fromkeys(lines))
+
+
+def _looking_at(get: Callable[[str], type]) -> Callable[[str], type]:
+    return lambda name: fast_trainer(name, get(name))
+
+
+def _packages() -> list[str]:
+    """The names under which Dassl is imported, or lies beside the script: forks bring it along under names of their own."""
+    registries = [
+        vars(module).get("TRAINER_REGISTRY") for module in list(sys.modules.values()) if module is not None
+    ]
+    imported = [
+        type(registry).__module__.partition(".")[0] for registry in registries if registry is not None
+    ]
+    schedulers = Path(sys.path[0] or ".").glob("*/optim/lr_scheduler.py")
+    beside = sorted(path.parents[1].name for path in schedulers if list(path.parents[1].glob("engine*")))
+    return list(dict.fromkeys([*imported, *beside])) or ["dassl"]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -24,42 +24,43 @@ from cocoop_fast.files.torch_archive import read_archive
 _POSITION = ("last_epoch", "_step_count", "_last_lr")
 
 
-def repair_dassl() -> tuple[str, ...]:
-    """Repair what needs it in the Dassl that is imported; one line for each repair."""
-    return tuple(line for line in (repair_constructor(), repair_resume(), read_safely()) if line is not None)
+def repair_dassl(package: str = "dassl") -> tuple[str, ...]:
+    """Repair what needs it in the Dassl that is imported under a name; one line for each repair."""
+    repairs = (repair_constructor, repair_resume, read_safely)
+    return tuple(line for repair in repairs if (line := repair(package)) is not None)
 
 
 # -- the warm-up scheduler ---------------------------------------------------------------------------------------
 
 
-def _schedulers() -> Any:
-    return importlib.import_module("dassl.optim.lr_scheduler")
+def _schedulers(package: str) -> Any:
+    return importlib.import_module(f"{package}.optim.lr_scheduler")
 
 
-def _warmup() -> Any:
+def _warmup(package: str) -> Any:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    return _schedulers().ConstantWarmupScheduler(optimizer, CosineAnnealingLR(optimizer, 1), 1, 0.1)
+    return _schedulers(package).ConstantWarmupScheduler(optimizer, CosineAnnealingLR(optimizer, 1), 1, 0.1)
 
 
-def repair_constructor() -> str | None:
+def repair_constructor(package: str = "dassl") -> str | None:
     """Repair 1 in this module's list, if it is needed.
 
     Returns:
         A line for the user; None if there was nothing to repair. So do the others.
     """
     try:
-        _warmup()
+        _warmup(package)
     except TypeError:
-        _schedulers()._BaseWarmupScheduler.__init__ = _init_warmup
+        _schedulers(package)._BaseWarmupScheduler.__init__ = _init_warmup
         return "warm-up scheduler: built without `verbose`, which this PyTorch does not take"
     return None
 
 
-def repair_resume() -> str | None:
+def repair_resume(package: str = "dassl") -> str | None:
     """Repair 2, if it is needed. The scheduler has to be one that can be built."""
-    if not any(isinstance(value, LRScheduler) for value in _warmup().state_dict().values()):
+    if not any(isinstance(value, LRScheduler) for value in _warmup(package).state_dict().values()):
         return None
-    base = _schedulers()._BaseWarmupScheduler
+    base = _schedulers(package)._BaseWarmupScheduler
     base.state_dict, base.load_state_dict = _warmup_state, _load_warmup_state
     return "resume: the learning rate goes on along its schedule"
 
@@ -98,9 +99,9 @@ def _set_position(scheduler: Any, state: Mapping[str, Any]) -> None:
 # -- reading files -----------------------------------------------------------------------------------------------
 
 
-def read_safely() -> str:
+def read_safely(package: str = "dassl") -> str:
     """Repair 3, which is always needed."""
-    dassls_own = importlib.import_module("dassl.utils.torchtools").load_checkpoint
+    dassls_own = importlib.import_module(f"{package}.utils.torchtools").load_checkpoint
 
     def load_checkpoint(fpath: Any) -> Any:
         """A checkpoint, on the CPU: whoever loads a state dict from it moves it."""

@@ -165,7 +165,7 @@ BAD = [
     Bad("a file as run directory", TRAIN, "out cannot be used", FAILED, a_file("out", "")),
     Bad("a file above the run directory", "train -o out/run", "out/run cannot be used", FAILED, a_file("out", "")),
     # other commands
-    Bad("evaluating nothing", "eval", "Missing argument 'RUN_DIR'"),
+    Bad("evaluating nothing", "eval", "Give a run directory, or --reference-checkpoint"),
     Bad("evaluating no run", "eval .", "not a run directory"),
     Bad("evaluating a missing run", "eval nowhere", "not a run directory"),
     Bad("evaluating unknown classes", "eval . --subset old", "--subset is 'old'"),

@@ -146,6 +146,31 @@ def test_eval_repeats_the_runs_result(digits, capsys):
     assert evaluated["h"] == pytest.approx(result["rows"][0]["h"])
 
 
+def test_eval_of_a_checkpoint_of_the_reference_without_a_run(digits, tmp_path, capsys):
+    run_dir, result, _ = digits
+    file = tmp_path / "prompt_learner"  # as somebody else has it, without our files
+    shutil.copytree(run_dir / "prompt_learner", file)
+    call = [
+        "eval",
+        "--reference-checkpoint",
+        str(file),
+        "--dataset",
+        "digits",
+        "--model",
+        "demo",
+        "--json",
+        "-q",
+    ]
+    assert cli.run(call) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    evaluated = json.loads(line)
+    assert evaluated["run_dir"] is None and set(evaluated["results"]) == {"base", "new"}
+    for subset in ("base", "new"):
+        assert evaluated["results"][subset]["accuracy"] == pytest.approx(result["rows"][0][subset])
+    assert cli.run(["eval", str(run_dir), "--model", "demo"]) == failures.WRONG_USAGE
+    assert "says its model and data itself; leave out --model" in capsys.readouterr().err
+
+
 def test_eval_of_one_subset_as_a_table(digits, capsys):
     run_dir, result, _ = digits
     assert cli.run(["eval", str(run_dir), "--subset", "new", "-q"]) == 0

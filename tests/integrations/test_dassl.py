@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 
@@ -170,6 +172,7 @@ def test_directory_log_and_checkpoint_are_the_references(tmp_path, trainer):
     printed = run(tmp_path, "OPTIM.MAX_EPOCH", "2", trainer=trainer)
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"log.txt", "prompt_learner/checkpoint", "prompt_learner/model.pth.tar-2"}
+    assert [printed.count(line) for line in ("Finish training\n", "Finished training\n")] == [1, 1]
     (tmp_path / "log.txt").write_text(printed)  # this process still has the file open
     for end_signal in ("Finish training", "Finished training", "=> result"):
         assert parse_test_res(tmp_path / "log.txt", end_signal) == accuracy(printed)
@@ -190,7 +193,8 @@ def test_precisions(tmp_path):
     assert "PREC fp16 is computed in fp32 on a CPU" in halves
     assert all(math.isfinite(loss) for _, loss in steps(halves))
     amp = run(tmp_path / "amp", "OPTIM.MAX_EPOCH", "1", "TRAINER.COCOOP.PREC", "amp")
-    assert all(math.isfinite(loss) for _, loss in steps(amp))
+    single = run(tmp_path / "fp32", "OPTIM.MAX_EPOCH", "1", "TRAINER.COCOOP.PREC", "fp32")
+    assert steps(amp) == steps(single) == steps(halves)  # the reference's autocast is of CUDA alone
     with pytest.raises(AssertionError):
         run(tmp_path / "bad", "TRAINER.COCOOP.PREC", "fp8")  # the replaced trainer's own check
 
@@ -264,6 +268,23 @@ def test_patching_twice_and_other_trainers():
     assert TRAINER_REGISTRY.get("Other") is Other
     with pytest.raises(KeyError):
         TRAINER_REGISTRY.get("none")
+
+
+def test_a_dassl_of_another_name_is_found_beside_the_script_and_by_its_registry(tmp_path, monkeypatch):
+    shutil.copytree(REPOSITORY / "dassl", tmp_path / "my_dassl")
+    for path in (tmp_path / "my_dassl").rglob("*.py"):
+        path.write_text(path.read_text().replace("from dassl", "from my_dassl"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(one for one in sys.path if one != str(REPOSITORY))])
+    dassl = importlib.import_module("cocoop_fast.integrations.dassl")
+    assert "my_dassl" in sys.modules and "dassl" not in sys.modules  # beside the script
+    engine = importlib.import_module("my_dassl.engine")
+    assert hasattr(engine.TRAINER_REGISTRY, "_cocoop_fast")
+    monkeypatch.setattr(sys, "path", sys.path[1:])
+    del engine.TRAINER_REGISTRY._cocoop_fast
+    dassl.patch_dassl()  # nothing is beside it now, but what is imported is found
+    assert hasattr(engine.TRAINER_REGISTRY, "_cocoop_fast")
+    for name in [name for name in sys.modules if name.startswith("my_dassl")]:
+        del sys.modules[name]
 
 
 def test_repairs_are_made_only_where_they_are_needed():
