@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
@@ -92,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _print_warning  # type: ignore[assignment]  # it has no use for the place
+            warnings.showwarning = _warnings_once()  # type: ignore[assignment]  # it has no use for the place
             _silence_libraries()
             status = app(args=options.join_lists(arguments), prog_name="cocoop-fast", standalone_mode=False)
         sys.stdout.flush()
@@ -120,9 +120,17 @@ def _silence_libraries() -> None:
         logging.getLogger().addHandler(_SILENT)
 
 
-def _print_warning(message: Warning | str, *place: object) -> None:
-    """Warnings of libraries and our own: what is wrong, not the line of code that noticed it."""
-    output.warn([" ".join(str(message).split())])
+def _warnings_once() -> Callable[..., None]:
+    """Warnings of libraries and our own: what is wrong, not the line of code that noticed it, and each one once."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *place: object) -> None:
+        text = " ".join(str(message).split())
+        if text not in told:
+            told.add(text)
+            output.warn([text])
+
+    return show
 
 
 def _discard_stdout() -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,17 @@ def test_overwrite_begins_anew(digits, tmp_path, capsys):
 
 
 # -- eval, predict, datasets ------------------------------------------------------------------------------------
+
+
+def test_a_warning_is_said_once(monkeypatch, capsys):
+    def warn_twice(**options):
+        warnings.warn("8 workers are too many", stacklevel=1)
+        warnings.warn("8 workers are too many", stacklevel=1)  # elsewhere, which to Python is another one
+        return 0
+
+    monkeypatch.setattr(cli, "app", warn_twice)
+    assert cli.run([]) == 0
+    assert capsys.readouterr().err == "warning: 8 workers are too many\n"
 
 
 def test_eval_repeats_the_runs_result(digits, capsys):
