@@ -74,8 +74,8 @@ class ContextLearner(Learner):
 
     Raises:
         UserError: a cfg without one of these, a CTX_INIT that is no text, an empty class list or name, a prompt longer than
-            the context length, class-specific contexts
-            that are to begin from words, or a cfg whose image size is not the model's.
+            the context length, class-specific contexts that are to begin from words, or a cfg whose image size is not the
+            model's.
     """
 
     _stand_in: Tensor
