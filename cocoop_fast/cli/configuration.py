@@ -79,8 +79,6 @@ def build(
     ]
     keys = reference_defaults.reference_keys(layers)
     method = reference_defaults.method_said(layers, files or ()) if keys else None
-    if keys and method is None and not protocol:
-        raise reference_defaults.ask_for_trainer(keys)
     # Choices made outside a file of the reference, which outrank what it says in its own way.
     chosen = {
         "prompt.method": method,
@@ -101,6 +99,8 @@ def build(
         if fields.get("model.name", merged.get("model.name")) != merged.get("model.name"):
             merged.pop("model.pretrained", None)  # those were the weights of another architecture
         merged.update(fields)
+    if keys and method is None and not protocol:
+        raise reference_defaults.ask_for_trainer(keys)
     _expand_home(merged)
     _name_data(merged)
     if str(merged.get("prompt.csc", "")).lower() == "true":
