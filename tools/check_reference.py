@@ -222,7 +222,7 @@ def run_child(job: dict[str, Any]) -> None:
     output = Path(job["output"])
     pairs = [
         "DATASET.NAME",
-        "MadeForThis",
+        "EuroSAT",
         "OPTIM.MAX_EPOCH",
         str(job["epochs"]),
         "TRAIN.CHECKPOINT_FREQ",
@@ -310,6 +310,7 @@ def _register_images(folder: Path) -> None:
             train, test = images("train", SHOTS), images("test", 10)
             super().__init__(train_x=train, val=test, test=test)
 
+    DATASET_REGISTRY.registered_names = lambda: ["EuroSAT"]
     DATASET_REGISTRY.get = lambda name: MadeForThis  # under a name for which forks have their templates
 
 
