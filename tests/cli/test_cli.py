@@ -109,8 +109,8 @@ def test_files_options_and_pairs_reach_the_run(tmp_path, capsys):
     assert (written["prompt"]["n_ctx"], written["prompt"]["ctx_init"]) == (3, "")
     assert (written["optim"]["epochs"], written["optim"]["lr"], written["optim"]["momentum"]) == (1, 0.2, 0.5)
     assert "CoOp" in capsys.readouterr().out
-    first = (run_dir / "log.txt").read_text().splitlines()[0]
-    assert first == (
+    second = (run_dir / "log.txt").read_text().splitlines()[1]
+    assert second == (
         "coop; context of 3 random vectors; base classes of digits; 1 images a class; demo; "
         "1 epochs in batches of 32 from lr 0.2"
     )

@@ -120,6 +120,7 @@ def test_pairs_may_be_joined_by_an_equals_sign():
             "optim.momentum",
             "0.8",
             "OPTIM.MAX_EPOCH=5",
+            "TRAINER.NAME=CoCoOp",
             "prompt.template=a {} = b",
             "data.shots=4",
         ]

@@ -375,5 +375,5 @@ def test_a_protocol_says_classes_shots_and_methods_itself(tmp_path):
     config = configuration.build(pairs=["OPTIM.LR", "0.1"], protocol=True).config
     assert (config.data, config.prompt) == (RunConfig().data, RunConfig().prompt)
     config = configuration.build([imitation(tmp_path, "CoOp/vit_b16")], protocol=True).config
-    assert (config.data.subset, config.data.shots) == ("base", 16)
+    assert (config.data.subset, config.data.shots) == (None, 16)
     assert (config.prompt.n_ctx, config.prompt.ctx_init) == (16, "")

@@ -207,7 +207,7 @@ JSON = {
     '[{"path": "a.jpg", "classname": "a", "label": 1.5}]': "has the label 1.5",
     '[{"path": "a.jpg", "classname": "a", "label": true}]': "has the label True",
     '{"a": ["a.jpg"]}': "must hold train, val and test lists",
-    "[{]": "not valid JSON",
+    "[{]": "it is not JSON",
 }
 
 

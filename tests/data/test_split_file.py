@@ -65,8 +65,8 @@ def test_paths_that_are_refused(text, says):
     [
         ('{"train": []}', "must hold train, val and test lists"),
         ("[]", "must hold train, val and test lists"),
-        ('{"train": [', r"not valid JSON \(line 1\)"),
-        ("[" * 100_000, "not valid JSON"),
+        ('{"train": [', r"it is not JSON \(line 1\)"),
+        ("[" * 100_000, "it is nested too deeply"),
         (
             '{"train": [["a.jpg", 0]], "val": [], "test": []}',
             r"row 0 of train is not \[path, label, class name\]",

@@ -103,5 +103,6 @@ def test_the_log_says_what_was_assumed_and_how_the_data_were_understood(tmp_path
     (photos / "n1" / "notes.txt").write_text("left out")
     run(config(tmp_path / "run", name="folder", root=str(photos)))
     lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
-    assert lines[:2] == [DEMO, "GELU is assumed."]
-    assert lines[2].endswith("1 .txt.") and "look like numbers or ids" in lines[3]
+    assert lines[0] == DEMO and lines[1].startswith("cocoop; context from") and lines[2].startswith("Classes")
+    assert lines[3] == "GELU is assumed."
+    assert lines[4].endswith("1 .txt.") and "look like numbers or ids" in lines[5]

@@ -48,7 +48,7 @@ def train_one_step(dtype: torch.dtype, names: list[list[int]]) -> None:
     features = tower.encode(ContextRows(ctx, shift))[:, constants.leaf_of_class]
     image = torch.zeros(2, 512, dtype=dtype)
     loss, _ = _CosineCrossEntropy.apply(
-        features, image, torch.ones(1), torch.zeros(2, dtype=torch.int64), ops
+        features, image, torch.ones(1), torch.zeros(2, dtype=torch.int64), ops, None
     )
     loss.backward()
 

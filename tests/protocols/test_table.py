@@ -157,6 +157,7 @@ def test_files(two_sets):
         "dataset": "pets",
         "method": "cocoop",
         "seed": 1,
+        "shots": 16,
         "status": "finished",
         "accuracy": {"base": 90.0, "new": 60.0},
         "train_seconds": 1.5,

@@ -74,7 +74,7 @@ def test_what_is_given_stays():
     assert resolve(config, DIGITS) == config
 
 
-def test_only_places_of_weights_and_data_and_free_memory_stay_open():
+def test_only_places_of_weights_and_data_and_what_the_machine_has_stay_open():
     open_fields = [
         f"{section}.{name}"
         for section, values in to_mapping(resolved()).items()
@@ -88,6 +88,7 @@ def test_only_places_of_weights_and_data_and_free_memory_stay_open():
         "data.root",
         "data.class_names",
         "data.few_shot",
+        "data.workers",
     ]
 
 
