@@ -290,10 +290,8 @@ def _explain(error: Any) -> str:
         return "is missing"
     try:
         value = repr(error["input"])
-    except (
-        ValueError,
-        RecursionError,
-    ):  # an integer of more digits than Python writes, or lists in lists in lists
+    except (ValueError, RecursionError):
+        # An integer of more digits than Python writes, or lists in lists in lists.
         value = "beyond all bounds"
     value = value if len(value) < 200 else f"{value[:200]}..."
     return f"is {value}, but {error['msg'][:1].lower()}{error['msg'][1:]}"

@@ -7,7 +7,6 @@ put prefixes before the names, too. A CLIP is found by the one name that every k
 from __future__ import annotations
 
 import codecs
-import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cocoop_fast.files.inert_pickle import InertObject
+from cocoop_fast.files.parsing import json_value
 from cocoop_fast.files.torch_archive import (
     NumbersNotRead,
     is_script_archive,
@@ -51,6 +51,18 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 _KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network")
 
 
+def listed_parts(index: Path) -> list[str]:
+    """The files that an ``.index.json`` lists: those of weights in several files.
+
+    Raises:
+        WeightsError: it is damaged.
+    """
+    try:
+        return sorted(set(json_value(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} is damaged ({error})") from error
+
+
 def read_state(path: Path) -> State:
     """The state dict of the CLIP in a file, under its own names: no prefixes of trainers.
 
@@ -62,8 +74,9 @@ def read_state(path: Path) -> State:
         WeightsError: the file is damaged or is none of these, or holds no CLIP, or several.
     """
     if path.name.endswith(_INDEX):
-        parts = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
-        return _one_clip({k: v for part in parts for k, v in _content(path.parent / part).items()})
+        return _one_clip(
+            {k: v for part in listed_parts(path) for k, v in _content(path.parent / part).items()}
+        )
     try:
         return _one_clip(_content(path))
     except ValueError as error:

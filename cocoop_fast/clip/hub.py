@@ -30,9 +30,9 @@ def hub_file(repository: str, name: str) -> Path:
     reason = unreachable(constants.ENDPOINT)
     if reason is None:
         return Path(huggingface_hub.hf_hub_download(repository, name))
-    found = huggingface_hub.try_to_load_from_cache(repository, name)
-    if isinstance(found, str):
-        return Path(found)
+    found = _on_disk(repository, name)
+    if found is not None:
+        return found
     raise WeightsError(
         f"{constants.ENDPOINT} cannot be reached ({reason}), and {name} of {repository} is not on this machine; bring the "
         f"repository's files to a folder and name that in place of {repository} ({_HELP})"
@@ -62,15 +62,20 @@ def kept_file(tag: dict[str, Any]) -> Path | None:
         return None
     repository, named = "/".join(place.parts[:2]), "/".join(place.parts[2:])
     names = [named, str(PurePosixPath(named).with_suffix(".safetensors"))] if named else _USUAL_FILES
-    for name in names:
-        found = huggingface_hub.try_to_load_from_cache(repository, name)
-        if isinstance(found, str):
-            return Path(found)
+    found = _on_disk(repository, *names)
+    if found is not None:
+        return found
     raise WeightsError(
         f"{constants.ENDPOINT} cannot be reached ({reason}), and {names[0]} is not on this machine; bring "
         f"{constants.ENDPOINT}/{repository}/resolve/main/{names[0]} from one with a network and give it as --pretrained "
         f"FILE, or leave --model out for the demo ({_HELP})"
     )
+
+
+def _on_disk(repository: str, *names: str) -> Path | None:
+    """The first of these files that was downloaded before."""
+    found = (huggingface_hub.try_to_load_from_cache(repository, name) for name in names)
+    return next((Path(one) for one in found if isinstance(one, str)), None)
 
 
 def unreachable(address: str) -> str | None:

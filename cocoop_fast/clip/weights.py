@@ -7,7 +7,6 @@ tells what was assumed.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -23,7 +22,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
 from cocoop_fast.clip import hugging_face
-from cocoop_fast.clip.checkpoints import SUFFIXES, State, WeightsError, read_state
+from cocoop_fast.clip.checkpoints import SUFFIXES, State, WeightsError, listed_parts, read_state
 from cocoop_fast.clip.frozen import FrozenCLIP, text_module
 from cocoop_fast.clip.hub import hub_file, kept_file, tagged_file
 from cocoop_fast.clip.tokenizer import tokenizer
@@ -239,7 +238,7 @@ def _at(place: str) -> Source:
         if found is None:
             raise errors[0]
         if found.name.endswith(".index.json"):
-            for part in set(json.loads(found.read_text("utf-8"))["weight_map"].values()):
+            for part in listed_parts(found):
                 hub_file(repository, part)
         return found
 

@@ -128,9 +128,8 @@ def as_meant(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         ImageError: grey values whose black and white are unknown. What Pillow raises on damaged data is passed on.
     """
     done: list[str] = []
-    if (
-        image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-    ):  # phones keep a depth map, say, as a second one
+    # An MPO is a phone's, which keeps a depth map, say, as a second one.
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         done.append("first")
     image.load()  # which turns a TIFF, and takes its orientation away
     turn = _TURNS.get(_orientation(image))
@@ -219,7 +218,6 @@ def _decode(
         raise ImageError("no permission to read it") from error
     except IsADirectoryError as error:
         raise ImageError("a directory") from error
-    except (
-        Exception
-    ) as error:  # of whatever kind: what Pillow's decoders raise on damaged data depends on the format
+    except Exception as error:
+        # Of whatever kind: what Pillow's decoders raise on damaged data depends on the format.
         raise ImageError("truncated" if "truncated" in str(error).lower() else "damaged") from error

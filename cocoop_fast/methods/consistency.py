@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cocoop_fast.clip.frozen import ClipModel
-from cocoop_fast.methods.zeroshot import ZeroShot
+from cocoop_fast.methods.cocoop import TextEncoder
+from cocoop_fast.methods.zeroshot import mean_text_features
 from cocoop_fast.ops.consistency import Anchor, Distance
 
 
@@ -31,7 +32,7 @@ class Consistency:
         Raises:
             UserError: no template, one without exactly one ``{}``, or an unusable class list.
         """
-        mean = ZeroShot(self.templates, classnames, clip_model).mean_features
+        mean = mean_text_features(self.templates, classnames, TextEncoder(clip_model))
         return Anchor(
             mean / mean.norm(dim=-1, keepdim=True), self.distance, self.text_weight, self.logit_weight
         )

@@ -78,7 +78,7 @@ class ContextLearner(Learner):
             model's.
     """
 
-    _stand_in: Tensor
+    _stand_in: Tensor | None
     section = "COOP"
     saves_tokens = (
         False  # `token_prefix` and `token_suffix` in state dicts; they are loaded without them, too
@@ -91,9 +91,11 @@ class ContextLearner(Learner):
         self._ctx_init = _words(_option(cfg, f"{options}.CTX_INIT"))
         self._class_specific = bool(_option(cfg, f"{options}.CSC", False))
         self._class_position: ClassPosition = _option(cfg, f"{options}.CLASS_TOKEN_POSITION", "end")
-        self._ablate_image = bool(_option(cfg, f"{options}.ABLATE_IMAGE", False))
-        drawn = torch.randn(self._frozen.embed_dim, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("_stand_in", drawn / drawn.norm(), persistent=False)
+        drawn = None
+        if _option(cfg, f"{options}.ABLATE_IMAGE", False):
+            drawn = torch.randn(self._frozen.embed_dim, generator=torch.Generator().manual_seed(0))
+            drawn /= drawn.norm()
+        self.register_buffer("_stand_in", drawn, persistent=False)
         size = _option(cfg, "INPUT.SIZE")
         self._check_options(size if isinstance(size, int) else size[0])
         self.n_ctx: int = _option(cfg, f"{options}.N_CTX")
@@ -115,7 +117,7 @@ class ContextLearner(Learner):
 
     def seen(self, image_features: Tensor) -> Tensor:
         """(B, E) what the shift is made of: the image features, or in their place the same unit vector for all images."""
-        if not self._ablate_image:
+        if self._stand_in is None:
             return image_features
         return self._stand_in.to(image_features).expand_as(image_features)
 

@@ -34,6 +34,40 @@ def ensemble_templates(ensemble: Ensemble, template: str) -> tuple[str, ...]:
     return (*yaml.safe_load(lists)[ensemble], *own)
 
 
+@torch.no_grad()
+def mean_text_features(
+    templates: Sequence[str], classnames: Sequence[str], text_encoder: TextEncoder
+) -> Tensor:
+    """(K, E) of each class the mean, over all templates, of the unit text features of its prompt.
+
+    Args:
+        templates: each with one ``{}`` for the class name.
+        classnames: K names.
+        text_encoder: of the CLIP.
+
+    Raises:
+        UserError: no template, one without exactly one ``{}``, or an unusable class list.
+    """
+    if not templates:
+        raise UserError("Zero-shot CLIP needs at least one template, such as 'a photo of a {}.'.")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise UserError(f"The template '{template}' must contain {{}} once, where the class name goes.")
+    total = reduce(torch.add, (_encode(template, classnames, text_encoder) for template in templates))
+    return total / len(templates)
+
+
+def _encode(template: str, classnames: Sequence[str], text_encoder: TextEncoder) -> Tensor:
+    """(K, E) unit-length text features of one template."""
+    before, after = template.split("{}")
+    frozen = text_encoder.frozen
+    tokens = tokenize_names(classnames, before=before, after=after, context_length=frozen.context_length)
+    embed = frozen.text_weights().token_embedding
+    passes = tokens.to(embed.device).split(PROMPTS_PER_PASS)
+    features = torch.cat([text_encoder(embed[part].to(frozen.dtype), part) for part in passes])
+    return features / features.norm(dim=-1, keepdim=True)
+
+
 class ZeroShot(PromptedCLIP):
     """Text features of "a photo of a <name>." and the like, encoded once.
 
@@ -54,13 +88,6 @@ class ZeroShot(PromptedCLIP):
     ) -> None:
         super().__init__(clip_model, len(classnames))
         self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
-        if not self.templates:
-            raise UserError("Zero-shot CLIP needs at least one template, such as 'a photo of a {}.'.")
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise UserError(
-                    f"The template '{template}' must contain {{}} once, where the class name goes."
-                )
         self.prompt_learner = nn.Module()  # nothing is learned; its mode is that of the model
         self.text_encoder = TextEncoder(clip_model)
         self.register_buffer("mean_features", None, persistent=False)
@@ -69,18 +96,6 @@ class ZeroShot(PromptedCLIP):
     def text_features(self, image_features: Tensor) -> Tensor:
         return self.mean_features[None].to(image_features.dtype)  # normalised with the logits
 
-    @torch.no_grad()
     def set_classnames(self, classnames: Sequence[str]) -> None:
-        total = reduce(torch.add, (self._encode(template, classnames) for template in self.templates))
-        self.mean_features = total / len(self.templates)
+        self.mean_features = mean_text_features(self.templates, classnames, self.text_encoder)
         self.n_classes = len(classnames)
-
-    def _encode(self, template: str, classnames: Sequence[str]) -> Tensor:
-        """(K, E) unit-length text features of one template."""
-        before, after = template.split("{}")
-        frozen = self.text_encoder.frozen
-        tokens = tokenize_names(classnames, before=before, after=after, context_length=frozen.context_length)
-        embed = frozen.text_weights().token_embedding
-        passes = tokens.to(embed.device).split(PROMPTS_PER_PASS)
-        features = torch.cat([self.text_encoder(embed[part].to(frozen.dtype), part) for part in passes])
-        return features / features.norm(dim=-1, keepdim=True)

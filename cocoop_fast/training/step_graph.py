@@ -155,9 +155,8 @@ class RecordedSteps:
         try:
             features, label = features.clone(), label.clone()  # the inputs' memory
             result, replay = self._record(lambda: self._step(features, label))
-        except (
-            RuntimeError
-        ) as error:  # from an operation, the driver or the allocator: not everything can be recorded
+        except RuntimeError as error:
+            # From an operation, the driver or the allocator: not everything can be recorded.
             return (str(error).strip().splitlines() or [type(error).__name__])[0]
         self._recordings[shape] = _Recording(features, label, result, replay)
         return None

@@ -146,6 +146,14 @@ def test_the_anchor_is_that_of_the_classes_there_are():
     assert_close(fast.anchor.features.norm(dim=1), torch.ones(2), 1e-6)
 
 
+def test_what_was_unfrozen_on_purpose_stays_so():
+    fast, _ = models(L1)
+    fast.logit_scale.requires_grad_(True)
+    features, label = inputs(2, torch.float32)
+    fast.loss_and_logits(features, label)[0].backward()
+    assert fast.logit_scale.requires_grad and fast.logit_scale.grad is not None
+
+
 def test_what_leaves_classes_out_is_refused():
     with pytest.raises(UserError, match="Pruning leaves classes out"):
         models(L1, prune_mass=0.01)
