@@ -54,7 +54,8 @@ LETTERS = {
 }  # fmt: skip
 METAVARS = {
     "compare": "[METHOD,...]", "datasets": "NAME ...", "devices": "DEVICE ...", "images": "IMAGE",
-    "methods": "METHOD ...", "pairs": "KEY=VALUE", "runs": "RUN", "seeds": "N ...", "shot_counts": "N ...",
+    "methods": "METHOD ...", "onnx": "FILE", "pairs": "KEY=VALUE", "resources": "NAME=VALUE ...",
+    "runs": "RUN", "seeds": "N ...", "shot_counts": "N ...",
 }  # fmt: skip
 # Options that take several values, `--seeds 1 2 3`, and what they are without one.
 LISTS = {
@@ -62,13 +63,14 @@ LISTS = {
     "--datasets": "",
     "--devices": "all",
     "--methods": "",
+    "--resources": "",
     "--seeds": "",
     "--shot-counts": "",
 }
 PANELS = {  # of the help; all others are in the first one
     "Recipe": "optim.epochs optim.batch_size optim.lr optim.consistency optim.average optim.prune_mass reference_compat",
-    "Machine": "precision backend memory_budget device devices jobs shard workers threads skip_bad_images cache_views "
-    "on_nonfinite",
+    "Machine": "precision backend memory_budget device devices jobs launcher resources shard workers threads "
+    "skip_bad_images cache_views on_nonfinite",
     "Output": "output_dir output overwrite redo_changed checkpoint_steps tensorboard plot json quiet",
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}

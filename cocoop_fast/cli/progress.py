@@ -42,11 +42,6 @@ def observe(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Ob
         yield Lines(stream)
 
 
-def observe_cell(cell: str, *, quiet: bool) -> Observer:
-    """The observer of one cell in a process of its own: lines that name the cell, or silence."""
-    return Observer() if quiet else Lines(sys.stderr, f"[{cell}] ")
-
-
 class _Shown(Observer):
     """What lines and bars have in common: messages, and the first line of a method."""
 
@@ -73,11 +68,10 @@ class _Shown(Observer):
 
 
 class Lines(_Shown):
-    """At most :data:`PLAIN_LINES` lines a method, each after ``prefix``: for log files and pipes."""
+    """At most :data:`PLAIN_LINES` lines a method: for log files and pipes."""
 
-    def __init__(self, stream: TextIO, prefix: str = "") -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._prefix = prefix
 
     def on_epoch_end(self, info: EpochInfo) -> None:
         every = math.ceil(info.epochs / PLAIN_LINES)
@@ -96,8 +90,7 @@ class Lines(_Shown):
         )
 
     def _print(self, text: str) -> None:
-        # One write, so that lines of several processes do not mix.
-        self._stream.write(f"{self._prefix}{printable(text)}\n")
+        self._stream.write(f"{printable(text)}\n")
         self._stream.flush()
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cocoop_fast.cli import configuration, options, output
 from cocoop_fast.cli.options import AtLeastOne, Given
@@ -40,6 +39,8 @@ def run(
     shot_counts: str | None = None,
     devices: str | None = None,
     jobs: AtLeastOne = 1,
+    launcher: Literal["local", "slurm", "ray"] = "local",
+    resources: str | None = None,
     output_dir: Path | None = None,
     overwrite: bool = False,
     redo_changed: bool = False,
@@ -63,6 +64,9 @@ def run(
         devices: Several cells at a time, in one process for each of these devices: cpu, cuda:N, or all, which is every
             GPU, or the CPU.
         jobs: Cells at a time on each of the devices.
+        launcher: Who runs the cells: this machine; SLURM, a job each; or Ray, a task each.
+        resources: Of each SLURM job, as submitit names them (timeout_min=600 gpus_per_node=1 slurm_partition=gpu), or of
+            each Ray task (num_gpus=1).
         output_dir: Of cells and tables. Default: output/PROTOCOL.
         overwrite: Train all cells anew.
         redo_changed: Train those cells anew that were trained with other settings.
@@ -72,11 +76,15 @@ def run(
         Table 1 on the paper's data sets: run base2new --root DATA --model ViT-B/16 --seeds 1 2 3
         On two GPUs, two cells at a time on each: run base2new --devices cuda:0 cuda:1 --jobs 2 --root DATA
             --model ViT-B/16
+        As jobs of SLURM: run base2new --launcher slurm --resources gpus_per_node=1 slurm_partition=gpu --root DATA
+            --model ViT-B/16
         The few-shot curves of your own folders: run few-shot --datasets photos=photos --model ViT-B/16
         Table 2 with folders of your own: run cross-dataset --source a=photos/a --datasets b=photos/b c=photos/c
             --model ViT-B/16
     """
-    from cocoop_fast.cli.progress import observe, observe_cell
+    from cocoop_fast.cli.cell_rows import rows_of
+    from cocoop_fast.cli.launch import choose_launcher
+    from cocoop_fast.cli.progress import observe
     from cocoop_fast.evaluation.feature_cache import FeatureCache
     from cocoop_fast.experiments.shared import Shared
     from cocoop_fast.protocols.cells import (
@@ -84,13 +92,12 @@ def run(
         changed_cells,
         check_present,
         make_cells,
-        on_device,
         refuse_changed,
     )
+    from cocoop_fast.protocols.launchers import read_then_launch
     from cocoop_fast.protocols.outputs import write_outputs
-    from cocoop_fast.protocols.processes import run_in_processes
     from cocoop_fast.protocols.protocol import PROTOCOLS, find_protocol
-    from cocoop_fast.protocols.run_cell import Outcome, run_cells
+    from cocoop_fast.protocols.run_cell import CellWork, Outcome, run_cells
 
     setting = find_protocol(protocol)
     built = configuration.build(config, given, pairs, protocol=True)
@@ -114,37 +121,27 @@ def run(
     )
     check_present(asked)
 
-    names = []
-    if devices is not None or jobs > 1:
-        names = device_names(asked.config.model.device if devices is None else devices)
-        # A device decides the precision "auto", and so the configuration that is compared with finished cells'.
-        asked = on_device(asked, names[0])
+    launch, asked, device = choose_launcher(launcher, asked, devices, jobs, resources)
     cells = make_cells(asked)
     folder = asked.root / "features"
-    with output.only_json(json), observe(quiet=quiet or bool(names)) as observer:
+    with output.only_json(json), observe(quiet=quiet or launch is not None) as observer:
         shared = Shared(FeatureCache(folder, observer.on_message))
         changed = {} if overwrite else changed_cells(cells, shared.dataset)
         if not redo_changed:
             refuse_changed(changed)
         anew = frozenset(cells if overwrite else changed)
         running: Any  # a generator of outcomes, in the order in which cells end
-        if names:
-            running = run_in_processes(
-                cells,
-                [name for name in names for _ in range(jobs)],
-                folder,
-                partial(observe_cell, quiet=quiet),
-                threads=max(1, (os.cpu_count() or 1) // jobs) if names == ["cpu"] else None,
-                overwrite=anew,
-            )
+        if launch is not None:
+            running = read_then_launch(cells, shared, launch, CellWork(folder, device), overwrite=anew)
         else:
             shared.clip(asked.config.model)  # what is wrong with it is wrong for every cell
             running = run_cells(cells, shared, observer, overwrite=anew)
         outcomes = {cell: Outcome(cell) for cell in cells}
-        with closing(running):
+        with rows_of(cells, quiet=quiet or launch is None) as ended, closing(running):
             for outcome in running:  # written after each, so that an interruption leaves a table
                 outcomes[outcome.cell] = outcome
                 results = write_outputs(asked, list(outcomes.values()))
+                ended(outcome)
     finish(asked, list(outcomes.values()), results, json=json)
 
 
@@ -225,25 +222,6 @@ def finish(
             f"{len(failed)} of {len(outcomes)} cells failed; the same command tries them again.",
             exit_status=1,
         )
-
-
-def device_names(text: str) -> list[str]:
-    """Devices to use, each once; ``all``: every GPU, or the CPU.
-
-    Raises:
-        UserError: a device that is unknown or not there, or CPU and GPUs together, whose precision differs.
-    """
-    import torch
-
-    from cocoop_fast.clip.load import resolve_device
-
-    if text == "all":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return [f"cuda:{i}" for i in range(count)] or ["cpu"]
-    names = list(dict.fromkeys(str(resolve_device(name)) for name in options.list_of(text, "--devices")))
-    if len({name.partition(":")[0] for name in names}) > 1:
-        raise UserError("--devices has both the CPU and GPUs; cells of one table should not differ in that.")
-    return names
 
 
 def shots_of(protocol: Protocol, text: str | None) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""Run cells in several processes, one a device (or more): each takes the next cell when it is done with one.
+"""The local launcher: several processes, one a device (or more); each takes the next cell when it is done with one.
 
-A cell that fails, and a process that dies, costs that cell alone. An interruption ends all processes at once:
-whatever a cell has written is whole, because every file is written atomically, and the next call goes on from
-its newest checkpoint.
+A pool of the standard library ends as a whole when one of its processes dies, and knows nothing of devices. Here a
+cell that fails, and a process that dies, costs that cell alone. An interruption ends all processes at once: whatever a
+cell has written is whole, because every file is written atomically, and the next call goes on from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ import contextlib
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 
 import torch
 
-from cocoop_fast.evaluation.feature_cache import FeatureCache
-from cocoop_fast.experiments.shared import Shared
-from cocoop_fast.protocols.cells import Cell, on_device
-from cocoop_fast.protocols.run_cell import Outcome, run_cell
-from cocoop_fast.training.observer import Observer
+from cocoop_fast.protocols.cells import Cell
+from cocoop_fast.protocols.run_cell import CellWork, Outcome
 
 _PATIENCE = 10.0  # seconds for a process to end once it is told to
-
-ObserverOf = Callable[[str], Observer]  # from a cell's name; must be picklable
 
 
 @dataclass
@@ -38,61 +32,56 @@ class _Worker:
     cell: Cell | None = None
 
 
-def run_in_processes(
-    cells: Sequence[Cell],
-    devices: Sequence[str],
-    features: Path,
-    observer_of: ObserverOf,
-    *,
-    threads: int | None = None,
-    overwrite: frozenset[Cell] = frozenset(),
-) -> Iterator[Outcome]:
-    """Run cells on several devices at once.
+@dataclass(frozen=True)
+class Processes:
+    """Runs cells on several devices of this machine at once (a :class:`~cocoop_fast.protocols.launchers.Launcher`).
 
     Args:
-        cells: in the order in which they are begun.
         devices: one process each; a device named twice gets two.
-        features: folder of the feature cache that the processes share.
-        observer_of: makes the observer of a cell, in its process.
         threads: of torch and the CPU engine, in each process; ``None``: their own choice.
-        overwrite: cells to train anew.
-
-    Yields:
-        Outcomes in the order in which cells end. Closing the generator ends the processes.
     """
-    waiting, idle = list(reversed(cells)), list(reversed(devices))
-    workers: list[_Worker] = []
 
-    def hand_out(worker: _Worker) -> None:
-        worker.cell = waiting.pop()
-        # A process that has just died does not take it; that is noticed when it is waited for.
-        with contextlib.suppress(OSError):
-            worker.connection.send((worker.cell, worker.cell in overwrite))
+    devices: Sequence[str]
+    threads: int | None = None
 
-    try:
-        while waiting or workers:
-            while idle and waiting:
-                workers.append(_start(idle.pop(), features, observer_of, threads))
-                hand_out(workers[-1])
-            ready = wait([worker.connection for worker in workers])  # for results, or ends of processes
-            for worker in [worker for worker in workers if worker.connection in ready]:
-                outcome = _outcome(worker)
-                yield outcome
-                # After an accident (no memory left, a broken GPU context) the process may be no good any more.
-                if not waiting or (outcome.status == "failed" and not outcome.usage):
-                    workers.remove(worker)
-                    idle.append(worker.device)
-                    _stop([worker])
-                else:
-                    hand_out(worker)
-    finally:
-        _stop(workers)
+    def __call__(
+        self, cells: Sequence[Cell], work: CellWork, overwrite: frozenset[Cell] = frozenset()
+    ) -> Iterator[Outcome]:
+        """Outcomes in the order in which cells end. Closing the generator ends the processes."""
+        waiting, idle = list(reversed(cells)), list(reversed(self.devices))
+        workers: list[_Worker] = []
+
+        def hand_out(worker: _Worker) -> None:
+            worker.cell = waiting.pop()
+            # A process that has just died does not take it; that is noticed when it is waited for.
+            with contextlib.suppress(OSError):
+                worker.connection.send((worker.cell, worker.cell in overwrite))
+
+        try:
+            while waiting or workers:
+                while idle and waiting:
+                    device = idle.pop()
+                    workers.append(_start(replace(work, device=device), device, self.threads))
+                    hand_out(workers[-1])
+                ready = wait([worker.connection for worker in workers])  # for results, or ends of processes
+                for worker in [worker for worker in workers if worker.connection in ready]:
+                    outcome = _outcome(worker)
+                    yield outcome
+                    # After an accident (no memory left, a broken GPU context) the process may be no good any more.
+                    if not waiting or (outcome.status == "failed" and not outcome.usage):
+                        workers.remove(worker)
+                        idle.append(worker.device)
+                        _stop([worker])
+                    else:
+                        hand_out(worker)
+        finally:
+            _stop(workers)
 
 
-def _start(device: str, features: Path, observer_of: ObserverOf, threads: int | None) -> _Worker:
+def _start(work: CellWork, device: str, threads: int | None) -> _Worker:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, device, features, observer_of, threads))
+    process = context.Process(target=_work, args=(theirs, work, threads))
     # Control-C reaches every process of a terminal: the children ignore it, as they inherit, and we end them.
     in_main = threading.current_thread() is threading.main_thread()  # which alone may change it
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
@@ -114,7 +103,7 @@ def _outcome(worker: _Worker) -> Outcome:
         worker.process.join(_PATIENCE)
         error = f"its process ended unexpectedly ({_exit(worker.process.exitcode)})"
         return Outcome(worker.cell, "failed", error=error, usage=False)
-    return replace(outcome, cell=worker.cell)
+    return outcome
 
 
 def _exit(code: int | None) -> str:
@@ -135,15 +124,10 @@ def _stop(workers: Sequence[_Worker]) -> None:
             worker.process.join()
 
 
-def _work(
-    connection: Connection, device: str, features: Path, observer_of: ObserverOf, threads: int | None
-) -> None:
+def _work(connection: Connection, work: CellWork, threads: int | None) -> None:
     """What a process does: cells as they come, until the pipe is closed."""
     if threads is not None:
         torch.set_num_threads(threads)
-    shared = Shared(FeatureCache(features))
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has gone
         while True:
-            cell, overwrite = connection.recv()
-            outcome = run_cell(on_device(cell, device), shared, observer_of(str(cell)), overwrite=overwrite)
-            connection.send(outcome)
+            connection.send(work(*connection.recv()))

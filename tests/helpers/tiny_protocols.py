@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.protocols.cells import Cell, Experiment, make_cells
 from cocoop_fast.protocols.protocol import PROTOCOLS
 from cocoop_fast.protocols.run_cell import Outcome, run_cells
-from cocoop_fast.training.observer import Observer
+from cocoop_fast.training.observer import Observer, RunInfo
 
 
 def folders(tmp_path: Path, *names: str) -> dict[str, DataConfig]:
@@ -53,3 +55,13 @@ def run_all(
 def finished(cell: Cell, **accuracy: float) -> Outcome:
     """An outcome with these accuracies; ``_`` in a name stands for itself."""
     return Outcome(cell, "finished", accuracy, 1.5)
+
+
+class Accident(Observer):
+    """Seed 2 kills its process, seed 3 fails; for processes elsewhere."""
+
+    def on_run_start(self, info: RunInfo) -> None:
+        if info.config.seed == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if info.config.seed == 3:
+            raise RuntimeError("broken")

@@ -9,36 +9,27 @@ import sys
 import time
 
 import pytest
-from tiny_protocols import run_all, small_experiment
+from tiny_protocols import Accident, folders, run_all, small_experiment
 
 from cocoop_fast.protocols.cells import make_cells
-from cocoop_fast.protocols.processes import run_in_processes
-from cocoop_fast.training.observer import Observer
+from cocoop_fast.protocols.processes import Processes
+from cocoop_fast.protocols.run_cell import CellWork
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")]
 
 
-class Accident(Observer):
-    """Something happens in a cell once it is evaluated."""
-
-    def __init__(self, cell: str) -> None:
-        self.cell = cell
-
-    def on_evaluation_start(self, method, subset, images):
-        if self.cell.endswith("seed 2"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.cell.endswith("seed 3"):
-            raise RuntimeError("broken")
-
-
 def test_a_failure_or_a_dead_process_costs_one_cell(tmp_path):
-    experiment = small_experiment(tmp_path, methods=("zeroshot",), seeds=(1, 2, 3, 4))
+    data = folders(tmp_path, "photos")
+    experiment = small_experiment(tmp_path, data=data, methods=("zeroshot",), seeds=(1, 2, 3, 4))
     cells, features = make_cells(experiment), experiment.root / "features"
-    outcomes = list(run_in_processes(cells, ["cpu", "cpu"], features, Accident, threads=1))
+    launch = Processes(["cpu", "cpu"], threads=1)
+    outcomes = list(launch(cells, CellWork(features, observer=Accident())))
     assert {o.cell for o in outcomes} == set(cells) and len(outcomes) == 4
     one, two, three, four = sorted(outcomes, key=lambda outcome: outcome.cell.seed)
     assert [o.status for o in (one, two, three, four)] == ["finished", "failed", "failed", "finished"]
     assert "its process ended unexpectedly (SIGKILL" in two.error and three.error == "RuntimeError: broken"
+    assert any(text.startswith("warning: The demo CLIP knows digits") for text in (*one.said, *four.said))
+    assert any(text.startswith("Classes trained on: 2 of 4") for text in one.said)
     assert one.accuracy == four.accuracy and len(list(features.glob("*.safetensors"))) == 1
     # Another process, without accidents, does what is left.
     assert [o.accuracy for o in run_all(experiment)] == [one.accuracy] * 4
