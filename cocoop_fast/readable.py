@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from html import escape
 
 # Control characters but tab and newline; marks that turn the direction of writing; halves of characters.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -66,3 +67,15 @@ def _amount(value: float, units: Sequence[tuple[float, str]]) -> str:
     unit, name = next((one for one in units if value >= one[0]), units[-1])
     number = value / unit
     return f"{number:.3g} {name}" if number < 100 else f"{number:,.0f} {name}"
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for notebooks; the first column is text, the others numbers."""
+
+    def line(cell: str, texts: Sequence[str]) -> str:
+        sides = ("left", *["right"] * (len(texts) - 1))
+        cells = zip(sides, texts, strict=True)
+        return "".join(f'<{cell} style="text-align: {side}">{escape(text)}</{cell}>' for side, text in cells)
+
+    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{line('th', columns)}</tr></thead><tbody>{body}</tbody></table>"

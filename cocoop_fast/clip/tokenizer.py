@@ -17,3 +17,9 @@ def tokenizer() -> SimpleTokenizer:
 def encode(text: str) -> tuple[int, ...]:
     """Token ids of a text, without start and end of text. Kept, since cleaning the text takes most of the time."""
     return tuple(tokenizer().encode(text))
+
+
+def word_of(token: int) -> str:
+    """A token as people write it; a piece that a word goes on after ends in a hyphen."""
+    text = tokenizer().decoder[token]
+    return text.removesuffix("</w>") if text.endswith("</w>") or text.startswith("<") else f"{text}-"

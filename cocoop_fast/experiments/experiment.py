@@ -21,6 +21,7 @@ from cocoop_fast.experiments.material import Material
 from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.experiments.training_run import TrainingRun, refuse_other_images
 from cocoop_fast.methods import knows_other_classes
+from cocoop_fast.readable import html_table
 from cocoop_fast.runs import checkpoint, reference_checkpoint
 from cocoop_fast.runs.directory import RunDirectory, check_same_run, open_run, read_run, refuse_link
 from cocoop_fast.runs.recipe import resolve, with_data, with_method
@@ -51,6 +52,24 @@ class Results:
 
     rows: tuple[Row, ...]
     output_dir: Path
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a row a method, with those accuracies that were measured."""
+        measured = [
+            name
+            for name in ("base", "new", "h", "all")
+            if any(getattr(row, name) is not None for row in self.rows)
+        ]
+        rows = [
+            [
+                f"{row.method}, seed {row.seed}",
+                *("-" if (value := getattr(row, name)) is None else f"{value:.2f}" for name in measured),
+                f"{row.train_seconds:.1f}",
+            ]
+            for row in self.rows
+        ]
+        titles = [{"h": "H"}.get(name, name.capitalize()) for name in measured]
+        return f"<p>Accuracy in percent.</p>{html_table(['Method', *titles, 'Training, s'], rows)}"
 
 
 def run(

@@ -15,6 +15,8 @@ from cocoop_fast.engine.contexts import Contexts, ShiftedContext
 from cocoop_fast.errors import UserError
 from cocoop_fast.prompts.layout import PromptLayout, layout_at
 from cocoop_fast.prompts.tokens import tokenize_prompts
+from cocoop_fast.prompts.tree import ClassTree
+from cocoop_fast.readable import html_table
 
 
 class Learner(nn.Module):
@@ -42,6 +44,17 @@ class Learner(nn.Module):
             UserError: an unusable class list, or one that does not fit what was learned.
         """
         raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what is learned, and the tree of the prompts it is learned in."""
+        rows = [
+            [name, str(tuple(one.shape)), f"{one.numel():,}", f"{one.detach().float().norm():.3f}"]
+            for name, one in self.named_parameters()
+        ]
+        table = html_table(["Parameter", "Shape", "Numbers", "Norm"], rows)
+        total = sum(one.numel() for one in self.parameters())
+        tree = ClassTree.from_layout(self.layout)
+        return f"<p>{type(self).__name__}: {total:,} learned numbers.</p>{table}{tree._repr_html_()}"
 
 
 def _words(ctx_init: Any) -> str:

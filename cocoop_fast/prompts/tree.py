@@ -246,6 +246,12 @@ class ClassTree:
             f"leaves={len(self.leaves)}, max_depth={self.max_depth})"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the rows, and the tree drawn."""
+        from cocoop_fast.prompts.drawing import describe_tree, draw_tree
+
+        return f'<p>{describe_tree(self)}</p><div style="overflow-x: auto">{draw_tree(self)}</div>'
+
 
 def _leading_slots(symbols: Tensor) -> int:
     """How many context vectors directly follow SOS in every prompt. (Slots are in the same order in all.)"""

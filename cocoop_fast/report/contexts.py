@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.load import LoadedClip
-from cocoop_fast.clip.tokenizer import tokenizer
+from cocoop_fast.clip.tokenizer import word_of
 from cocoop_fast.engine.contexts import dense_contexts
 from cocoop_fast.methods.learner import ContextLearner
 
@@ -86,12 +86,6 @@ def nearest_words(
         ContextToken(f"{prefix}{m}", length, tuple(zip(map(word_of, tokens), values, strict=True)), typical)
         for m, (length, tokens, values, typical) in enumerate(found, 1)
     )
-
-
-def word_of(token: int) -> str:
-    """A token as people write it; a piece that a word goes on after ends in a hyphen."""
-    text = tokenizer().decoder[token]
-    return text.removesuffix("</w>") if text.endswith("</w>") or text.startswith("<") else f"{text}-"
 
 
 @torch.no_grad()

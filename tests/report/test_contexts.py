@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_runs import loaded_tiny_clip
 
-from cocoop_fast.clip.tokenizer import tokenizer
+from cocoop_fast.clip.tokenizer import tokenizer, word_of
 from cocoop_fast.config import PromptConfig
 from cocoop_fast.methods import build_model
-from cocoop_fast.report.contexts import nearest_words, principal_components, shifts_of, word_of
+from cocoop_fast.report.contexts import nearest_words, principal_components, shifts_of
 
 NAMES = ("cat", "red fox")
 
