@@ -23,6 +23,7 @@ from cocoop_fast.cli import (
     checkpoint,
     datasets,
     evaluate,
+    export,
     failures,
     options,
     output,
@@ -53,6 +54,7 @@ for name, command in {
     "sweep": run_protocol.sweep,
     "bench": bench.command,
     "report": report.command,
+    "export": export.command,
     "plan": plan.command,
     "verify": verify.command,
 }.items():

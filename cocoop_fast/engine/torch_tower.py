@@ -52,7 +52,7 @@ class TorchTower:
         """To (B, K', E) text features of the tree's leaves."""
         ctx, deep = contexts.sum(), contexts.deep
         c = self.constants
-        w, batch = c.weights, len(ctx)
+        w, batch = c.weights, ctx.shape[0]  # not len, which fixes it in a traced graph
         context_rows = self._learnable_rows(ctx) + c.positions
         x = self._weave(context_rows, c.node_rows.expand(batch, -1, -1))  # (B, R, d)
         last = len(w.blocks) - 1

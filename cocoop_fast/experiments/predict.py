@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from cocoop_fast.clip.load import LoadedClip
+from cocoop_fast.config import ResolvedConfig
 from cocoop_fast.data.images import ImageError, as_meant, open_rgb
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
@@ -56,6 +57,7 @@ class Predictor:
         *,
         classnames: Sequence[str] | None = None,
         device: str | None = None,
+        config: ResolvedConfig | None = None,
         on_message: Callable[[str], None] = lambda line: None,
     ) -> Predictor:
         """Load the learned context of a run.
@@ -64,12 +66,14 @@ class Predictor:
             run_dir: what ``experiment.run`` wrote; the newest checkpoint is used.
             classnames: classes to choose from, which need not be those trained on; ``None``: those.
             device: where to compute; ``None``: as the run's configuration says.
+            config: the run's, with another precision or backend; ``None``: as it is.
             on_message: told which model it is.
 
         Raises:
             UserError: no run there, damaged files, or class names that cannot be used.
         """
-        config, newest = read_run(run_dir)
+        own, newest = read_run(run_dir)
+        config = own if config is None else config
         config = replace(config, model=replace(config.model, device=device or config.model.device))
         names, shared = newest.classnames if classnames is None else classnames, Shared()
         model = shared.model(config, names)

@@ -67,4 +67,4 @@ def _attend_nodes(
 
 def _with_sos(rows: Tensor, sos: Tensor) -> Tensor:
     """(B, M, H, D) context rows with the SOS row (H, D) in front."""
-    return torch.cat([sos.to(rows.dtype).expand(len(rows), 1, -1, -1), rows], dim=1)
+    return torch.cat([sos.to(rows.dtype).expand(rows.shape[0], 1, -1, -1), rows], dim=1)
