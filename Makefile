@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint typecheck bench kernels wheel clean sanitize
+.PHONY: help install demo test soak lint typecheck bench kernels site wheel clean sanitize
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,6 +38,10 @@ bench: $(INSTALLED) ## benchmarks, a short set; all of them with `make bench FUL
 
 kernels: $(INSTALLED) ## docs/kernels.md: every GPU kernel compiled for every target (needs nvcc)
 	$(BIN)/python tools/make_kernels_page.py
+
+site: $(INSTALLED) ## these pages with the API's docstrings, in build/site
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --quiet
 
 wheel: $(INSTALLED) ## source distribution and wheel in dist/
 	rm -rf build dist

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import typer.core
 from doc_blocks import PAGES, ROOT, arguments, blocks, command_lines, mentions, shell_lines
 
+import cocoop_fast
 from cocoop_fast import cli
 from cocoop_fast.cli import configuration
 from cocoop_fast.cli.reference_config import METHOD_RULES, RULES
@@ -168,12 +172,46 @@ def test_every_command_is_in_the_readme():
 # -- names and links --------------------------------------------------------------------------------------------
 
 
-def test_the_api_page_is_what_the_docstrings_say():
-    """Otherwise `python tools/make_api_page.py` makes it anew."""
-    spec = importlib.util.spec_from_file_location("make_api_page", ROOT / "tools" / "make_api_page.py")
-    tool = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(tool)  # type: ignore[union-attr]
-    assert tool.PAGE.read_text(encoding="utf-8") == tool.page()
+def test_the_api_page_names_what_there_is_and_every_public_name():
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(names) == len(set(names)) > 50
+    for name in names:
+        home, _, short = name.rpartition(".")
+        assert getattr(importlib.import_module(home), short).__doc__, name
+    shown = {name.rpartition(".")[2] for name in names}
+    assert set(cocoop_fast.__all__) - {"__version__"} <= shown
+
+
+def test_the_pictures_are_of_the_tree_and_of_the_table_of_performance():
+    """Otherwise `python tools/make_pictures.py` makes them anew."""
+    for name, made in tool("make_pictures").pictures().items():
+        assert (ROOT / "docs" / "images" / name).read_text(encoding="utf-8") == made, name
+
+
+def test_the_readme_s_times_are_those_of_performance():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    picture = (ROOT / "docs" / "images" / "step.svg").read_text(encoding="utf-8")
+    assert ">10.20 s<" in picture and ">0.39 s (26.2 times faster)<" in picture
+    assert readme.count("0.39 s") == 3 and "takes 10.2 s dense" in readme
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_has_the_docstrings(tmp_path):
+    pytest.importorskip("mkdocstrings", reason="of the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    assert "sharing every row that is shared" in page and ":class:" not in page
+    start = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert 'src="images/tree.svg"' in start and 'href="tutorial/"' in start
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_table_of_fields_is_complete_and_true():
