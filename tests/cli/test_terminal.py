@@ -65,7 +65,7 @@ def test_everything_that_is_printed(capsys, tell):
 def test_progress(capsys):
     import sys
 
-    Lines(sys.stderr, "[cell] ").on_message(HOSTILE)
+    Lines(sys.stderr).on_message(HOSTILE)
     assert "pwned" in harmless(capsys.readouterr().err)
 
 
