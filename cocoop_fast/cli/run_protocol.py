@@ -214,7 +214,7 @@ def finish(
         output.print_table(*columns_and_rows(entries), left=2)
         for note in notes(entries, outcomes):
             output.say(note)
-        output.say(f"Written: results.json, table.md and table.csv in {experiment.root}")
+        output.say(f"Written: results.json, table.md, table.csv and table.tex in {experiment.root}")
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     output.warn([f"{outcome.cell} failed: {' '.join(outcome.error.split())}" for outcome in failed])
     if failed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +78,11 @@ class Dataset:
     def folder(self) -> Path | None:
         """What the samples' sources are relative to; ``None`` for embedded images."""
         return getattr(self.read, "root", None)
+
+    def images_of_classes(self, samples: tuple[Sample, ...]) -> tuple[int, ...]:
+        """How many of these samples each class has; (K,)."""
+        found = Counter(sample.label for sample in samples)
+        return tuple(found[k] for k in range(len(self.classnames)))
 
     @property
     def val_is_test(self) -> bool:

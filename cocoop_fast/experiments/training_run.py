@@ -136,6 +136,7 @@ class TrainingRun:
                 device=str(self._material.clip.device),
                 notes=(*filter(None, [self._material.clip.assumed]), *self._train.notes),
                 first_step=trainer.step,
+                class_images=self._train.images_of_classes(self._train.train),
             )
         )
         if newest is not None:

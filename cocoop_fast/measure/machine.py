@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from cocoop_fast.files.provenance import commit, package_version
 from cocoop_fast.ops.extensions import CPP
 
 
@@ -25,8 +24,8 @@ def describe_machine() -> dict[str, str | int | None]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cocoop_fast": _version(),
-        "commit": _commit(),
+        "cocoop_fast": package_version(),
+        "commit": commit(),
     }
 
 
@@ -83,29 +82,4 @@ def _memory_gb() -> int | None:
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _version() -> str | None:
-    try:
-        return version("cocoop-fast")
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file lies in; "+" if it was changed since."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "cocoop_fast", "csrc")
-        return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
         return None

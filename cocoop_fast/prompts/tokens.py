@@ -112,12 +112,23 @@ def pad_prompts(prompts: Sequence[Sequence[int]], names: Sequence[str], context_
 
 def warn_of_unknown_words(classnames: Sequence[str], known: frozenset[int]) -> None:
     """Warn of classes whose name has a token that the model was not trained on."""
+    if sentence := about_unknown_words(classnames, known):
+        warnings.warn(sentence, stacklevel=3)
+
+
+def about_unknown_words(classnames: Sequence[str], known: frozenset[int] | None) -> str:
+    """Names the classes whose name has a token that the model was not trained on; empty if there is none.
+
+    Args:
+        classnames: K names.
+        known: the tokens it was trained on; ``None``: all.
+    """
+    if known is None:
+        return ""
     unknown = [repr(_shorten(name)) for name in spell_names(classnames) if not known.issuperset(encode(name))]
-    if unknown:
-        warnings.warn(
-            f"The model never saw the words of {_some(unknown)}: what it says of such classes means little.",
-            stacklevel=3,
-        )
+    if not unknown:
+        return ""
+    return f"The model never saw the words of {_some(unknown)}: what it says of such classes means little."
 
 
 def _some(items: Sequence[str]) -> str:

@@ -1,16 +1,18 @@
-"""What an experiment leaves in its directory: results.json, table.csv and table.md (docs/protocols.md)."""
+"""What an experiment leaves in its directory: results.json, table.csv, table.md and table.tex (docs/protocols.md)."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from operator import methodcaller
 from typing import Any
 
 from cocoop_fast.config import flatten, to_mapping
 from cocoop_fast.files.atomic import write_atomically, write_json
+from cocoop_fast.files.provenance import provenance
+from cocoop_fast.methods.records import method_title
 from cocoop_fast.protocols.cells import Experiment
 from cocoop_fast.protocols.published import UNCHECKED, published_setting
 from cocoop_fast.protocols.run_cell import Outcome
@@ -22,12 +24,17 @@ _BY_CELL = {"seed", "output_dir", "prompt.method", "data.name", "data.root", "da
 
 
 def write_outputs(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Write the three files, each whole or not at all. Returns what results.json holds."""
+    """Write the four files, each whole or not at all. Returns what results.json holds."""
     entries = make_table(experiment, outcomes)
     results = _mapping(experiment, outcomes, entries)
     experiment.root.mkdir(parents=True, exist_ok=True)
     write_json(experiment.root / "results.json", results)
-    for name, text in (("table.csv", _csv(entries)), ("table.md", markdown(experiment, outcomes))):
+    tables = {
+        "table.csv": _csv(entries),
+        "table.md": markdown(experiment, outcomes),
+        "table.tex": latex(entries),
+    }
+    for name, text in tables.items():
         write_atomically(experiment.root / name, methodcaller("write", text.encode()))
     return results
 
@@ -85,6 +92,42 @@ def markdown(experiment: Experiment, outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_LATEX = str.maketrans(
+    {**{sign: f"\\{sign}" for sign in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+     "^": r"\textasciicircum{}", "±": r"$\pm$", "†": r"$\dagger$", "–": "--", "<": "$<$", ">": "$>$", "|": "$|$"}
+)  # fmt: skip
+
+
+def latex(entries: Sequence[Entry], name: Callable[[str], str] = method_title) -> str:
+    """The table for a paper, in LaTeX with the package booktabs; the notes are comments above it.
+
+    Args:
+        entries: of the table.
+        name: a method's name as it is printed.
+    """
+    metrics = metrics_of(entries)
+    columns = ["Data set", "Method", *metrics.values()]
+    lines = [*(f"% {note}" for note in notes(entries)), r"% \usepackage{booktabs}"]
+    lines += [rf"\begin{{tabular}}{{ll{'r' * len(metrics)}}}", r"\toprule", _latex_row(columns)]
+    for dataset, methods in by_row(entries).items():
+        lines.append(r"\midrule")
+        shown = dataset.replace("_", " ")
+        for method, row in methods.items():
+            values = [row.get(metric) for metric in metrics]
+            lines.append(_latex_row([shown, name(method), *(str(value or NOTHING) for value in values)]))
+            paper = [value.published if value else None for value in values]
+            if any(paper):
+                lines.append(
+                    _latex_row(["", f"{name(method)}, published", *(str(one or NOTHING) for one in paper)])
+                )
+            shown = ""
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+
+
 def _csv(entries: Sequence[Entry]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -102,6 +145,7 @@ def _mapping(experiment: Experiment, outcomes: Sequence[Outcome], entries: Seque
     return {
         "format": FORMAT,
         "version": VERSION,
+        "provenance": provenance(),
         "protocol": experiment.protocol.name,
         "source": experiment.source,
         "datasets": list(experiment.datasets),

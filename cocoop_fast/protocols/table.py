@@ -7,6 +7,7 @@ takes them.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -38,7 +39,7 @@ class Entry:
         method: by its short name.
         metric: "base", "new", "h", "all", "accuracy" or "shots_N".
         mean: percent.
-        std: over seeds; ``None`` for a single one.
+        std: over seeds; ``None`` for a single one, and for a method that learns nothing, which has no seeds.
         seeds: the value of each.
         published: the paper's number, if it has one.
     """
@@ -58,6 +59,12 @@ class Entry:
         own["seeds"] = {int(seed): value for seed, value in own["seeds"].items()}
         own["published"] = own["published"] and Published(**own["published"])
         return cls(**own)
+
+    @property
+    def one_seed(self) -> bool:
+        """Whether another seed might give another number, and how far from this one is not known."""
+        record = METHODS.get(self.method.split(" ")[0])
+        return self.std is None and (record is None or record.learns)
 
     def __str__(self) -> str:
         return f"{self.mean:.2f}" if self.std is None else f"{self.mean:.2f}±{self.std:.2f}"
@@ -119,6 +126,7 @@ def entries_of(
         protocol: whose published numbers stand beside them; ``None``: none do.
     """
     by_seed = dict(accuracy)
+    learns = method not in METHODS or METHODS[method].learns
     means = {metric: float(np.mean(list(values.values()))) for metric, values in accuracy.items()}
     if "base" in accuracy and "new" in accuracy:
         means["h"] = harmonic_mean(means["base"], means["new"])
@@ -131,12 +139,28 @@ def entries_of(
             method=method,
             metric=metric,
             mean=means[metric],
-            std=float(np.std(list(by_seed[metric].values()))) if len(by_seed[metric]) > 1 else None,
+            std=float(np.std(list(by_seed[metric].values())))
+            if learns and len(by_seed[metric]) > 1
+            else None,
             seeds=by_seed[metric],
             published=published_results().get((protocol, dataset, method, metric)) if protocol else None,
         )
         for metric in sorted(by_seed, key=_place)
     ]
+
+
+def told_apart(one: Entry, other: Entry) -> bool:
+    """Whether two means differ by more than the standard deviation, over seeds, of their difference.
+
+    The difference is taken seed by seed, since methods see the same images with the same seed; where fewer than two seeds
+    are of both, its deviation is the root of the summed squares of each one's.
+    """
+    both = one.seeds.keys() & other.seeds.keys()
+    if len(both) > 1:
+        deviation = float(np.std([one.seeds[seed] - other.seeds[seed] for seed in sorted(both)]))
+    else:
+        deviation = math.hypot(one.std or 0.0, other.std or 0.0)
+    return abs(one.mean - other.mean) > deviation
 
 
 def metrics_of(entries: Sequence[Entry]) -> dict[str, str]:

@@ -43,7 +43,8 @@ class Shifts:
         mean: (M, d), the mean shift.
         spread: how far an image's shift is from the mean one: the root mean square over images and tokens.
         label: (n,) int64 into ``classnames``.
-        classnames: of the classes whose images they are.
+        classnames: of the classes whose images they are, those trained on first.
+        trained_on: how many those are.
     """
 
     points: Tensor
@@ -52,6 +53,7 @@ class Shifts:
     spread: float
     label: Tensor
     classnames: tuple[str, ...]
+    trained_on: int
 
 
 @torch.no_grad()
@@ -90,7 +92,11 @@ def nearest_words(
 
 @torch.no_grad()
 def shifts_of(
-    learner: ContextLearner, image_features: Tensor, label: Tensor, classnames: tuple[str, ...]
+    learner: ContextLearner,
+    image_features: Tensor,
+    label: Tensor,
+    classnames: tuple[str, ...],
+    trained_on: int,
 ) -> Shifts | None:
     """What images add to the context (the Meta-Net's bias), in two dimensions; ``None`` if it is the same for all.
 
@@ -98,7 +104,8 @@ def shifts_of(
         learner: of any method with a context.
         image_features: (n, E), of any length.
         label: (n,) int64.
-        classnames: what the labels mean.
+        classnames: what the labels mean; the classes trained on come first.
+        trained_on: how many those are.
     """
     unit = image_features / image_features.norm(dim=-1, keepdim=True)
     moved = dense_contexts(learner.contexts(unit))
@@ -111,7 +118,7 @@ def shifts_of(
     points, explained = principal_components(shift.flatten(1))
     mean = shift.mean(dim=0)
     spread = float((shift - mean).norm(dim=-1).square().mean().sqrt())
-    return Shifts(points, explained, mean, spread, label, classnames)
+    return Shifts(points, explained, mean, spread, label, classnames, trained_on)
 
 
 def principal_components(x: Tensor) -> tuple[Tensor, tuple[float, float]]:

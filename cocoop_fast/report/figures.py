@@ -20,7 +20,7 @@ MOST_BARS = 40  # classes; of more the worst and the best are shown
 MOST_NUMBERS = 16  # classes whose counts are written into a confusion matrix
 MOST_CELLS = 60  # classes of a confusion matrix that can be looked at
 MOST_POINTS = 800
-MOST_NAMED = 12  # classes named among points
+MOST_NAMED = len(style.MARKERS)  # classes named among points
 _BAR = 0.2  # inches
 _END = 114  # percent: there is room for a number beside a bar
 
@@ -174,6 +174,7 @@ def class_bars(tested: Tested, method: str, name: str) -> Picture:
     names = [tested.classnames[k] for _, k in shown]
     with drawing(0.9 + 0.21 * len(shown)) as (figure, axes):
         bars = axes.barh(range(len(shown)), values, 0.72, color=method_colour(method))
+        axes.axvline(tested.chance, color=style.INK, linestyle=":", linewidth=1.2)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
         _horizontal(axes, [shorten(class_name) for class_name in names])
         if cut:
@@ -184,9 +185,12 @@ def class_bars(tested: Tested, method: str, name: str) -> Picture:
             figure,
             name,
             alt=f"Bars of the accuracy of {SUBSETS[tested.subset]}, worst first: {listed}.",
-            caption=f"The {MOST_BARS // 2} worst and the {MOST_BARS // 2} best of {len(known)} classes."
-            if cut
-            else "Accuracy of each class, worst first.",
+            caption=(
+                f"The {MOST_BARS // 2} worst and the {MOST_BARS // 2} best of {len(known)} classes."
+                if cut
+                else "Accuracy of each class, worst first."
+            )
+            + f" Dotted: chance, {tested.chance:.3g} %.",
         )
 
 
@@ -244,14 +248,18 @@ def shift_plane(shifts: Shifts, name: str) -> Picture:
     with drawing(style.WIDTH + 0.2 * -(-len(named) // 3)) as (figure, axes):
         axes.scatter(*points[others].T, s=5, color=style.GRID)
         for k, marker, colour in zip(named, cycle(style.MARKERS), cycle(style.CLASS_COLOURS), strict=False):
+            new = k >= shifts.trained_on
             axes.scatter(
-                *points[label == k].T, s=13, marker=marker, linewidth=0, color=colour, alpha=0.75,
+                *points[label == k].T, s=13, marker=marker, linewidth=0.8 if new else 0, alpha=0.75,
+                facecolor="none" if new else colour, edgecolor=colour,
                 label=shorten(shifts.classnames[k], 18),
             )  # fmt: skip
         axes.set_xlabel(f"First component ({100 * shifts.explained[0]:.0f} % of the variance)")
         axes.set_ylabel(f"Second component ({100 * shifts.explained[1]:.0f} %)")
         figure.legend(loc="outside lower center", ncols=3, markerscale=1.6)
         rest = f" Grey: the other {len(shifts.classnames) - len(named)} classes." if others.any() else ""
+        if shifts.trained_on < len(shifts.classnames):
+            rest = f" Filled: classes trained on; hollow: new ones.{rest}"
         return picture(
             figure,
             name,

@@ -27,6 +27,8 @@ from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.methods import build_model, knows_other_classes
 from cocoop_fast.methods.base import PromptedCLIP
 from cocoop_fast.methods.learner import ContextLearner
+from cocoop_fast.methods.records import METHODS
+from cocoop_fast.prompts.tokens import about_unknown_words
 from cocoop_fast.report.contexts import ContextToken, Shifts, nearest_words, shifts_of
 from cocoop_fast.report.sources import Run
 from cocoop_fast.runs.checkpoint import load_parameters
@@ -68,6 +70,9 @@ class Tested:
         images: test images there are; more than ``metrics.total`` if not all were looked at.
         class_accuracy: (K,) percent, as the run recorded it, or if it did not, of the images that were looked at;
             ``None`` where a class has no image.
+        class_images: (K,) how many images that is of.
+        train_images: (K,) training images of each class, where they were recorded; empty for classes not trained on.
+        unknown: a sentence about names whose words the model never saw; empty if it knows all.
         examples: wrong ones first, the surest mistakes at the front.
     """
 
@@ -76,7 +81,15 @@ class Tested:
     metrics: Metrics
     images: int
     class_accuracy: Sequence[float | None]
+    class_images: Sequence[int]
+    train_images: Sequence[int]
+    unknown: str
     examples: tuple[Example, ...]
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing, in percent."""
+        return 100 / len(self.classnames)
 
     def confused(self, most: int) -> list[tuple[str, str, int]]:
         """The most frequent mistakes: true class, predicted class, how many times."""
@@ -152,6 +165,7 @@ class Inspector:
         own = config.data.subset
         both = own == "base" and knows_other_classes(config.prompt)
         subsets: tuple[Subset, ...] = ("base", "new") if both else (own,)
+        learns = METHODS[run.method].learns
         tested: list[Tested] = []
         images: list[Tensor] = []
         labels: list[Tensor] = []  # into `names`, those of all subsets
@@ -175,6 +189,9 @@ class Inspector:
                     metrics=metrics,
                     images=len(classes.test),
                     class_accuracy=recorded or metrics.per_class_accuracy,
+                    class_images=classes.images_of_classes((classes if recorded else shown).test),
+                    train_images=run.history.start.get("class_images", ()) if same and learns else (),
+                    unknown=about_unknown_words(shown.classnames, clip.known_tokens),
                     examples=_examples(shown, probability, seen.label),
                 )
             )
@@ -186,7 +203,8 @@ class Inspector:
             first_class = newest.classnames[0]
             words = nearest_words(learner.ctx, clip, first_class)
             features = torch.cat(images).to(learner.ctx.device)
-            shifts = shifts_of(learner, features, torch.cat(labels), names)
+            trained_on = len(tested[0].classnames)  # the first subset is what was trained on
+            shifts = shifts_of(learner, features, torch.cat(labels), names, trained_on)
             if shifts is not None:
                 moved_words = nearest_words(learner.ctx.detach().cpu() + shifts.mean, clip, first_class)
         return Inspection(run, tuple(tested), words, moved_words, shifts, trained, clip)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import jinja2
 
 from cocoop_fast.config import flatten, to_mapping
-from cocoop_fast.protocols.outputs import notes
-from cocoop_fast.protocols.table import AVERAGE, Entry, by_row, metrics_of
+from cocoop_fast.evaluation.metrics import harmonic_mean
+from cocoop_fast.files.provenance import provenance
+from cocoop_fast.protocols.outputs import latex, notes
+from cocoop_fast.protocols.table import AVERAGE, Entry, by_row, metrics_of, told_apart
 from cocoop_fast.readable import printable, readable_bytes, readable_flops, readable_time
 from cocoop_fast.report.chapters import Chapter
 from cocoop_fast.report.cost import Cost
@@ -53,8 +55,12 @@ def render(chapters: Sequence[Chapter], most_images: int) -> str:
         "bytes": readable_bytes,
         "fields": lambda config: flatten(to_mapping(config)),
     }
-    functions = (answer, best_of, cost_rows, metrics_of, notes, results)
-    environment.globals |= {function.__name__: function for function in functions}
+    functions = (
+        answer, best_of, chance_of, cost_rows, latex, metrics_of, notes, provenance, results, short_of_images
+    )  # fmt: skip
+    environment.globals |= {function.__name__: function for function in functions} | {
+        "method_name": method_name
+    }
     return environment.get_template("page.html").render(
         title=_title(chapters),
         chapters=chapters,
@@ -77,12 +83,26 @@ def answer(source: Source) -> str:
     reached = _ANSWERS.get(metric) or f"with {metrics[metric]} an accuracy of"
     found = [entry for entry in here if entry.metric == metric]
     best, *others = sorted(found, key=lambda entry: -entry.mean)
+    above = [one for one in others if told_apart(best, one)]
+    like = [one for one in others if not told_apart(best, one)]
     where = "on average over the data sets" if dataset == AVERAGE else f"on {data_name(best.dataset)}"
     sentence = f"{method_name(best.method)} reaches {reached} {best} % {where}"
-    if others:
-        *gaps, last = [f"{best.mean - one.mean:.2f} points above {method_name(one.method)}" for one in others]
-        sentence += ": " + " and ".join([", ".join(gaps), last] if gaps else [last])
-    return sentence + "."
+    if above:
+        sentence += ": " + _listed(
+            [f"{best.mean - one.mean:.2f} points above {method_name(one.method)}" for one in above]
+        )
+    sentence += "."
+    if like:
+        one_of = _listed([f"{method_name(one.method)} ({one})" for one in like])
+        sentence += f" It cannot be told apart from {one_of}: seeds differ by as much."
+    if others and any(entry.one_seed for entry in found):
+        sentence += " How much another seed would change is not known."
+    return sentence
+
+
+def _listed(items: Sequence[str]) -> str:
+    *first, last = items
+    return " and ".join([", ".join(first), last] if first else [last])
 
 
 def results(source: Source) -> dict[str, dict[str, dict[str, Entry]]]:
@@ -91,13 +111,42 @@ def results(source: Source) -> dict[str, dict[str, dict[str, Entry]]]:
     return {dataset: rows[dataset] for dataset in sorted(rows, key=lambda name: name != AVERAGE)}
 
 
-def best_of(methods: Mapping[str, Mapping[str, Entry]]) -> dict[str, float]:
-    """The best mean by metric; nothing where there is nothing to compare."""
-    best: dict[str, float] = {}
-    for row in methods.values() if len(methods) > 1 else ():
-        for metric, entry in row.items():
-            best[metric] = max(entry.mean, best.get(metric, entry.mean))
-    return best
+def best_of(methods: Mapping[str, Mapping[str, Entry]]) -> list[Entry]:
+    """The best by metric, and those that cannot be told apart from it; nothing where there is nothing to compare."""
+    found: list[Entry] = []
+    rows = list(methods.values()) if len(methods) > 1 else []
+    for metric in dict.fromkeys(metric for row in rows for metric in row):
+        here = [row[metric] for row in rows if metric in row]
+        best = max(here, key=lambda entry: entry.mean)
+        found += [entry for entry in here if entry.mean == best.mean or not told_apart(best, entry)]
+    return found
+
+
+def chance_of(source: Source, dataset: str) -> dict[str, float]:
+    """The accuracy of guessing, in percent, by metric, where the runs recorded how many classes they were tested on."""
+    tested = [run.classes_tested() for run in source.runs if run.dataset == dataset and run.classes_tested()]
+    found: dict[str, float] = {}
+    for entry in source.entries:
+        name = entry.metric if entry.metric in SUBSETS else "all"
+        counts = {one[name] for one in tested if name in one}
+        if entry.dataset == dataset and entry.metric != "h" and len(counts) == 1:
+            found[entry.metric] = 100 / counts.pop()
+    if "base" in found and "new" in found:
+        found["h"] = harmonic_mean(found["base"], found["new"])
+    return found
+
+
+def short_of_images(source: Source) -> list[str]:
+    """A sentence for each data set some of whose classes have fewer training images than were asked for."""
+    found: dict[str, tuple[int, int]] = {}
+    for run in source.runs:
+        if short := run.short_classes():
+            found[run.dataset] = max(found.get(run.dataset, short), short)
+    return [
+        f"In {data_name(dataset)} {count} {'class has' if count == 1 else 'classes have'} fewer training images than that, "
+        f"as few as {least}."
+        for dataset, (count, least) in found.items()
+    ]
 
 
 def cost_rows(cost: Cost) -> list[tuple[str, str, str, str]]:

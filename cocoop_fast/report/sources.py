@@ -46,6 +46,25 @@ class Run:
     def method(self) -> str:
         return self.config.prompt.method
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """When, where, with what and by which command; empty for runs of versions that did not record it."""
+        for record in (self.history.start, self.results or {}):
+            if isinstance(found := record.get("provenance"), dict):
+                return found
+        return {}
+
+    def classes_tested(self) -> dict[str, int]:
+        """How many classes there are in each set that it was tested on, as far as that was recorded."""
+        tested = (self.results or {}).get("evaluations", {})
+        return {name: len(one["per_class_accuracy"]) for name, one in tested.items()}
+
+    def short_classes(self) -> tuple[int, int] | None:
+        """How many classes have fewer training images than were asked for, and how few the smallest has."""
+        images, asked = self.history.start.get("class_images"), self.config.data.shots
+        short = [one for one in images or () if asked and one < asked]
+        return (len(short), min(short)) if short else None
+
     def accuracy(self) -> dict[str, float]:
         """Percent, by the classes tested on: "base", "new", "all"."""
         if self.results is None:
@@ -173,6 +192,9 @@ def _read_run(path: Path, dataset: str | None = None, features: Path | None = No
     )
     with refusing_damage(file):
         run.accuracy()
+        run.classes_tested()
+    with refusing_damage(log):
+        run.short_classes()
     return run
 
 

@@ -26,8 +26,9 @@ DARK |= {ORANGE: "#f0883e", BLUE: "#56b4e9", GREY: "#9e9e9e", GREEN: "#3fc99b", 
 PALETTE = {"orange": ORANGE, "blue": BLUE, "grey": GREY, "green": GREEN, "pink": PINK}
 # Beside the colours, so that plots can be read without them.
 HATCHES = ("", "//", "--", "xx", "\\\\", "||")
-LINES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1.5)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 3)))
+# As many as classes are named in a plot: each has a form of its own. Of 12 and 5 no pair of form and colour repeats.
+MARKERS: tuple[Any, ...] = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", (4, 1, 0))
 CLASS_COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
 
 WIDTH = 4.3  # inches: as wide as a phone's screen, so that text keeps its size there

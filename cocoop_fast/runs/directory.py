@@ -31,6 +31,7 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import write_atomically, write_json
 from cocoop_fast.files.lock import folder_locked, locked
 from cocoop_fast.files.parsing import json_value
+from cocoop_fast.files.provenance import provenance
 from cocoop_fast.runs import checkpoint
 from cocoop_fast.runs.checkpoint import Checkpoint
 
@@ -108,12 +109,12 @@ class RunDirectory:
             return None
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Atomically replace ``results.json``.
+        """Atomically replace ``results.json``. What was made before keeps the provenance that it has.
 
         Raises:
             OSError: the directory is not there.
         """
-        write_json(self.path / "results.json", results)
+        write_json(self.path / "results.json", {"provenance": provenance(), **results})
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from cocoop_fast.clip.load import describe
 from cocoop_fast.engine.memory import peak_of_process
 from cocoop_fast.evaluation.metrics import Metrics
 from cocoop_fast.files.atomic import make_folder, through_no_link
+from cocoop_fast.files.provenance import provenance
 from cocoop_fast.readable import classes_in_and_out, printable
 from cocoop_fast.runs.directory import DELETION_SECONDS
 from cocoop_fast.runs.recipe import in_words
@@ -80,9 +81,11 @@ class RunLog(Observer):
             parameters=info.parameters,
             train_images=info.train_images,
             classes=len(info.classnames),
+            class_images=info.class_images,
             epochs=info.epochs,
             steps_per_epoch=info.steps_per_epoch,
             first_step=info.first_step,
+            provenance=provenance(),
         )
 
     def on_epoch_start(self, epoch: int, epochs: int, first_batch: int, batches: int) -> None:

@@ -28,6 +28,9 @@ class RunInfo:
     device: str
     notes: tuple[str, ...]  # what was assumed of the model, and how the data were understood, a sentence each
     first_step: int  # 0, or the number of steps already done by an earlier, interrupted run
+    class_images: tuple[
+        int, ...
+    ] = ()  # training images of each class in classnames: some have fewer than `shots`
 
 
 @dataclass

@@ -9,8 +9,9 @@ import pytest
 from tiny_protocols import finished, small_experiment
 
 from cocoop_fast.config import DataConfig
+from cocoop_fast.protocols import table
 from cocoop_fast.protocols.cells import make_cells
-from cocoop_fast.protocols.outputs import columns_and_rows, markdown, write_outputs
+from cocoop_fast.protocols.outputs import columns_and_rows, latex, markdown, write_outputs
 from cocoop_fast.protocols.protocol import PROTOCOLS
 from cocoop_fast.protocols.run_cell import Outcome
 from cocoop_fast.protocols.table import make_table
@@ -171,3 +172,16 @@ def test_files(two_sets):
     assert len(rows) == len(results["table"]) == 9
     assert float(rows[0]["mean"]) == 93.0 and rows[0]["published"] == ""
     assert "| pets | cocoop | 93.00±2.45 | 60.00±4.90 |" in (experiment.root / "table.md").read_text()
+    tex = (experiment.root / "table.tex").read_text()
+    assert r"\begin{tabular}{llrrr}" in tex and r"Data set & Method & Base & New & H \\" in tex
+    assert r"pets & CoCoOp & 93.00$\pm$2.45 & 60.00$\pm$4.90 &" in tex
+
+
+def test_latex_takes_names_as_they_are():
+    entries = table.entries_of("50%_off & more", "a_b", {"all": {1: 50.0}}, None)
+    assert r"50\% off \& more & a\_b & 50.00 \\" in latex(entries)
+
+
+def test_what_learns_nothing_has_no_deviation():
+    [same] = table.entries_of("digits", "zeroshot", {"all": {1: 50.0, 2: 50.0}}, None)
+    assert (same.std, str(same), same.one_seed) == (None, "50.00", False)

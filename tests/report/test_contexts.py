@@ -64,7 +64,7 @@ def test_shifts_are_the_meta_net_s_output(clip, method):
     learner = model.prompt_learner
     image = torch.randn(9, model.embed_dim, generator=torch.Generator().manual_seed(2))
     label = torch.arange(9) % 2
-    shifts = shifts_of(learner, image, label, NAMES)
+    shifts = shifts_of(learner, image, label, NAMES, 2)
     unit = image / image.norm(dim=1, keepdim=True)
     nets = [learner.meta_net] * 4 if method == "cocoop" else learner.meta_nets
     with torch.no_grad():
@@ -81,7 +81,8 @@ def test_shifts_are_the_meta_net_s_output(clip, method):
 def test_a_context_for_all_images_has_no_shifts(clip):
     model = build_model(PromptConfig(method="coop"), NAMES, clip)
     assert (
-        shifts_of(model.prompt_learner, torch.randn(5, model.embed_dim), torch.zeros(5).long(), NAMES) is None
+        shifts_of(model.prompt_learner, torch.randn(5, model.embed_dim), torch.zeros(5).long(), NAMES, 2)
+        is None
     )
 
 
