@@ -48,7 +48,7 @@ wheel: $(INSTALLED) ## source distribution and wheel in dist/
 	$(BIN)/python -m build
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info cocoop_fast/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .editable build dist *.egg-info cocoop_fast/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed again whenever what it is built from changes. The stamp comes last, so an install that failed is repeated.

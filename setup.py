@@ -25,6 +25,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 # Hidden visibility is what pybind11 asks for. No -ffast-math: results are compared with other backends'.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -197,9 +198,30 @@ def instruction_set(source: str) -> str | None:
     return next((suffix for suffix in INSTRUCTION_SETS if Path(source).stem.endswith(suffix)), None)
 
 
-def packages_under(folder: str, name: str) -> list[str]:
-    """The package in `folder`, known as `name`, and all packages below it."""
-    return [name, *(f"{name}.{below}" for below in find_packages(folder))]
+class EditableWheel(editable_wheel):
+    """An editable install by a plain path, which type checkers and editors follow; they do not follow an import hook.
+
+    The path is that of a folder which holds a link to the package and nothing else: on the path of this folder,
+    kernels/ would be found as a package of its own. Where there can be no links it is the hook.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        try:
+            Path(".editable").mkdir(exist_ok=True)
+            for link, target in {
+                ".editable/cocoop_fast": "cocoop_fast",
+                "cocoop_fast/kernels": "kernels",
+            }.items():
+                if not Path(link).is_dir():
+                    Path(link).unlink(missing_ok=True)  # in an archive without links it is a file
+                    Path(link).symlink_to(Path("..", target), target_is_directory=True)
+        except OSError as error:
+            say(
+                f"cocoop_fast: no link for an editable install ({error}); type checkers will not find the package"
+            )
+        else:
+            self.package_dir = self.distribution.package_dir = {"": ".editable"}
 
 
 def say(line: str) -> None:
@@ -214,9 +236,10 @@ cuda_sources = sorted(str(path) for suffix in ("cu", "cpp") for path in Path("cs
 
 setup(
     # kernels/ has its own folder beside csrc/, but PyPI has another package of that name: ours is cocoop_fast.kernels.
+    # There, in a checkout, a link leads to it.
     packages=[
-        *packages_under("cocoop_fast", "cocoop_fast"),
-        *packages_under("kernels", "cocoop_fast.kernels"),
+        *find_packages(include=["cocoop_fast", "cocoop_fast.*"], exclude=["*.kernels", "*.kernels.*"]),
+        *(f"cocoop_fast.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
     ],
     package_dir={"cocoop_fast.kernels": "kernels"},
     # Optional: an editable install then accepts that one is not there.
@@ -229,5 +252,5 @@ setup(
         ),
         *([Extension(CUDA_EXTENSION, cuda_sources, language="c++", optional=True)] if cuda_sources else []),
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "editable_wheel": EditableWheel},
 )

@@ -71,9 +71,9 @@ class TreeAttention:
             ValueError: a tensor has another shape, dtype or device, or rows that are not contiguous.
         """
         batch = self._check_queries(o, "o", o)
-        *rows, heads = inputs
+        q, k, v, sos_k, sos_v, heads = inputs
         head_size, block = _head_block(o.shape[2], heads)
-        pointers, strides = self._inputs(*rows, o)
+        pointers, strides = self._inputs(q, k, v, sos_k, sos_v, o)
         if not batch:
             return
         plan = self.plan
@@ -113,9 +113,9 @@ class TreeAttention:
         plan = self.plan
         batch = self._check_queries(grad_o, "grad_o", grad_o)
         width = grad_o.shape[2]
-        *read, heads = inputs
+        q, k, v, sos_k, sos_v, heads = inputs
         head_size, block = _head_block(width, heads)
-        pointers, strides = self._inputs(*read, grad_o)
+        pointers, strides = self._inputs(q, k, v, sos_k, sos_v, grad_o)
         rows = plan.n_ctx if context_only else plan.rows
         _check_rows("dk", dk, (batch, rows, width), grad_o)
         _check_rows("dv", dv, (batch, rows, width), grad_o)

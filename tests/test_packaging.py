@@ -41,7 +41,8 @@ def tree(tmp_path):
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("cocoop_fast", "kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
     (tmp_path / "README.md").write_text("# cocoop_fast\n")
     (tmp_path / "csrc/cpu").mkdir(parents=True)
     (tmp_path / "csrc/bindings.cpp").write_text(SMALL_MODULE.format(""))
@@ -132,6 +133,26 @@ def test_kernels_are_installed_inside_our_package(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == ["cocoop_fast.kernels", "None"]
+
+
+@pytest.mark.parametrize("links", ["as in a checkout", "as in an archive without links"])
+def test_an_editable_install_is_a_plain_path_to_our_package_alone(tree, links):
+    """Type checkers and editors follow it; tests/first_hour.sh asks pyright."""
+    if links == "as in an archive without links":
+        (tree / "cocoop_fast/kernels").unlink()
+        (tree / "cocoop_fast/kernels").write_text("../kernels")
+    result = run_setup(tree, "editable_wheel", "--dist-dir", "dist", COCOOP_FAST_NO_EXT="1")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    files = zipfile.ZipFile(wheel)
+    (path,) = (name for name in files.namelist() if ".dist-info" not in name)
+    assert path.endswith(".pth")
+    (folder,) = files.read(path).decode().splitlines()
+    assert [one.name for one in Path(folder).iterdir() if not one.name.endswith(".egg-info")] == [
+        "cocoop_fast"
+    ]
+    found = Path(folder, "cocoop_fast/kernels/variants.py")
+    assert found.resolve() == (tree / "kernels/variants.py").resolve()
 
 
 def test_wheel_has_one_top_level_package_with_everything_in_it(tree):

@@ -32,12 +32,13 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton loads
 
-import cocoop_fast.kernels
 import triton
-from cocoop_fast.kernels.variants import Variant
 from kernel_resources import Resources
 from triton.backends.compiler import GPUTarget
 from triton_without_gpu import compile_launch
+
+import cocoop_fast.kernels
+from cocoop_fast.kernels.variants import Variant
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

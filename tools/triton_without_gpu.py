@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from cocoop_fast.kernels.variants import Variant
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+from cocoop_fast.kernels.variants import Variant
 
 POINTEES = {
     "fp16": torch.float16,

@@ -43,7 +43,7 @@ def package_version() -> str | None:
 @cache
 def commit() -> str | None:
     """The commit of the checkout that this file lies in; "+" if it was changed since."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).resolve().parents[2]  # an editable install comes by a link
     if not (root / ".git").exists():
         return None
 

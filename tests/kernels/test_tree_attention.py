@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 from attention_cases import MODES, AttentionCase, grouped, random_names, tree_of
-from cocoop_fast.kernels.tree_attention_plan import QUERIES, SLOTS, plan_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cocoop_fast.kernels.tree_attention_plan import QUERIES, SLOTS, plan_attention
 
 tree_attention = pytest.importorskip("cocoop_fast.kernels.tree_attention")
 

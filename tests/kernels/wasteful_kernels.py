@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from cocoop_fast.kernels.variants import Variant
 
 
