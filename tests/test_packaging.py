@@ -82,6 +82,11 @@ def test_torch_is_no_build_requirement():
     assert "torch" in requirement_names(PROJECT["project"]["dependencies"])
 
 
+def test_triton_is_left_to_torch():
+    """Torch for GPUs asks for it, and without a GPU there is no use for its hundreds of megabytes."""
+    assert "triton" not in requirement_names(PROJECT["project"]["dependencies"])
+
+
 def test_installed_metadata_is_this_project():
     distribution = importlib.metadata.distribution("cocoop-fast")
     assert distribution.version == PROJECT["project"]["version"]
