@@ -44,7 +44,6 @@ app = options.group(
     "Prompt learning for CLIP (CoCoOp, CoOp, zero-shot), with every distinct row computed once.",
     name="cocoop-fast",
     epilog="Exit status: 0 done, 1 failed, 2 wrong usage. `cocoop-fast COMMAND --help` has examples.",
-    add_completion=False,
 )
 for name, command in {
     "train": train.command,

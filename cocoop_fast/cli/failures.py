@@ -25,7 +25,10 @@ def explain(error: BaseException) -> tuple[str, int]:
         message = error.format_message()  # type: ignore[attr-defined]
         return f"{message.rstrip('.')}.{see}", WRONG_USAGE
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return "interrupted; what was saved is kept, and the same command goes on from there.", INTERRUPTED
+        return (
+            "interrupted; of a run what was saved is kept, and the same command goes on from there.",
+            INTERRUPTED,
+        )
     if isinstance(error, OSError):
         return _explain_os(error), FAILED
     if is_out_of_memory(error):

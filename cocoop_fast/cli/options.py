@@ -53,10 +53,19 @@ LETTERS = {
     "output_dir": "-o", "quiet": "-q", "run": "-r", "workers": "-w",
 }  # fmt: skip
 METAVARS = {
-    "compare": "[METHOD,...]", "datasets": "NAME ...", "devices": "DEVICE ...", "images": "IMAGE",
-    "methods": "METHOD ...", "onnx": "FILE", "pairs": "KEY=VALUE", "resources": "NAME=VALUE ...",
-    "runs": "RUN", "seeds": "N ...", "shot_counts": "N ...",
+    "batch_size": "N", "class_names": "FILE", "classes": "NAMES|FILE", "compare": "[METHOD,...]", "config": "FILE",
+    "dataset": "NAME", "datasets": "NAME ...", "device": "DEVICE", "devices": "DEVICE ...", "images": "IMAGE",
+    "methods": "METHOD ...", "model": "NAME", "onnx": "FILE", "pairs": "KEY=VALUE", "plot": "FILE",
+    "pretrained": "TAG|FILE", "resources": "NAME=VALUE ...", "runs": "RUN", "seeds": "N ...", "shot_counts": "N ...",
 }  # fmt: skip
+OF_TYPE: dict[Any, str] = {
+    bool: "",
+    float: "NUMBER",
+    int: "N",
+    Path: "PATH",
+    str: "TEXT",
+}  # where no name has its own
+WIDEST = 24  # characters that choices may have to stand beside their option
 # Options that take several values, `--seeds 1 2 3`, and what they are without one.
 LISTS = {
     "--compare": "all",
@@ -177,6 +186,7 @@ def _parts(docstring: str) -> tuple[str, dict[str, str], str | None]:
     """A docstring's text, what it says of each argument, and its examples with the mark-up of typer's help."""
     text, _, examples = inspect.cleandoc(docstring).partition("\n\nExamples:\n")
     text, _, arguments = text.partition("\n\nArgs:\n")
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", text)  # the help breaks lines where the terminal ends
     entry = re.compile(r"^ {4}(\S.*?): (.*(?:\n {5,}.*)*)", re.MULTILINE)
     described = {name: " ".join(words.split()) for name, words in entry.findall(arguments)}
     lines = [
@@ -218,10 +228,12 @@ def _option(name: str, kind: Any, default: Any, text: str, field: str = "") -> i
     if get_origin(kind) is Annotated:
         kind, check = get_args(kind)
     one = get_args(kind)[0] if get_origin(kind) is list else kind
-    metavar = METAVARS.get(name)
+    metavar = METAVARS.get(name, OF_TYPE.get(one))
     if get_origin(one) is Literal:
         choices = get_args(one)
         kind, metavar = list[str] if one is not kind else str, "|".join(choices)
+        if len(metavar) > WIDEST:
+            metavar, text = "NAME", f"{text} One of {', '.join(choices)}."
         if not field:  # whose values are checked when all layers of the configuration are merged
             check = must_be(f"one of {', '.join(choices)}", choices.__contains__)
     made = typer.Option(

@@ -45,7 +45,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | None]], *,
         table.add_column(printable(columns[i]), justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(printable(row[i] or "") if row[i] is not None else "-" for i in kept))
-    console = Console(file=sys.stdout, highlight=False, markup=False)
+    # A file and a pipe have no width: a program that reads them finds a row in each line.
+    console = Console(
+        file=sys.stdout, highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000
+    )
     with console.capture() as rendered:
         console.print(table)
     # Printed by print, because Rich itself would end the program if the reader of stdout has gone.

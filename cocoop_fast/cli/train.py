@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,3 +127,8 @@ def _print(results: Results) -> None:
             "Accuracy in percent. Base: classes trained on; new: classes never seen; H: their harmonic mean."
         )
     output.say(f"Run directory: {results.output_dir}")
+    directory = shlex.quote(str(results.output_dir))
+    if sys.stdout.isatty():
+        output.say(
+            f"Next: cocoop-fast report {directory}, a page with plots; cocoop-fast predict IMAGE --run {directory}."
+        )

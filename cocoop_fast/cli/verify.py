@@ -180,6 +180,16 @@ def _print_verdicts(verdicts: list[Verdict]) -> None:
                 _word(verdict),
             ]
             for verdict in verdicts
+        ]
+        + [
+            [
+                "bound",
+                verdict.contestant.precision,
+                *(f"{most:.1e}" for most in asdict(verdict.allowed).values()),
+                None,
+            ]
+            for verdict in {one.contestant.precision: one for one in verdicts if one.allowed}.values()
+            if verdict.allowed is not None
         ],
         left=2,
     )

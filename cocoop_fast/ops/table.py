@@ -336,7 +336,9 @@ def _cuda() -> Ops:
 
 
 def _why_no_triton() -> str | None:
-    return None if find_spec("triton") else "the package 'triton' is not installed, which torch for GPUs brings"
+    return (
+        None if find_spec("triton") else "the package 'triton' is not installed, which torch for GPUs brings"
+    )
 
 
 def _why_no_cuda() -> str | None:

@@ -117,9 +117,9 @@ def test_the_help_says_what_signature_docstring_and_field_say(run, capsys, monke
         "KEY=VALUE <list[str]> Any other field",
         "What it does. In more words.",
         "--subset base|new|all Which classes.",
-        "--batch-size -b <int> Images a step. Default: 3.",
-        "--lr <float> Learning rate. Default: 0.002.",
-        "--dataset -d <str> One of `cocoop-fast datasets`",
+        "--batch-size -b N Images a step. Default: 3.",
+        "--lr NUMBER Learning rate. Default: 0.002.",
+        "--dataset -d NAME One of `cocoop-fast datasets`",
         "Examples Once: cocoop-fast x a.txt Twice, in a long line: cocoop-fast x a.txt --batch-size 2",
     ):
         assert words in out

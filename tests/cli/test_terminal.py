@@ -88,3 +88,29 @@ def test_drawings():
         axes.set_title(f"{method_name(shorten(HOSTILE))} on {data_name(HOSTILE)}")
         drawn = picture(figure, "name", alt="", caption="")
     ET.fromstring(harmless(drawn.svg))  # XML has no place for control characters either
+
+
+def test_a_pipe_gets_a_row_in_each_line_and_whole_addresses(capsys):
+    address = "https://example.org/" + "x" * 300
+    output.print_table(["Name", "From"], [["a", address]])
+    assert address in capsys.readouterr().out
+
+
+def test_a_shell_can_complete_commands(monkeypatch, capsys):
+    for name, value in {
+        "_COCOOP_FAST_COMPLETE": "complete_bash",
+        "COMP_WORDS": "cocoop-fast ver",
+        "COMP_CWORD": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    cli.run([])
+    assert capsys.readouterr().out.split() == ["verify"]
+
+
+def test_help_names_values_as_people_do(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "<path>" not in text and "|z " not in text
+    assert "NAME" in text and "PATH" in text and "FILE" in text
+    assert "first five classes) with the embedded CLIP" in text  # no line ends where the source's does
