@@ -195,12 +195,15 @@ def _parts(docstring: str) -> tuple[str, dict[str, str], str | None]:
     return text, described, "\n\n".join(["[bold]Examples[/bold]", *lines]) if lines else None
 
 
+_types_of = functools.cache(get_type_hints)  # evaluated once for all fields: --help is to answer at once
+
+
 def describe(field: str) -> tuple[str, Any, Any]:
     """Description, type and default of a field of the configuration."""
     section, _, leaf = field.rpartition(".")
-    owner: Any = get_type_hints(RunConfig)[section] if section else RunConfig
+    owner: Any = _types_of(RunConfig)[section] if section else RunConfig
     described = owner.__pydantic_fields__[leaf]
-    return described.description or "", get_type_hints(owner)[leaf], described.default
+    return described.description or "", _types_of(owner)[leaf], described.default
 
 
 def _of_field(field: str) -> inspect.Parameter:
