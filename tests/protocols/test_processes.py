@@ -65,7 +65,9 @@ def test_control_c_ends_all_processes(tmp_path):
         process.kill()
     assert (process.returncode, out) == (130, "")
     said = [line for line in err.splitlines() if not line.startswith("[")]
-    assert said == ["error: interrupted; of a run what was saved is kept, and the same command goes on from there."]
+    assert said == [
+        "error: interrupted; of a run what was saved is kept, and the same command goes on from there."
+    ]
     deadline = time.monotonic() + 60
     while _group_lives(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
