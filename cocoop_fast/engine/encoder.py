@@ -112,6 +112,31 @@ class TreeTextEncoder(nn.Module):
         """
         return self.part(classes)(ctx)
 
+    @torch.no_grad()
+    def encode_own_classes(self, ctx: ShiftedContext, classes: Tensor) -> Tensor:
+        """Encode, for each image, the prompts of some classes of its own; without gradients.
+
+        Images share the weights and nothing else, not even the tree: each goes through the tower by itself. Rows of a few
+        dozen classes already use the products well, and all images in one pass would take 0.88 of the time.
+
+        Args:
+            ctx: of B images.
+            classes: (B, n) int64.
+
+        Returns:
+            (B, n, E) text features, not normalised.
+        """
+        rows, _ = self._rows(ctx)
+        weights = self.frozen.text_weights()
+        features = torch.empty(
+            *classes.shape, weights.projection.weight.shape[1], dtype=self.frozen.dtype, device=weights.device
+        )
+        # Where all classes of an image fit, so do some of them, and nobody has to find out again.
+        fits = not self.memory.pieces(self.tower, 1, keeps=False).shards
+        for i, own in enumerate(classes):
+            features[i] = self.part(own).encode(rows.images(slice(i, i + 1)), fits=fits)[0]
+        return features
+
     def part(self, classes: Tensor) -> EncoderPart:
         """:meth:`encode_classes` for the same classes again and again, as long as tree and weights stay.
 
@@ -255,10 +280,23 @@ class EncoderPart:
     def __call__(self, ctx: Contexts) -> Tensor:
         """As :meth:`TreeTextEncoder.encode_classes`."""
         rows, batched = self._encoder._rows(ctx)
-        with _outside_inference_mode():
-            features = encode_in_pieces(self._tower, rows, self._encoder.memory)
-        features = features[:, self._asked].to(self._encoder.frozen.dtype)
+        features = self.encode(rows)
         return features if batched else features[0]
+
+    @torch.compiler.disable
+    def encode(self, rows: ContextRows, *, fits: bool = False) -> Tensor:
+        """(B, n, E) from contexts as a tower takes them.
+
+        Args:
+            rows: of B contexts.
+            fits: it is known that they do not have to go through in pieces.
+        """
+        with _outside_inference_mode():
+            if fits:
+                features = self._tower.encode(rows)
+            else:
+                features = encode_in_pieces(self._tower, rows, self._encoder.memory)
+        return features[:, self._asked].to(self._encoder.frozen.dtype)
 
     def lower_memory(self, batch: int) -> None:
         """As :meth:`TreeTextEncoder.lower_memory`, by the size of this part."""

@@ -107,15 +107,42 @@ def evaluate(
         ranks: each has some of the images; all get the metrics of them all.
     """
     model.prompt_learner.eval()
-    predictions = [np.empty(0, dtype=np.int64)]
+    logits_of = model.forward_features
+    called = classify(
+        logits_of, features.image, batch_size=batch_size, precision=precision, progress=progress
+    )
+    labels, called = from_all_ranks(ranks, features.label.numpy(), called)
+    return measure(labels, called, n_classes)
+
+
+@torch.no_grad()
+def classify(
+    logits_of: Callable[[Tensor], Tensor],
+    image_features: Tensor,
+    *,
+    batch_size: int,
+    precision: str,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """The likeliest class of each image, (n,) int64.
+
+    Args:
+        logits_of: from (B, E) image features to (B, K).
+        image_features: (n, E).
+        batch_size, precision, progress: as for :func:`evaluate`.
+    """
+    called = [np.empty(0, dtype=np.int64)]
     done = 0
-    for image in features.image.split(batch_size) if len(features.image) else ():
+    for image in image_features.split(batch_size) if len(image_features) else ():
         with autocast(precision, image.device):
-            logits = model.forward_features(image)
-        predictions.append(logits.argmax(dim=1).cpu().numpy())
+            logits = logits_of(image)
+        called.append(logits.argmax(dim=1).cpu().numpy())
         done += len(image)
         if progress is not None:
-            progress(done, len(features.image))
-    seen = ranks.everyone.gather_objects((features.label.numpy(), np.concatenate(predictions)))
-    labels, called = (np.concatenate(parts) for parts in zip(*seen, strict=True))
-    return measure(labels, called, n_classes)
+            progress(done, len(image_features))
+    return np.concatenate(called)
+
+
+def from_all_ranks(ranks: Ranks, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What every rank has of each array, one after the other."""
+    return tuple(np.concatenate(parts) for parts in zip(*ranks.everyone.gather_objects(arrays), strict=True))

@@ -227,6 +227,7 @@ def evaluate_run(
     observer: Observer | None = None,
     data: DataConfig | None = None,
     template: str | None = None,
+    shortlist: int | None = None,
     shared: Shared | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[Subset, Metrics]:
@@ -241,6 +242,10 @@ def evaluate_run(
         observer: is told about progress.
         data: another data set.
         template: with ``data``, the prompt of zero-shot CLIP there; ``None``: that data set's own.
+        shortlist: each image chooses among so many classes, those likeliest without what the image adds to the context
+            (:mod:`cocoop_fast.evaluation.shortlist`), and a sample of the images is compared with all classes. What a
+            finished run learned, tested on its own data set, has the result noted in ``results.json`` as well. ``None``:
+            among all classes, exactly.
         shared, ranks: as for :func:`run`.
 
     Returns:
@@ -252,9 +257,31 @@ def evaluate_run(
     config, newest = ranks.from_first(lambda: read_run(run_dir))
     asked = config if data is None else with_data(config, data, template)
     if reference_checkpoint is not None:
-        return evaluate_reference(asked, reference_checkpoint, subset=subset, observer=observer, ranks=ranks)
+        return evaluate_reference(
+            asked, reference_checkpoint, subset=subset, shortlist=shortlist, observer=observer, ranks=ranks
+        )
     trained = tuple(newest.classnames)
-    return _evaluate(asked, newest.parameters, str(run_dir), subset, observer, shared, trained, ranks)
+    metrics = _evaluate(
+        asked, newest.parameters, str(run_dir), subset, observer, shared, trained, ranks, shortlist
+    )
+    if shortlist is not None and data is None and ranks.is_first:
+        _note_shortlists(RunDirectory(run_dir), metrics, observer or Observer())
+    return metrics
+
+
+def _note_shortlists(directory: RunDirectory, metrics: dict[Subset, Metrics], observer: Observer) -> None:
+    """Beside the exact results of a finished run; those stay as they are."""
+    known = directory.results()
+    if known is None:  # a directory with results counts as finished
+        observer.on_message(
+            f"{directory.path} is not finished, so its results.json does not have this result."
+        )
+        return
+    noted = {**known.get("shortlists", {}), **{subset: one.summary() for subset, one in metrics.items()}}
+    try:
+        directory.write_results({**known, "shortlists": noted})
+    except OSError as error:
+        observer.on_message(f"The result could not be noted in results.json: {error}.")
 
 
 def evaluate_reference(
@@ -262,6 +289,7 @@ def evaluate_reference(
     path: Path,
     *,
     subset: Subset | None = None,
+    shortlist: int | None = None,
     observer: Observer | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[Subset, Metrics]:
@@ -270,13 +298,15 @@ def evaluate_reference(
     Args:
         config: the method, model and data that it was trained with.
         path: ``model.pth.tar-N`` or its folder. It is read without running any code in it.
-        subset, observer, ranks: as for :func:`evaluate_run`.
+        subset, shortlist, observer, ranks: as for :func:`evaluate_run`.
 
     Raises:
         UserError: a file that cannot be read, or was trained with another method or model.
     """
     loaded = reference_checkpoint.load(path)
-    return _evaluate(config, loaded.parameters, str(loaded.path), subset, observer, ranks=ranks)
+    return _evaluate(
+        config, loaded.parameters, str(loaded.path), subset, observer, ranks=ranks, shortlist=shortlist
+    )
 
 
 def _evaluate(
@@ -288,6 +318,7 @@ def _evaluate(
     shared: Shared | None = None,
     trained: tuple[str, ...] | None = None,
     ranks: Ranks = ALONE,
+    shortlist: int | None = None,
 ) -> dict[Subset, Metrics]:
     observer, shared = observer or Observer(), shared or Shared()
     dataset = shared.test_set(config.data)
@@ -305,4 +336,4 @@ def _evaluate(
                     f"What this {prompt.method} model learned belongs to the {len(trained)} classes that it "
                     f"was trained on, so it cannot be evaluated on {one} classes of {dataset.name}."
                 )
-    return material.evaluate(prompt, parameters, where, observer, subsets)
+    return material.evaluate(prompt, parameters, where, observer, subsets, shortlist)

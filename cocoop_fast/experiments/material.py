@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.evaluation.evaluate import Features, Progress, encode_test_images, evaluate
 from cocoop_fast.evaluation.feature_cache import TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics
+from cocoop_fast.evaluation.shortlist import ShortlistClassifier, evaluate_by_shortlist
 from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.methods import knows_other_classes
 from cocoop_fast.methods.base import PromptClassifier, PromptedCLIP
@@ -148,27 +150,32 @@ class Material:
         where: str,
         observer: Observer,
         subsets: Sequence[Subset],
+        shortlist: int | None = None,
     ) -> dict[Subset, Metrics]:
-        """Carry what a method learned, parameters by name from ``where``, over to each set of classes; evaluate there."""
+        """Carry what a method learned, parameters by name from ``where``, over to each set of classes; evaluate there, by
+        shortlists of so many classes or among all."""
         metrics: dict[Subset, Metrics] = {}
         for subset in subsets:
             model = self.model(prompt, subset)
             load_parameters(model, parameters, where)
+            shortlisted = None if shortlist is None else ShortlistClassifier(model, shortlist)
             observer.on_evaluation_start(prompt.method, subset, len(self.classes(subset).test))
             start = time.perf_counter()
             # Encoding images and classifying them are one job of two halves to an observer.
             features = self._features_of(
                 subset, model, lambda done, n: observer.on_evaluation_progress(done // 2, n)
             )
-            metrics[subset] = evaluate(
-                model,
-                features,
-                model.n_classes,
-                batch_size=self.config.eval_batch_size,
-                precision=self.clip.precision,
-                progress=lambda done, n: observer.on_evaluation_progress((n + done) // 2, n),
-                ranks=self.ranks,
-            )
+            how: dict[str, Any] = {
+                "batch_size": self.config.eval_batch_size,
+                "precision": self.clip.precision,
+                "progress": lambda done, n: observer.on_evaluation_progress((n + done) // 2, n),
+                "ranks": self.ranks,
+            }
+            if shortlisted is None:
+                metrics[subset] = evaluate(model, features, model.n_classes, **how)
+            else:
+                seed = self.config.seed
+                metrics[subset] = evaluate_by_shortlist(shortlisted, features, seed=seed, **how)
             seconds = time.perf_counter() - start
             observer.on_evaluation_end(EvaluationInfo(prompt.method, subset, metrics[subset], seconds))
         return metrics

@@ -168,6 +168,7 @@ BAD = [
     Bad("evaluating nothing", "eval", "Give a run directory, or --reference-checkpoint"),
     Bad("evaluating no run", "eval .", "not a run directory"),
     Bad("evaluating a missing run", "eval nowhere", "not a run directory"),
+    Bad("evaluating by an empty shortlist", "eval . --shortlist 0", "--shortlist is 0"),
     Bad("evaluating unknown classes", "eval . --subset old", "--subset is 'old'"),
     Bad("predicting nothing", "predict", "Missing argument 'IMAGE"),
     Bad("predicting a missing image", "predict none.jpg", "none.jpg cannot be read: missing", FAILED),

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,21 @@ def test_eval_of_a_checkpoint_of_the_reference_without_a_run(digits, tmp_path, c
         assert evaluated["results"][subset]["accuracy"] == pytest.approx(result["rows"][0][subset])
     assert cli.run(["eval", str(run_dir), "--model", "demo"]) == failures.WRONG_USAGE
     assert "says its model and data itself; leave out --model" in capsys.readouterr().err
+
+
+def test_eval_by_shortlist_says_how_far_it_is_from_exact(digits, capsys):
+    run_dir, result, _ = digits
+    before = json.loads((run_dir / "results.json").read_text())
+    assert cli.run(["eval", str(run_dir), "--subset", "new", "--shortlist", "2", "-q"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "new: not exact, each image chose among 2 classes. All classes, on 1" in out
+    assert re.search(r"the same answer for \d+ \(\d+\.\d\d %\); accuracy .* \(95 % interval -", out)
+    assert cli.run(["eval", str(run_dir), "--subset", "base", "--shortlist", "5", "--json", "-q"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)["results"]
+    assert evaluated["base"]["shortlist"]["agreement"] == 100
+    noted = json.loads((run_dir / "results.json").read_text())
+    assert noted.pop("shortlists")["base"]["shortlist"] == evaluated["base"]["shortlist"]
+    assert noted == before and evaluated["base"]["accuracy"] == pytest.approx(result["rows"][0]["base"])
 
 
 def test_eval_of_one_subset_as_a_table(digits, capsys):
