@@ -84,6 +84,7 @@ def comparison(name: str) -> str:
         "median",
         "20 to 80 %",
         "× floor",
+        "of peak",
         "speed-up",
         "forward",
         "× floor",
@@ -100,6 +101,7 @@ def comparison(name: str) -> str:
                 readable_seconds(step["median"]),
                 f"{step['p20']:.3g} to {step['p80']:.3g} s",
                 _number(row["step_to_floor"], "{:.2f}"),
+                _number(row.get("step_of_peak"), "{:.0%}"),  # files made before it was measured are without
                 _number(row["step_speedup"], "{:.1f}"),
                 "" if forward is None else readable_seconds(forward["best"]),
                 _number(row["forward_to_floor"], "{:.2f}"),

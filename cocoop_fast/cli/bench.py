@@ -106,7 +106,7 @@ def _print(comparison: Comparison) -> None:
     spec, results = comparison.problem.spec, comparison.results
     output.say(f"{spec.model_name}: {len(spec.classes)} classes, {output.images(spec.batch)} a step.")
     output.print_table(
-        ["Contestant", "Rows", "Step", "Median", "× floor", "Speed-up", "Forward", "Memory"],
+        ["Contestant", "Rows", "Step", "Median", "× floor", "Peak", "Speed-up", "Forward", "Memory"],
         [
             [
                 name,
@@ -114,6 +114,7 @@ def _print(comparison: Comparison) -> None:
                 readable_seconds(result.step.best),
                 readable_seconds(result.step.median),
                 output.shown(comparison.ratio_to_floor(name)),
+                output.shown(comparison.of_peak(name), "{:.0%}".format),
                 output.shown(comparison.speedup(name), "{:.1f}".format),
                 output.shown(result.forward and result.forward.best, readable_seconds),
                 output.shown(result.peak_bytes, lambda count: f"{count / 1e6:,.0f} MB"),
@@ -126,6 +127,12 @@ def _print(comparison: Comparison) -> None:
     print(
         "Step: forward and backward, the best of all rounds, and the median. Speed-up: over the dense oracle."
     )
+    if comparison.peak is not None:
+        print(
+            f"Peak: the products' share of the multiply-adds that the processor does in registers, "
+            f"{comparison.peak.flops / 1e9:.0f} GFLOP/s\nin the best of the same rounds; it reads "
+            f"{comparison.peak.read_bandwidth / 1e9:.1f} GB/s."
+        )
     if comparison.others is not None and comparison.others > TOO_BUSY:
         print(f"Other programs used {comparison.others:.0%} of the processors: measure again without them.")
     for name, reason in comparison.notes.items():

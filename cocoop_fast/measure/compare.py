@@ -13,6 +13,7 @@ from cocoop_fast.engine.memory import free_memory
 from cocoop_fast.measure import machine
 from cocoop_fast.measure.baselines import dense_oracle
 from cocoop_fast.measure.contestants import BY_NAME, Contestant, ModelRunner, Runner, Work
+from cocoop_fast.measure.peak import Peak, PeakLoops
 from cocoop_fast.measure.peak_memory import peak_memory
 from cocoop_fast.measure.problem import Problem
 from cocoop_fast.measure.timing import Timing, interleave, seconds_of
@@ -35,6 +36,7 @@ class Result:
     step: Timing
     forward: Timing | None
     peak_bytes: int | None  # of a step, above the loaded model
+    step_flops: float  # of the products in the time of `step`
 
 
 @dataclass
@@ -45,6 +47,13 @@ class Comparison:
     results: dict[str, Result] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)  # why a contestant was left out, by name
     others: float | None = None  # share of the processors that other programs used during the measurement
+
+    peak: Peak | None = None  # of the processor, measured in the same rounds; None without the C++ extension
+
+    def of_peak(self, name: str) -> float | None:
+        """The share of the processor's multiply-adds that the products of a step are."""
+        result = self.results[name]
+        return None if self.peak is None else result.step_flops / result.step.best / self.peak.flops
 
     def ratio_to_floor(self, name: str, action: str = "step") -> float | None:
         """How many times the floor's time."""
@@ -72,6 +81,8 @@ class Comparison:
             "contestants": [self._row(name) for name in self.results],
             "left_out": self.notes,
             "used_by_other_programs": self.others,
+            "peak_flops": None if self.peak is None else self.peak.flops,
+            "read_bandwidth": None if self.peak is None else self.peak.read_bandwidth,
         }
 
     def _row(self, name: str) -> dict[str, Any]:
@@ -82,6 +93,7 @@ class Comparison:
             "rows": result.work.rows,
             "step_gemm_flops": result.work.step_flops,
             "peak_bytes": result.peak_bytes,
+            "step_of_peak": self.of_peak(name),
         }
         for action in ("step", "forward"):
             timing: Timing | None = getattr(result, action)
@@ -138,10 +150,12 @@ def compare(
         spent |= {key: 0.0 if contestant.compiled else seconds / 2 for key in actions if key not in spent}
         measured.append(contestant)
     tell(f"measuring, {rounds} rounds")
-    others = machine.OtherPrograms()
+    others, loops = machine.OtherPrograms(), PeakLoops()
+    actions |= loops.actions
     timings = interleave(actions, rounds=rounds, max_seconds=max_seconds / 2, spent=spent)
     comparison.others = others.share()
     actions.clear()  # and with them the models
+    comparison.peak = loops.peak(timings)
     for contestant in measured:
         peak = None
         if memory and contestant.oracle is not None:
@@ -154,6 +168,7 @@ def compare(
             timings[f"{contestant.name} step"].scaled(factor),
             None if forward is None else forward.scaled(factor),
             peak,
+            factor * contestant.work(problem).step_flops,
         )
     return comparison
 

@@ -18,6 +18,7 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.measure.cost import Operation, Product, TreeCost
 from cocoop_fast.measure.devices import BANDWIDTH_EFFICIENCY, DTYPES, GEMM_EFFICIENCY, DataSheet, Gpu
 from cocoop_fast.measure.machine import describe_machine
+from cocoop_fast.measure.peak import Peak, PeakLoops
 from cocoop_fast.measure.peak_memory import peak_memory
 from cocoop_fast.measure.problem import ProblemSpec, build_problem
 from cocoop_fast.measure.timed_step import Shape, ShortTower, shape_of
@@ -43,12 +44,22 @@ class Machine:
     kernels: dict[str, float]  # elements a second, by kind
     copy_bandwidth: float  # bytes read and written a second, into memory that is there
     fresh_bandwidth: float  # the same into memory that is allocated for it
+    peak: Peak | None = None  # of the processor
 
     def rates(self) -> dict[str, str]:
         """For people."""
         rates = [rate for measured in self.products.values() for _, rate in measured]
         return {
             "measured products": f"{min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s",
+            **(
+                {}
+                if self.peak is None
+                else {
+                    "multiply-adds at most": f"{self.peak.flops / 1e9:.0f} GFLOP/s "
+                    f"(the fastest product: {self.best_rate / self.peak.flops:.0%} of it)",
+                    "reading": f"{self.peak.read_bandwidth / 1e9:.1f} GB/s",
+                }
+            ),
             "copy": f"{self.copy_bandwidth / 1e9:.1f} GB/s",
             "copy into new memory": f"{self.fresh_bandwidth / 1e9:.1f} GB/s",
             "threads": str(self.threads),
@@ -116,6 +127,8 @@ def measure_cpu(
         "copy": lambda: target.copy_(source),
         "fresh copy": source.clone,
     }
+    loops = PeakLoops()
+    actions |= loops.actions
     for action in actions.values():
         action()
     timings = interleave(actions, rounds=rounds, max_seconds=max_seconds, clock=clock)
@@ -134,6 +147,7 @@ def measure_cpu(
         kernels=kernels,
         copy_bandwidth=2 * COPY_BYTES / timings["copy"].best,
         fresh_bandwidth=2 * COPY_BYTES / timings["fresh copy"].best,
+        peak=loops.peak(timings),
     )
 
 

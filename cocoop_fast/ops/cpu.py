@@ -46,6 +46,16 @@ def isa() -> str:
     return name
 
 
+def multiply_add_loop(rounds: int) -> float:
+    """Multiply-adds of registers on all threads, without memory. Returns how many FLOPs that were."""
+    return float(CPP.load().multiply_add_loop(rounds))
+
+
+def read_loop(data: Tensor) -> float:
+    """Reads (n,) float32 on all threads. Returns their sum."""
+    return float(CPP.load().read_loop(_array(data)))
+
+
 def frozen_linear(layer: Affine, *, packed: bool) -> FrozenLinear:
     """Where the processor has AVX2 or AVX-512, kernels of our own serve: they keep the weight packed for the forward,
     write into the caller's buffers and fuse. Elsewhere the vendor's library does, reached through torch (Apple's, for

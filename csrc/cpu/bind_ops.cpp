@@ -499,6 +499,35 @@ void add_rows(const py::array& x, const py::array& index, py::array out) {
     run(&Kernels::add_rows, a);
 }
 
+// ---- peak
+
+double multiply_add_loop(int64_t rounds) {
+    require(rounds >= 1, "rounds", "be at least 1", std::to_string(rounds));
+    PeakLoop a{};
+    a.rounds = rounds;
+    a.factor = 0.999f;
+    a.term = 0.001f;
+    a.threads = threads_for(INT64_MAX);
+    std::vector<float> out(a.threads);
+    a.out = out.data();
+    run(&Kernels::multiply_add_loop, a);
+    return 2.0 * kPeakChains * kernels().lanes * (double)rounds * a.threads;
+}
+
+double read_loop(const py::array& data) {
+    require(data.ndim() == 1, "data", "have one dimension", text_of(shape_of(data)));
+    PeakLoop a{};
+    a.n = data.shape(0);
+    a.data = dense_in("data", data, "(n,)", {a.n});
+    a.threads = threads_for(a.n);
+    std::vector<float> out(a.threads);
+    a.out = out.data();
+    run(&Kernels::read_loop, a);
+    double total = 0;
+    for (const float part : out) total += part;
+    return total;
+}
+
 std::string isa() { return kernels().name; }
 
 }  // namespace
@@ -507,6 +536,9 @@ void bind_ops(py::module_& m) {
     using py::arg;
     m.def("isa", &isa, "The instruction set whose kernels run.");
     m.def("set_isa", &set_isa, arg("isa"), "Choose the instruction set, one of available_isas().");
+    m.def("multiply_add_loop", &multiply_add_loop, arg("rounds"),
+          "Multiply-adds of registers on all threads; returns how many FLOPs that were.");
+    m.def("read_loop", &read_loop, arg("data"), "Reads n floats on all threads and returns their sum.");
     m.def("available_isas", &available_isas, "The instruction sets that set_isa() takes here, narrowest first.");
 
     m.def("layer_norm_fwd", &layer_norm_fwd, arg("x"), arg("bias").none(true), arg("residual").none(true),

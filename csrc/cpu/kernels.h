@@ -230,8 +230,21 @@ struct MoveRows {
     int threads;
 };
 
+// Chains of multiply-adds of a register that do not wait for each other.
+constexpr int kPeakChains = 12;
+
+struct PeakLoop {
+    const float* data;  // read_loop: n floats
+    int64_t n;
+    int64_t rounds;      // multiply_add_loop
+    float factor, term;  // unknown to the compiler
+    float* out;          // (threads,)
+    int threads;
+};
+
 struct Kernels {
     const char* name;
+    int lanes;  // floats of a register
     void (*layer_norm_fwd)(const LayerNormFwd&);
     void (*layer_norm_bwd)(const LayerNormBwd&);
     void (*activation_fwd)(const ActivationFwd&);
@@ -248,6 +261,8 @@ struct Kernels {
     void (*cross_entropy)(const CrossEntropy&);
     void (*gather_rows)(const MoveRows&);
     void (*add_rows)(const MoveRows&);
+    void (*multiply_add_loop)(const PeakLoop&);
+    void (*read_loop)(const PeakLoop&);
 };
 
 }  // namespace cocoop_fast

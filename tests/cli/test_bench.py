@@ -179,6 +179,9 @@ def test_json_and_plot(capsys, tmp_path):
     assert list(rows) == ["dense", "tree+torch", "floor"]
     assert rows["dense"]["step_speedup"] == 1 and rows["floor"]["step_to_floor"] == 1
     assert rows["dense"]["rows"] == 3 * 3 * 77
+    if found["peak_flops"] is not None:
+        flops, best = rows["floor"]["step_gemm_flops"], rows["floor"]["step"]["best"]
+        assert rows["floor"]["step_of_peak"] == pytest.approx(flops / best / found["peak_flops"])
     assert rows["tree+torch"]["step"]["rounds"] == 2
     assert rows["tree+torch"]["step"]["best"] <= rows["tree+torch"]["step"]["median"]
     assert found["used_by_other_programs"] is None or found["used_by_other_programs"] >= 0
