@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cocoop_fast.engine.encoder import TreeTextEncoder
     from cocoop_fast.errors import UserError
     from cocoop_fast.experiments.predict import Predictor
+    from cocoop_fast.integrations.scikit_learn import PromptClassifier
     from cocoop_fast.methods.cocoop import CustomCLIP, PromptLearner, TextEncoder, reference_cfg
     from cocoop_fast.methods.coop import CoOp
     from cocoop_fast.methods.learner import Learner
@@ -30,6 +31,7 @@ _HOME = {
     "Learner": "methods.learner",
     "ModelConfig": "config",
     "Predictor": "experiments.predict",
+    "PromptClassifier": "integrations.scikit_learn",
     "PromptLearner": "methods.cocoop",
     "TextEncoder": "methods.cocoop",
     "TreeTextEncoder": "engine.encoder",
@@ -41,7 +43,7 @@ _HOME = {
 }
 # Spelled out for type checkers; tests hold it to _HOME.
 __all__ = [
-    "ClassTree", "CoOp", "CustomCLIP", "Learner", "ModelConfig", "Predictor", "PromptLearner", "TextEncoder",
+    "ClassTree", "CoOp", "CustomCLIP", "Learner", "ModelConfig", "Predictor", "PromptClassifier", "PromptLearner", "TextEncoder",
     "TreeTextEncoder", "UserError", "ZeroShot", "__version__", "load_clip", "load_demo_clip", "reference_cfg",
 ]  # fmt: skip
 

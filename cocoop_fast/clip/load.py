@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -119,19 +119,34 @@ def load_clip(config: ModelConfig) -> LoadedClip:
     if precision in _LOW_PRECISION:
         to_low_precision(model, _LOW_PRECISION[precision])
     model = model.to(device).eval().requires_grad_(False)
+    loaded = clip_in_memory(model, name=config.name, precision=precision)
+    return replace(loaded, assumed=assumed, known_tokens=known_token_ids() if config.name == "demo" else None)
+
+
+def clip_in_memory(model: Any, *, name: str = "", precision: str | None = None) -> LoadedClip:
+    """A CLIP that is there already, with the image preprocessing that it names, or else OpenAI's.
+
+    Args:
+        model: an open_clip or OpenAI CLIP, on its device and in its precision. It is left as it is.
+        name: for messages; "" where it has none.
+        precision: ``None``: what its weights have, where float64 counts as fp32.
+
+    Raises:
+        UserError: it is no such CLIP, or wants another preprocessing than there is.
+    """
+    frozen, what = FrozenCLIP(model), name or type(model).__name__
+    low = {dtype: text for text, dtype in _LOW_PRECISION.items()}
     preprocess = getattr(model.visual, "preprocess_cfg", {})
     return LoadedClip(
         model=model,
-        name=config.name,
-        image_size=FrozenCLIP(model).image_size,
+        name=name,
+        image_size=frozen.image_size,
         mean=tuple(getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN),
         std=tuple(getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD),
-        device=device,
-        precision=precision,
-        resize_mode=_one_of(preprocess, "resize_mode", get_args(ResizeMode), config.name),
-        interpolation=_one_of(preprocess, "interpolation", get_args(Interpolation), config.name),
-        assumed=assumed,
-        known_tokens=known_token_ids() if config.name == "demo" else None,
+        device=model.logit_scale.device,
+        precision=precision or low.get(frozen.dtype, "fp32"),
+        resize_mode=_one_of(preprocess, "resize_mode", get_args(ResizeMode), what),
+        interpolation=_one_of(preprocess, "interpolation", get_args(Interpolation), what),
     )
 
 

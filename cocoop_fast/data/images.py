@@ -117,6 +117,21 @@ def open_rgb(path: Path) -> Image.Image:
     return _decode(path, as_meant)[0]
 
 
+def any_rgb(image: Path | str | Image.Image | np.ndarray) -> Image.Image:
+    """A file, an image in memory or its pixels, (H, W, 3) or (H, W) bytes, as an RGB image as it is meant.
+
+    Raises:
+        ImageError: it cannot be read as an image.
+    """
+    if isinstance(image, (str, Path)):
+        return open_rgb(Path(image))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,), (4,)):
+            raise ImageError(f"{image.dtype} of {image.shape}, and not bytes of (H, W, 3) or (H, W)")
+        image = Image.fromarray(np.ascontiguousarray(image))
+    return as_meant(image)[0]
+
+
 def _as_reference(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     return image.convert("RGB"), ()
 

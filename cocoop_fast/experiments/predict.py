@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import ResolvedConfig
-from cocoop_fast.data.images import ImageError, as_meant, open_rgb
+from cocoop_fast.data.images import ImageError, any_rgb
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
 from cocoop_fast.experiments.shared import Shared
@@ -112,7 +112,7 @@ class Predictor:
             views: dict[int, Tensor] = {}
             for place, image in enumerate(images[start : start + self._batch_size], start):
                 try:
-                    views[place] = transform(_rgb(image))
+                    views[place] = transform(any_rgb(image))
                 except ImageError as error:
                     if on_unreadable is None:
                         raise UserError(
@@ -144,11 +144,3 @@ def _note(trained_on: Sequence[str], others: Sequence[str], nameable: bool) -> s
         f"These are the {len(trained_on):,} classes that the run was trained on; its data set has {len(others):,} more "
         f"({listed(others)}), and {remedy}."
     )
-
-
-def _rgb(image: Path | str | Image) -> Image:
-    """
-    Raises:
-        ImageError: it cannot be read.
-    """
-    return as_meant(image)[0] if isinstance(image, Image) else open_rgb(Path(image))

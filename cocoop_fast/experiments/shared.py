@@ -60,15 +60,7 @@ class Shared:
         Raises:
             UserError: as :func:`cocoop_fast.methods.build_model` and :meth:`clip`.
         """
-        return build_model(
-            config.prompt,
-            list(classnames),
-            self.clip(config.model),
-            backend=config.model.backend,
-            memory_budget=config.model.memory_budget,
-            prune_mass=config.optim.prune_mass,
-            consistency=consistency_of(config),
-        )
+        return model_on(self.clip(config.model), config, classnames)
 
     def dataset(self, config: DataConfig) -> Dataset:
         """As :func:`cocoop_fast.data.load_dataset`; the last two are kept."""
@@ -77,6 +69,23 @@ class Shared:
     def test_set(self, config: DataConfig) -> Dataset:
         """The same without training and validation images; all of them are kept."""
         return self._load_test_set(_list_of(config))
+
+
+def model_on(clip: LoadedClip, config: RunConfig, classnames: Sequence[str]) -> PromptedCLIP:
+    """The model of a configuration over K class names on a CLIP, whatever CLIP the configuration names.
+
+    Raises:
+        UserError: as :func:`cocoop_fast.methods.build_model`.
+    """
+    return build_model(
+        config.prompt,
+        list(classnames),
+        clip,
+        backend=config.model.backend,
+        memory_budget=config.model.memory_budget,
+        prune_mass=config.optim.prune_mass,
+        consistency=consistency_of(config),
+    )
 
 
 def consistency_of(config: RunConfig) -> Consistency | None:

@@ -39,6 +39,27 @@ class FeatureSource(Protocol):
         """
 
 
+class GivenFeatures:
+    """Batches whose image features are there already; no pixels are read.
+
+    Args:
+        batches: which samples come when.
+        features: (n, E) of all of them.
+        device: the model's.
+    """
+
+    def __init__(self, batches: TrainBatches, features: Tensor, device: torch.device) -> None:
+        self._batches, self._features, self._device = batches, features, device
+        self._labels = torch.tensor([sample.label for sample in batches.samples])
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[EncodedBatch]:
+        """The batches of a 1-based epoch from ``first_batch`` on."""
+        for pick in self._batches.picks(epoch, first_batch):
+            sample = torch.tensor(pick)
+            batch = Batch(torch.empty(len(pick), 0), self._labels[sample], sample)
+            yield EncodedBatch(batch, self._features[sample].to(self._device), batch.label.to(self._device))
+
+
 @torch.no_grad()
 def encode(model: PromptClassifier, image: Tensor, precision: str) -> Tensor:
     """(B, 3, S, S) images on the model's device to (B, E) features."""

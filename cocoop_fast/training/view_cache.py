@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip.load import LoadedClip
-from cocoop_fast.data.batches import Batch, TrainBatches
+from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.evaluation.feature_cache import feature_key
 from cocoop_fast.files.tensors import TensorFiles, Tensors
 from cocoop_fast.methods.base import PromptClassifier
-from cocoop_fast.training.features import IMAGES_AT_ONCE, EncodedBatch, encode
+from cocoop_fast.training.features import IMAGES_AT_ONCE, EncodedBatch, GivenFeatures, encode
 
 
 class CachedViews:
@@ -46,18 +46,13 @@ class CachedViews:
         self._batches = batches
         self._views = views
         self._files = TensorFiles(folder, on_message, parents=False)
-        self._labels = torch.tensor([sample.label for sample in batches.samples])
         self._opened: dict[int, Tensor] = {}
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[EncodedBatch]:
         """The batches of a 1-based epoch from ``first_batch`` on."""
-        picks = self._batches.picks(epoch, first_batch)
-        features = self._view((epoch - 1) % self._views)
-        for pick in picks:
-            sample = torch.tensor(pick)
-            batch = Batch(torch.empty(len(pick), 0), self._labels[sample], sample)
-            device = self._clip.device
-            yield EncodedBatch(batch, features[sample].to(device), batch.label.to(device))
+        self._batches.picks(epoch)  # refuses a data set without images
+        view = self._view((epoch - 1) % self._views)
+        yield from GivenFeatures(self._batches, view, self._clip.device).epoch(epoch, first_batch)
 
     def _view(self, view: int) -> Tensor:
         """(n, E) features of all samples on the CPU, mapped from their file."""
