@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cocoop_fast.methods.learner import Learner
     from cocoop_fast.methods.zeroshot import ZeroShot
     from cocoop_fast.prompts.tree import ClassTree
+    from cocoop_fast.runs.sharing import load_pretrained, save_pretrained
 
     __version__: str
 
@@ -39,12 +40,15 @@ _HOME = {
     "ZeroShot": "methods.zeroshot",
     "load_clip": "clip.load",
     "load_demo_clip": "clip.demo",
+    "load_pretrained": "runs.sharing",
     "reference_cfg": "methods.cocoop",
+    "save_pretrained": "runs.sharing",
 }
 # Spelled out for type checkers; tests hold it to _HOME.
 __all__ = [
     "ClassTree", "CoOp", "CustomCLIP", "Learner", "ModelConfig", "Predictor", "PromptClassifier", "PromptLearner", "TextEncoder",
-    "TreeTextEncoder", "UserError", "ZeroShot", "__version__", "load_clip", "load_demo_clip", "reference_cfg",
+    "TreeTextEncoder", "UserError", "ZeroShot", "__version__", "load_clip", "load_demo_clip", "load_pretrained",
+    "reference_cfg", "save_pretrained",
 ]  # fmt: skip
 
 

@@ -63,6 +63,7 @@ WORK = {
     "eval": ["cocoop_fast.experiments.experiment.evaluate_run"],
     "predict": [
         "cocoop_fast.experiments.predict.Predictor.from_run",
+        "cocoop_fast.experiments.predict.Predictor.from_pretrained",
         "cocoop_fast.experiments.shared.load_clip",
     ],
     "run": ["cocoop_fast.protocols.cells.check_present"],

@@ -34,7 +34,8 @@ def command(
 
     Args:
         images: Image files, and folders, of which all images at any depth are taken.
-        run: What `cocoop-fast train` wrote. Default: none, and zero-shot CLIP answers.
+        run: What `cocoop-fast train` or `checkpoint share` wrote, or hf-hub:OWNER/NAME. Default: none, and zero-shot CLIP
+            answers.
         classes: Names separated by commas, or a file with one a line; may be repeated. Default: those the run was trained
             on, or the digits that the embedded CLIP knows.
         top_k: Classes to show of each image.
@@ -57,7 +58,7 @@ def command(
         if run is None:
             predictor = _zero_shot(given, names, device, told.append)
         else:
-            predictor = Predictor.from_run(run, classnames=names, device=device, on_message=told.append)
+            predictor = Predictor.load(str(run), classnames=names, device=device, on_message=told.append)
         files = _files(images)
         unreadable: dict[Path, str] = {}
         found = predictor.predict(files, topk=top_k, on_unreadable=unreadable.__setitem__)

@@ -11,17 +11,30 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from cocoop_fast.clip.load import LoadedClip
-from cocoop_fast.config import ResolvedConfig
+from cocoop_fast.clip.checkpoints import SUFFIXES
+from cocoop_fast.clip.load import LoadedClip, clip_in_memory, describe
+from cocoop_fast.clip.weights import HUB
+from cocoop_fast.config import ModelConfig, ResolvedConfig, RunConfig
 from cocoop_fast.data.images import ImageError, any_rgb
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
-from cocoop_fast.experiments.shared import Shared
+from cocoop_fast.experiments.shared import Shared, model_on
 from cocoop_fast.methods import knows_other_classes
 from cocoop_fast.methods.base import PromptClassifier
 from cocoop_fast.readable import listed
 from cocoop_fast.runs.checkpoint import load_parameters
 from cocoop_fast.runs.directory import read_run
+from cocoop_fast.runs.model_card import about_run
+from cocoop_fast.runs.sharing import (
+    CONFIG,
+    SharedLearner,
+    check_classes,
+    check_clip,
+    learned_by,
+    load_shared,
+    push_shared,
+    save_shared,
+)
 
 
 class Predictor:
@@ -48,6 +61,10 @@ class Predictor:
         self.classnames = tuple(classnames)
         self.note = note
         self._batch_size = batch_size
+        # For who shares it: what names the CLIP and the method, the classes trained on, and what is known of the run.
+        self._named: RunConfig | None = None
+        self._trained: tuple[str, ...] | None = None
+        self._about = ""
         model.prompt_learner.eval()
 
     @classmethod
@@ -81,7 +98,100 @@ class Predictor:
         shared.tell_of_model(config.model, on_message, own_images=config.data.name != "digits")
         others = newest.other_classes if classnames is None else []
         note = _note(names, others, knows_other_classes(config.prompt)) if others else None
-        return cls(model, shared.clip(config.model), names, config.eval_batch_size, note)
+        predictor = cls(model, shared.clip(config.model), names, config.eval_batch_size, note)
+        predictor._named, predictor._trained = config, tuple(newest.classnames)
+        predictor._about = about_run(Path(run_dir), config, newest)
+        return predictor
+
+    @classmethod
+    def load(
+        cls,
+        place: Path | str,
+        *,
+        classnames: Sequence[str] | None = None,
+        device: str | None = None,
+        on_message: Callable[[str], None] = lambda line: None,
+    ) -> Predictor:
+        """A run as :meth:`from_run`, or what was shared, as :meth:`from_pretrained`; of the hub by ``hf-hub:OWNER/NAME``."""
+        if str(place).startswith(HUB) or (Path(place) / CONFIG).is_file():
+            return cls.from_pretrained(
+                place, classnames=classnames, device=device or "auto", on_message=on_message
+            )
+        return cls.from_run(place, classnames=classnames, device=device, on_message=on_message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        place: Path | str,
+        *,
+        classnames: Sequence[str] | None = None,
+        clip_model: Any = None,
+        device: str = "auto",
+        on_message: Callable[[str], None] = lambda line: None,
+    ) -> Predictor:
+        """Load what was shared by :meth:`save_pretrained` or :meth:`push_to_hub`.
+
+        Args:
+            place: a folder, or a repository of the hub, OWNER/NAME.
+            classnames: classes to choose from, which need not be those trained on; ``None``: those.
+            clip_model: the CLIP that it was learned on; ``None``: it is loaded by its name.
+            device: where to compute.
+            on_message: told which model it is.
+
+        Raises:
+            UserError: as :func:`cocoop_fast.runs.sharing.load_shared`, another CLIP, or class names that cannot be used.
+        """
+        kept = load_shared(place)
+        if kept.prompt is None:
+            raise UserError(
+                f"{place} was learned by a learner of somebody's own; build it, and use cocoop_fast.load_pretrained."
+            )
+        named = ModelConfig(kept.clip or "", kept.pretrained, device=device)
+        config, shared = RunConfig(model=named, prompt=kept.prompt), Shared()
+        if clip_model is not None:
+            clip = clip_in_memory(clip_model, name=kept.clip or "")
+        elif kept.clip is None or (kept.pretrained or "").endswith(SUFFIXES):
+            raise UserError(
+                f"{place} was learned on {kept.clip_title}, which has to be loaded first; give `clip_model`."
+            )
+        else:
+            clip = shared.clip(named)
+            on_message(describe(named))
+        names = kept.classnames if classnames is None else tuple(classnames)
+        if names is None:
+            raise UserError(f"{place} does not say which classes it was trained on; give `classnames`.")
+        check_classes(kept, names, str(place))
+        check_clip(kept, clip.model, str(place))
+        model = model_on(clip, config, names)
+        load_parameters(model, kept.parameters, str(place))
+        predictor = cls(model, clip, names)
+        predictor._named, predictor._trained = config, kept.classnames
+        return predictor
+
+    def save_pretrained(self, folder: Path | str) -> Path:
+        """Write what was learned to a folder that can be given away: tensors, configuration, class names and a card.
+
+        Raises:
+            UserError: nothing was learned, or it cannot be written.
+        """
+        return save_shared(self._learned(), folder, self._about)
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """The same to the Hugging Face hub; returns the address.
+
+        Args:
+            repository: OWNER/NAME, made if need be.
+            private, token: as in huggingface_hub; by default public, with the token that ``hf auth login`` keeps.
+
+        Raises:
+            UserError: nothing was learned, or the hub cannot be reached or refuses.
+        """
+        return push_shared(self._learned(), repository, self._about, private=private, token=token)
+
+    def _learned(self) -> SharedLearner:
+        named = self._named
+        prompt, clip = (None, None) if named is None else (named.prompt, named.model)
+        return learned_by(self.model, clip=clip, prompt=prompt, classnames=self._trained)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def predict(

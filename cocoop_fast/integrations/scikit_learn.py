@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -24,16 +22,17 @@ from cocoop_fast.clip.load import LoadedClip, clip_in_memory
 from cocoop_fast.config import ResolvedConfig, from_mapping
 from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.data.check import look_at_images
-from cocoop_fast.data.dataset import Dataset, Sample
-from cocoop_fast.data.images import any_rgb
+from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.data.transforms import Normalize, TrainTransform
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast, encode_test_images
 from cocoop_fast.experiments.shared import Shared, model_on
+from cocoop_fast.integrations.given_images import Given, Reader, called, images_of, samples_of
 from cocoop_fast.methods import LinearProbe
 from cocoop_fast.methods.base import PromptedCLIP, check_images
 from cocoop_fast.runs.checkpoint import learned_parameters, load_parameters
 from cocoop_fast.runs.recipe import resolve
+from cocoop_fast.runs.sharing import learned_by, save_shared
 from cocoop_fast.training import rng
 from cocoop_fast.training.features import GivenFeatures, encode
 from cocoop_fast.training.observer import EpochInfo, Observer
@@ -122,7 +121,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         given, y = self._given(X, y, reset=True)
         if not isinstance(given, np.ndarray):
             self.__dict__.pop("n_features_in_", None)  # of features, if it was fitted on some before
-        classes, names = _called(self.classnames, y)
+        classes, names = called(self.classnames, y)
         known = classes.tolist()
         missing = sorted(set(y.tolist()) - set(known))
         if missing:
@@ -137,8 +136,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
                 stacklevel=2,
             )
         labels = np.searchsorted(classes, y)
-        samples = _samples(given, labels, names)
-        data = Dataset("images", names, samples, (), (), _Reader(given), where="X")
+        samples = samples_of(given, labels, names)
+        data = Dataset("images", names, samples, (), (), Reader(given), where="X")
         config, clip = self._configuration(data, np.bincount(labels)), self._clip()
         if isinstance(self.model, str):
             _shared().tell_of_model(config.model, lambda _: None, own_images=isinstance(given, list))
@@ -189,10 +188,23 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             UserError: an unusable class list, or what was learned belongs to the classes that it was fitted on.
         """
         check_is_fitted(self, "learned_")
-        classes, names = _called(classnames, self.classes_)
+        classes, names = called(classnames, self.classes_)
         self._built()[0].set_classnames(list(names))
         self.classes_, self.classnames_ = classes, names
         return self
+
+    def save_pretrained(self, folder: Path | str) -> Path:
+        """Write what was learned to a folder that :meth:`cocoop_fast.Predictor.from_pretrained` reads.
+
+        Raises:
+            UserError: nothing was learned, or it cannot be written.
+        """
+        check_is_fitted(self, "learned_")
+        clip = self._config.model if isinstance(self.model, str) else None
+        model, _ = self._built()
+        return save_shared(
+            learned_by(model, clip=clip, prompt=self._config.prompt, classnames=self.classnames_), folder
+        )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -205,9 +217,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         """Without the model, which is built again from what was learned when it is asked for."""
         return {name: value for name, value in super().__getstate__().items() if name != "_model"}
 
-    def _given(self, X: Any, y: Any, *, reset: bool) -> tuple[_Given, Any]:
+    def _given(self, X: Any, y: Any, *, reset: bool) -> tuple[Given, Any]:
         """X as what it holds, and y as an array of as many labels; only y's absence in `fit` is left to scikit-learn."""
-        given = _images_of(X)
+        given = images_of(X)
         if given is None:
             both = {} if not reset else {"y": y}
             checked = validate_data(self, X, reset=reset, dtype=(np.float64, np.float32), **both)
@@ -276,7 +288,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         return self._model, clip
 
     def _train(
-        self, model: PromptedCLIP, config: ResolvedConfig, clip: LoadedClip, given: _Given, data: Dataset
+        self, model: PromptedCLIP, config: ResolvedConfig, clip: LoadedClip, given: Given, data: Dataset
     ) -> None:
         if isinstance(model, LinearProbe):
             labels = torch.tensor([sample.label for sample in data.train])
@@ -307,7 +319,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             features=None if features is None else GivenFeatures(batches, features, clip.device),
         ).fit()
 
-    def _encoded(self, given: _Given, model: Any, clip: LoadedClip) -> Tensor:
+    def _encoded(self, given: Given, model: Any, clip: LoadedClip) -> Tensor:
         """(n, E) features; of images, by the frozen image encoder."""
         if isinstance(given, np.ndarray):
             return self._in_clips_space(torch.from_numpy(np.ascontiguousarray(given)), clip)
@@ -315,8 +327,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             check_images(given, clip.image_size)
             parts = given.split(100)
             return torch.cat([encode(model, part.to(clip.device), clip.precision) for part in parts])
-        samples = _samples(given, np.zeros(len(given), int), ("",))
-        data = Dataset("images", ("",), (), (), samples, _Reader(given), where="X")
+        samples = samples_of(given, np.zeros(len(given), int), ("",))
+        data = Dataset("images", ("",), (), (), samples, Reader(given), where="X")
         _refuse_unreadable(data)
         return encode_test_images(model, clip, data).image
 
@@ -332,57 +344,6 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         if len(empty):
             raise UserError(f"`X` has only zeros in row {int(empty[0])}, which is no image's features.")
         return features
-
-
-# What X holds: images as a list of what `any_rgb` takes, or preprocessed (n, 3, S, S); or features (n, E).
-_Given = list[Any] | Tensor | np.ndarray
-
-
-def _images_of(X: Any) -> list[Any] | Tensor | None:
-    """Images, as far as these are some; ``None``: they are to be features.
-
-    Raises:
-        UserError: an array that is neither.
-    """
-    if isinstance(X, Tensor):
-        X = X.detach().float().cpu().numpy() if X.is_floating_point() else X.cpu().numpy()
-    if isinstance(X, np.ndarray) and X.ndim > 2:
-        if X.dtype == np.uint8 and (X.ndim == 3 or (X.ndim == 4 and X.shape[3] in (3, 4))):
-            return list(X)
-        if X.dtype.kind == "f" and X.ndim == 4 and X.shape[1] == 3:
-            return torch.from_numpy(np.ascontiguousarray(X))
-        raise UserError(
-            f"`X` is {X.dtype} of {X.shape}; arrays of images are bytes (n, H, W, 3) or (n, H, W), or floating point "
-            "(n, 3, S, S), preprocessed as this CLIP expects."
-        )
-    if isinstance(X, (str, os.PathLike, Image)):
-        raise UserError("`X` is a single image; give a list of images, which may have one.")
-    if getattr(X, "ndim", 1) != 1 or not hasattr(X, "__len__") or not len(X) or isinstance(X, Mapping):
-        return None
-    first = next(iter(X))
-    kinds = (str, os.PathLike, Image)
-    if isinstance(first, kinds) or (isinstance(first, np.ndarray) and first.ndim > 1):
-        return [os.fspath(one) if isinstance(one, os.PathLike) else one for one in X]
-    return None
-
-
-def _samples(given: _Given, labels: np.ndarray, names: Sequence[str]) -> tuple[Sample, ...]:
-    """Files are named by their paths in messages, other images by their places."""
-    return tuple(
-        Sample(
-            str(given[i]) if isinstance(given, list) and isinstance(given[i], str) else i, label, names[label]
-        )
-        for i, label in enumerate(labels.tolist())
-    )
-
-
-@dataclass(frozen=True)
-class _Reader:
-    given: Any
-
-    def __call__(self, sample: Sample) -> Image:
-        source: Any = sample.source
-        return any_rgb(self.given[source] if isinstance(source, int) else source)
 
 
 def _refuse_unreadable(data: Dataset) -> None:
@@ -420,38 +381,6 @@ class _Told(Observer):
                 f"epoch {info.epoch}/{info.epochs}: loss {info.loss:.4f}, accuracy {info.accuracy:.1f} %, "
                 f"{info.seconds:.1f} s"
             )
-
-
-def _called(
-    classnames: Sequence[str] | Mapping[Any, str] | None, labels: np.ndarray
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels (K,) of classes, sorted, and what these are called; ``labels`` are some of them, or of their kind."""
-    if isinstance(classnames, str):
-        raise UserError(f"`classnames` is the text {classnames!r}; give a list of names.")
-    numbers = labels.dtype.kind in "biuf"
-    if classnames is None:
-        classes = np.unique(labels)
-        return classes, tuple(f"{one:g}" if labels.dtype.kind == "f" else str(one) for one in classes)
-    if isinstance(classnames, Mapping):
-        try:
-            pairs = dict(sorted(classnames.items()))
-            classes = np.array(list(pairs), dtype=labels.dtype if numbers else None)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"`classnames` maps {', '.join(map(repr, list(classnames)[:3]))} to names, but labels are {labels.dtype}; map "
-                "the labels of `y`."
-            ) from error
-        return classes, tuple(pairs.values())
-    names = tuple(classnames)
-    if numbers:
-        return np.arange(len(names)).astype(labels.dtype), names
-    if len(set(names)) < len(names):
-        double = next(name for name in names if names.count(name) > 1)
-        raise UserError(
-            f"Two classes are called {double!r}, so that the label {double!r} is either; give a mapping from labels to names."
-        )
-    names = tuple(sorted(names))
-    return np.array(names), names
 
 
 @cache

@@ -81,7 +81,7 @@ class ContextLearner(Learner):
         clip_model: an open_clip or OpenAI CLIP.
 
     Attributes: the parameter ``ctx``, (M, d) or (K, M, d) if each class has its own, in float32 for a float16 or
-    bfloat16 model too; ``n_cls``, ``n_ctx``, ``tokenized_prompts`` (K, L), ``name_lens`` and ``layout``.
+    bfloat16 model too; ``classnames``, ``n_cls``, ``n_ctx``, ``tokenized_prompts`` (K, L), ``name_lens`` and ``layout``.
     ``token_prefix`` (K, 1, d) and ``token_suffix`` (K, L - 1 - M, d), which the reference keeps as buffers, are made
     when they are asked for.
 
@@ -142,6 +142,16 @@ class ContextLearner(Learner):
             )
         self._read(classnames)
 
+    def options(self) -> dict[str, Any]:
+        """What it was made with, by the names of :class:`cocoop_fast.config.PromptConfig`."""
+        return {
+            "ctx_init": self._ctx_init,
+            "n_ctx": self.n_ctx,
+            "csc": self._class_specific,
+            "class_position": self._class_position,
+            "ablate_image": self._stand_in is not None,
+        }
+
     def _read(self, classnames: Sequence[str]) -> None:
         prompts = tokenize_prompts(
             classnames,
@@ -151,6 +161,7 @@ class ContextLearner(Learner):
         )
         self.n_cls, self.n_ctx = len(prompts.name_lens), prompts.n_ctx
         self.tokenized_prompts, self.name_lens = prompts.tokens, prompts.name_lens
+        self.classnames = tuple(classnames)
         self.layout = layout_at(prompts, self._class_position, class_specific=self._class_specific)
 
     def _first_context(self) -> Tensor:

@@ -19,7 +19,7 @@ from sklearn.utils.estimator_checks import check_estimator, check_methods_subset
 from tiny_models import tiny_clip
 from tiny_runs import loaded_tiny_clip, tiny_config, use_tiny_clip, write_images
 
-from cocoop_fast import PromptClassifier, UserError
+from cocoop_fast import Predictor, PromptClassifier, UserError
 from cocoop_fast.clip.load import clip_in_memory
 from cocoop_fast.config import DataConfig
 from cocoop_fast.data import load_dataset
@@ -204,6 +204,13 @@ def test_a_pickle_has_what_was_learned_and_no_clip(paths):
     assert len(stored) < 50_000  # the tiny CLIP alone has 9 MB of token embeddings
     scikit_learn._shared.cache_clear()
     assert np.array_equal(pickle.loads(stored).predict_proba(paths), estimator.predict_proba(paths))
+
+
+def test_what_was_learned_can_be_shared(paths, tmp_path):
+    estimator = quick().fit(paths, Y)
+    predictor = Predictor.from_pretrained(estimator.save_pretrained(tmp_path))
+    best = [ranked[0][0] for ranked in predictor.predict(paths)]
+    assert best == [NAMES[label] for label in estimator.predict(paths)]
 
 
 def test_a_clip_in_memory(paths):
