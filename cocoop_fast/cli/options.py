@@ -80,7 +80,7 @@ PANELS = {  # of the help; all others are in the first one
     "Recipe": "optim.epochs optim.batch_size optim.lr optim.consistency optim.average optim.prune_mass reference_compat",
     "Machine": "precision backend memory_budget device devices jobs launcher resources shard workers threads "
     "skip_bad_images cache_views on_nonfinite",
-    "Output": "output_dir output overwrite redo_changed checkpoint_steps tensorboard plot json quiet",
+    "Output": "output_dir output overwrite redo_changed checkpoint_steps tensorboard track plot json quiet",
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}
 HELP = {

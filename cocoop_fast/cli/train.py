@@ -36,6 +36,7 @@ def command(
     no_compare: bool = False,
     overwrite: bool = False,
     tensorboard: bool = False,
+    track: list[str] | None = None,
     json: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -51,6 +52,7 @@ def command(
         no_compare: Only the one method.
         overwrite: Begin anew. Default: go on with, or read, what is there.
         tensorboard: Also write TensorBoard event files, to RUN/tensorboard.
+        track: Also tell wandb, mlflow or trackio; may be repeated.
 
     Examples:
         The demonstration, with its comparison: train
@@ -67,12 +69,14 @@ def command(
     from cocoop_fast.distributed.launch import join
     from cocoop_fast.experiments import experiment
     from cocoop_fast.report.tensorboard import TensorBoardLog
+    from cocoop_fast.report.trackers import trackers
     from cocoop_fast.training.observer import Observers
 
     with output.only_json(json), join() as ranks, observe(quiet=quiet or not ranks.is_first) as observer:
         if ranks.is_first:
             output.warn(built.warnings)
-            observer = Observers(observer, TensorBoardLog()) if tensorboard else observer
+            also = [*([TensorBoardLog()] if tensorboard else []), *trackers(track or [])]
+            observer = Observers(observer, *also) if also else observer
         results = experiment.run(
             built.config, compare=compared, observer=observer, overwrite=overwrite, ranks=ranks
         )
