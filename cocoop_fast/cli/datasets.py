@@ -26,6 +26,7 @@ app = options.group(
         What is known, and what of it is there: datasets --root data
         What one of them needs, and where to get it: datasets check oxford_pets --root data
         Bring it: datasets download oxford_pets --root data
+        Bring it from the mirror: datasets download stanford_cars --root data --mirror
         Write down who is in a few-shot sample: datasets sample oxford_pets --root data --shots 16 --seed 1
     """
 )
@@ -138,9 +139,15 @@ def _named(what: str, fault: str, names: list[str]) -> str:
 
 @app.command()
 @options.command()
-def download(name: str, *, root: Path | None = None, json: bool = False) -> None:
-    """Download one data set into the layout that is looked for, with progress and checksums."""
+def download(name: str, *, root: Path | None = None, mirror: bool = False, json: bool = False) -> None:
+    """Download one data set into the layout that is looked for, with progress and checksums.
+
+    Args:
+        mirror: From a public repository of the Hugging Face hub that has all but ImageNet, with their splits. Default: from
+            their authors, as far as torchvision can.
+    """
     from cocoop_fast.data import download as downloads
+    from cocoop_fast.data import mirror as mirrors
     from cocoop_fast.data.registry import canonical_name
     from cocoop_fast.data.sets import SETS
     from cocoop_fast.data.sets.record import missing_parts
@@ -151,7 +158,10 @@ def download(name: str, *, root: Path | None = None, json: bool = False) -> None
     if root is None:
         raise UserError("Say where to put the data set with --root DIR.")
     with output.only_json(True):  # whatever a downloader prints is progress
-        folder = downloads.download(published, root)
+        if mirror:
+            folder = mirrors.download_from_mirror(published, root, print)
+        else:
+            folder = downloads.download(published, root)
     split = published.split
     if split is not None and not (folder / split.path).exists():
         advice = f"For results that compare with published ones, {downloads.by_hand((split,), folder)}."

@@ -37,8 +37,10 @@ def download(record: PublishedSet, root: Path) -> Path:
     if not lacking:
         return folder
     if record.download is None:
+        mirror = "" if record.name == "imagenet" else "; or use --mirror"
         raise UserError(
-            f"{record.name} cannot be downloaded by a program; {by_hand(lacking, folder)}.", exit_status=1
+            f"{record.name} cannot be downloaded by a program; {by_hand(lacking, folder)}{mirror}.",
+            exit_status=1,
         )
     staging = folder / _STAGING
     staging.mkdir(parents=True, exist_ok=True)

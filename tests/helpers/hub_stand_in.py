@@ -28,6 +28,7 @@ class Hub:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.requests: list[tuple[str, str]] = []
         self.tokens: set[str] = set()
+        self.ranges: list[str] = []
 
 
 @contextmanager
@@ -97,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, b"", {"X-Error-Code": "EntryNotFound" if files else "RepoNotFound"})
         etag = hashlib.sha256(found).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if "Range" in self.headers:
+            self.hub.ranges.append(self.headers["Range"])
         first = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0]
         start = int(first or 0)
         if start:

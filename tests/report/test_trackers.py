@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -77,19 +80,25 @@ def test_wandb(tmp_path, monkeypatch):
         assert name in content
 
 
-def test_trackio(tmp_path, monkeypatch):
+def test_trackio(tmp_path):
+    """In a process of its own: trackio reads where it keeps things when it is imported."""
     pytest.importorskip("trackio", reason="needs the package trackio")
-    told = []
-    monkeypatch.setattr("trackio.init", lambda **options: told.append(("init", options)))
-    monkeypatch.setattr("trackio.log", lambda values, step: told.append(("log", values, step)))
-    monkeypatch.setattr("trackio.finish", lambda: told.append(("finish",)))
-    assert cli.run([*CALL, "-o", str(tmp_path / "run"), "--track", "trackio"]) == 0
-    steps, tests = records_of(tmp_path / "run")
-    assert told[0][1]["resume"] == "never" and told[-1] == ("finish",)
-    assert [(one[2], one[1]["step/loss"]) for one in told[1:-1] if "step/loss" in one[1]] == steps
-    assert {
-        s: one[1][f"test/{s}/accuracy"] for s in tests for one in told[1:-1] if f"test/{s}/accuracy" in one[1]
-    } == tests
+    code = (
+        "from pathlib import Path; import trackio\n"
+        "from cocoop_fast.report.trackers import TrackioTracker\n"
+        "one = TrackioTracker()\n"
+        "name = one.begin('a', Path('.'), {'optim.lr': 0.1}, None); one.log({'step/loss': 1.5}, 1); one.end()\n"
+        "assert one.begin('a', Path('.'), {}, name) == name; one.log({'step/loss': 1.25}, 2); one.end()\n"
+        "print(name)"
+    )
+    own = {**os.environ, "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    answer = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    with sqlite3.connect(tmp_path / "cocoop_fast.db") as database:
+        stored = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
+    losses = [(run, step, json.loads(text).get("step/loss")) for run, step, text in stored]
+    name = answer.stdout.split()[-1]
+    assert [one for one in losses if one[2]] == [(name, 1, 1.5), (name, 2, 1.25)]
 
 
 class Remembered(Tracker):
