@@ -59,7 +59,8 @@ class Reached(BaseException):
 # Where the work of a command begins. Commands that are not here are stopped once their arguments are parsed; of those
 # that are, options are merged and checked too, and what never comes to these lines is run to its end.
 WORK = {
-    "train": ["cocoop_fast.experiments.experiment.run"],
+    # Trackers are asked for first, and need packages that need not be there.
+    "train": ["cocoop_fast.experiments.experiment.run", "cocoop_fast.report.trackers.trackers"],
     "eval": ["cocoop_fast.experiments.experiment.evaluate_run"],
     "predict": [
         "cocoop_fast.experiments.predict.Predictor.from_run",
@@ -73,6 +74,7 @@ WORK = {
     "datasets": [
         "cocoop_fast.data.inventory.take_inventory",
         "cocoop_fast.data.download.download",
+        "cocoop_fast.data.mirror.download_from_mirror",
         "cocoop_fast.data.load_dataset",
     ],
 }

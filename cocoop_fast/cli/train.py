@@ -70,12 +70,13 @@ def command(
     from cocoop_fast.experiments import experiment
     from cocoop_fast.report.tensorboard import TensorBoardLog
     from cocoop_fast.report.trackers import trackers
-    from cocoop_fast.training.observer import Observers
+    from cocoop_fast.training.observer import Observer, Observers
 
     with output.only_json(json), join() as ranks, observe(quiet=quiet or not ranks.is_first) as observer:
         if ranks.is_first:
             output.warn(built.warnings)
-            also = [*([TensorBoardLog()] if tensorboard else []), *trackers(track or [])]
+            also: list[Observer] = [TensorBoardLog()] if tensorboard else []
+            also += trackers(track) if track else []
             observer = Observers(observer, *also) if also else observer
         results = experiment.run(
             built.config, compare=compared, observer=observer, overwrite=overwrite, ranks=ranks
