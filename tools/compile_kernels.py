@@ -25,6 +25,8 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,12 +35,13 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton loads
 
 import triton
-from kernel_resources import Resources
+from kernel_resources import UNSERVED, Resources
+from machine_code import NVIDIA_TOOLS
 from triton.backends.compiler import GPUTarget
-from triton_without_gpu import compile_launch
+from triton_without_gpu import compile_launch, serves
 
 import cocoop_fast.kernels
-from cocoop_fast.kernels.variants import Variant
+from cocoop_fast.kernels.variants import STORAGE, Variant
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -65,34 +68,83 @@ def kernel_modules() -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(name), "VARIANTS")]
 
 
-def compile_all(modules: Sequence[str], targets: Sequence[str], jobs: int) -> list[Resources]:
-    """Compile all variants of these modules for these targets, in `jobs` processes."""
+def compile_all(
+    modules: Sequence[str],
+    targets: Sequence[str],
+    jobs: int,
+    *,
+    widest: bool = False,
+    dtypes: Sequence[str] = STORAGE,
+) -> list[Resources]:
+    """Compile all variants of these modules for these targets, in `jobs` processes.
+
+    Args:
+        modules: that have VARIANTS.
+        targets: some of ALL_TARGETS.
+        jobs: processes.
+        widest: only the last variant of each kernel and dtype, which is that of the widest rows.
+        dtypes: only variants whose rows are stored so.
+    """
     work = [
         (module, index, target)
         for module in modules
-        for index in range(len(importlib.import_module(module).VARIANTS))
+        for index in _chosen(importlib.import_module(module).VARIANTS, widest, dtypes)
         for target in targets
     ]
+    found: dict[tuple[str, int, str], Resources] = {}
+    for target in targets:
+        if not serves(ALL_TARGETS[target]):
+            unserved = [one for one in work if one[2] == target]
+            found |= {one: Resources(*_identity(*one), failure=UNSERVED) for one in unserved}
     with tempfile.TemporaryDirectory() as cache:  # an old result is no proof
-        prepare = partial(_prepare, cache)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, prepare) as pool:
-            return list(pool.map(_compile_one, *zip(*work, strict=True), chunksize=8))
+        while left := [one for one in work if one not in found]:
+            _compile_in_pool(left, found, jobs, cache)
+            if jobs == 1 and (crashed := next((one for one in left if one not in found), None)):
+                found[crashed] = Resources(*_identity(*crashed), failure="the compiler crashed")
+            jobs = 1  # where one crashed, which one is seen by one at a time
+    return [found[one] for one in work]
+
+
+def _compile_in_pool(
+    work: Sequence[tuple[str, int, str]],
+    found: dict[tuple[str, int, str], Resources],
+    jobs: int,
+    cache: str,
+) -> None:
+    """Compile these; what had not ended when a compiler took its process along is not among the found."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, partial(_prepare, cache)) as pool, suppress(BrokenProcessPool):
+        futures = [pool.submit(_compile_one, *one) for one in work]
+        for one, future in zip(work, futures, strict=True):
+            found[one] = future.result()
+
+
+def _chosen(variants: Sequence[Variant], widest: bool, dtypes: Sequence[str] = STORAGE) -> list[int]:
+    """Their numbers."""
+    wanted = {number: one for number, one in enumerate(variants) if one.dtype in dtypes}
+    if not widest:
+        return list(wanted)
+    return list({(one.kernel_name, one.dtype): number for number, one in wanted.items()}.values())
 
 
 def _prepare(cache: str) -> None:
-    triton.knobs.cache.dir = cache
+    os.environ["TRITON_CACHE_DIR"] = cache
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")  # compiled as it would be launched
 
 
 def _compile_one(module: str, index: int, target: str) -> Resources:
     variant: Variant = importlib.import_module(module).VARIANTS[index]
-    identity = (module.rpartition(".")[2], variant.kernel_name, variant.dtype, variant.name, target)
+    identity = _identity(module, index, target)
     try:
         compiled = compile_variant(variant, ALL_TARGETS[target])
     except Exception as error:  # whatever the compilers raise, the others are still to be compiled
         return Resources(*identity, failure=" ".join(f"{type(error).__name__}: {error}".split()))
     return Resources(*identity, **_usage(compiled))
+
+
+def _identity(module: str, index: int, target: str) -> tuple[str, str, str, str, str]:
+    variant: Variant = importlib.import_module(module).VARIANTS[index]
+    return (module.rpartition(".")[2], variant.kernel_name, variant.dtype, variant.name, target)
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
@@ -115,7 +167,7 @@ def _usage(compiled: Any) -> dict[str, int]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+            command = [str(NVIDIA_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
             listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", listing)}
         registers, static = used["REG"], used["SHARED"]
@@ -146,10 +198,15 @@ def main() -> int:
     parser.add_argument(
         "--target", action="append", choices=ALL_TARGETS, help="only for this one; repeatable"
     )
+    parser.add_argument("--widest", action="store_true", help="of each kernel and dtype only the widest rows")
+    parser.add_argument("--dtype", action="append", choices=STORAGE, help="only rows of this one; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: the processors")
     options = parser.parse_args()
-    found = compile_all(options.modules or kernel_modules(), options.target or list(TARGETS), options.jobs)
+    modules, targets = options.modules or kernel_modules(), options.target or list(TARGETS)
+    found = compile_all(
+        modules, targets, options.jobs, widest=options.widest, dtypes=options.dtype or STORAGE
+    )
     if options.json:
         options.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     print(f"{len(found)} kernels compiled with Triton {triton.__version__}")

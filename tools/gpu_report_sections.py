@@ -471,15 +471,20 @@ def ncu() -> None:
 
 
 def sanitizer() -> None:
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        _by_tool("compute-sanitizer", ["--tool", tool], "tests")
+    tools = ("memcheck", "racecheck", "initcheck")
+    status = {
+        one: _by_tool("compute-sanitizer", ["--tool", one, "--error-exitcode", "9"], "tests") for one in tools
+    }
+    if wrong := [one for one, status_of_it in status.items() if status_of_it]:
+        raise SystemExit(f"{' and '.join(wrong)} found something, or a test failed")
 
 
-def _by_tool(name: str, options: list[str], what: str) -> None:
-    """Small kernels' tests, or one attention, under a tool of NVIDIA's."""
+def _by_tool(name: str, options: list[str], what: str) -> int:
+    """Small kernels' tests, or one attention, under a tool of NVIDIA's; its exit status, 0 where it is not there."""
     tool = shutil.which(name)
     if tool is None or INTERPRET:
-        return note(f"`{name} {' '.join(options)}`: {'no GPU' if INTERPRET else 'not installed here'}.")
+        note(f"`{name} {' '.join(options)}`: {'no GPU' if INTERPRET else 'not installed here'}.")
+        return 0
     tested = [
         "tests/kernels/test_tree_attention.py",
         "-k",
@@ -489,6 +494,7 @@ def _by_tool(name: str, options: list[str], what: str) -> None:
     result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     note(f"`{' '.join(run[1:])}` ended with status {result.returncode}:")
     note("```\n" + result.stdout.strip()[-8000:] + "\n```")
+    return result.returncode
 
 
 def sweep() -> None:

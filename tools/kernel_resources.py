@@ -20,6 +20,9 @@ SHARED_LIMIT = {
 }
 
 
+UNSERVED = "this Triton does not compile anything for it"
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one compiled kernel uses.

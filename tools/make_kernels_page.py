@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import compile_kernels
+import kernel_bounds
 import ptxas_report
 import triton
 from kernel_resources import Resources
@@ -49,6 +50,9 @@ spilled to. B: images, K: classes, M: context tokens, R: rows of an image, d: wi
 | --- | --- | --- |
 | what a kernel computes | Triton's interpreter, against twins in float64, between guard regions; the CUDA sources on an emulator | `tests/kernels`, `tests/cuda` |
 | that it compiles, and what it uses | ahead of time for every target, by the binder and with the attributes of a launch; on AMD's GPUs for tensors below and above 2 GB | `tools/compile_kernels.py` |
+| that other versions of Triton compile it, for other GPUs | each version installed beside the own one, see [triton_versions.md](triton_versions.md); by hand, not in CI | `tools/check_triton_versions.py` |
+| that rows come in loads of 128 bits, that attention is on tensor cores, that nothing is in local memory | the machine code of a step's launches, disassembled | `tests/kernels/test_machine_code.py` |
+| what bounds a kernel | its instructions and its bytes, counted of a step's launches: see below | `tools/kernel_bounds.py` |
 | that a step launches nothing else | a step's launches, bound for a driver that is not there, are compared with what was compiled | `tests/kernels/launched_kernels.py` |
 | a recording that fails, memory that runs out in it, a second GPU | a stub in the driver's place | `tests/training/test_cuda_graphs.py` |
 | a driver older than the toolkit; a GPU that waits for images | a stub | `tests/cuda/test_extension.py`, `tests/training/test_trainer.py` |
@@ -101,7 +105,7 @@ SOURCES: tuple[Callable[[int], list[Section]], ...] = (triton_sections, cuda_sec
 
 def page(sections: Sequence[Section]) -> str:
     """The whole page."""
-    parts = [INTRODUCTION, _totals(sections)]
+    parts = [INTRODUCTION, kernel_bounds.section(), _totals(sections)]
     parts += [f"## {one.title}\n\n{one.text.strip()}\n\n{_table(one.resources)}\n" for one in sections]
     return "\n".join(parts)
 

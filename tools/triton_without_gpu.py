@@ -7,11 +7,14 @@ is asked, for a driver that names the target and has no device.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -50,12 +53,13 @@ class _Driver:
 @contextmanager
 def target_of_launches(target: GPUTarget) -> Iterator[None]:
     """Launches are for this target. They may be compiled (`warmup`), not done."""
-    before = driver._active
+    name = "_active" if hasattr(driver, "_active") else "active"  # until Triton 3.3
+    before = getattr(driver, name)
     driver.set_active(_Driver(target))
     try:
         yield
     finally:
-        driver._active = before
+        setattr(driver, name, before)
 
 
 class Memory:
@@ -103,3 +107,21 @@ def compile_launch(variant: Variant, target: GPUTarget, *, nbytes: int = 2**20) 
             num_warps=variant.num_warps,
             num_stages=variant.num_stages,
         )
+
+
+@triton.jit
+def _increment_kernel(x):
+    tl.store(x, tl.load(x) + 1)
+
+
+def serves(target: GPUTarget) -> bool:
+    """Whether this Triton compiles for a target at all. Where it does not, it may end the process, so one is spent."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            compile_launch(Variant(_increment_kernel, "", "fp32", {"x": "*fp32"}, {}, 1), target)
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -101,6 +101,15 @@ def test_what_must_not_pass_is_found():
             assert re.search(f"^wasteful_kernels {problem}", result.stderr, re.M), result.stderr
 
 
+@pytest.mark.soak
+def test_a_compiler_that_crashes_costs_its_kernel_alone():
+    result = compile_kernels("crashing_kernels", "--jobs", "2", "--target", "sm_90")
+    assert result.returncode == 1 and "2 kernels compiled" in result.stdout
+    assert result.stderr.splitlines()[-1] == (
+        "crashing_kernels crashing fp32 for sm_90: does not compile: the compiler crashed"
+    )
+
+
 def test_the_page_is_up_to_date(variants):
     """Its texts and its counts of variants, that is; the registers depend on the compilers' versions."""
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
