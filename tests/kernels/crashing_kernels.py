@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import triton
 import triton.language as tl
+
 from cocoop_fast.kernels.variants import Variant
 
 
