@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 
 namespace py = pybind11;
 
@@ -47,10 +48,16 @@ static void check_dense(const std::string& name, const py::array& array) {
     }());
 }
 
+static void check_aligned(const std::string& name, const py::array& array) {
+    const auto address = reinterpret_cast<uintptr_t>(array.data());
+    require(array.size() == 0 || address % alignof(float) == 0, name, "be aligned", "an odd address");
+}
+
 const float* dense_in(const std::string& name, const py::array& array, const std::string& layout, const Shape& shape) {
     check_float32(name, array);
     check_shape(name, array, layout, shape);
     check_dense(name, array);
+    check_aligned(name, array);
     return static_cast<const float*>(array.data());
 }
 
@@ -60,12 +67,18 @@ float* dense_out(const std::string& name, py::array& array, const std::string& l
     return const_cast<float*>(data);
 }
 
-const int64_t* dense_int64(const std::string& name, const py::array& array, const std::string& layout,
-                           const Shape& shape) {
+// Byte by byte, so from any address.
+static std::vector<int64_t> copy_of(const py::array& dense) {
+    std::vector<int64_t> copy(dense.size());
+    if (!copy.empty()) std::memcpy(copy.data(), dense.data(), copy.size() * sizeof(int64_t));
+    return copy;
+}
+
+std::vector<int64_t> int64s(const std::string& name, const py::array& array, const std::string& layout, int64_t n) {
     require_dtype(py::isinstance<py::array_t<int64_t>>(array), name, "be int64", array);
-    check_shape(name, array, layout, shape);
+    check_shape(name, array, layout, {n});
     check_dense(name, array);
-    return static_cast<const int64_t*>(array.data());
+    return copy_of(array);
 }
 
 std::vector<int64_t> integers(const std::string& name, const py::array& array) {
@@ -74,7 +87,7 @@ std::vector<int64_t> integers(const std::string& name, const py::array& array) {
     require(array.ndim() == 1, name, "have one dimension", text_of(shape_of(array)));
     const auto converted = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
     if (!converted) throw py::error_already_set();
-    return std::vector<int64_t>(converted.data(), converted.data() + converted.size());
+    return copy_of(converted);
 }
 
 // Strides in floats, of an array whose last dimension is contiguous.
@@ -91,7 +104,7 @@ static std::vector<int64_t> row_strides(const std::string& name, const py::array
                 std::to_string(bytes) + " bytes");
         strides.push_back(bytes / (int64_t)sizeof(float));
     }
-    require(reinterpret_cast<uintptr_t>(array.data()) % sizeof(float) == 0, name, "be aligned", "an odd address");
+    check_aligned(name, array);
     return strides;
 }
 

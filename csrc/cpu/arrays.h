@@ -29,10 +29,12 @@ void check_shape(const std::string& name, const pybind11::array& array, const st
 const float* dense_in(const std::string& name, const pybind11::array& array, const std::string& layout,
                       const Shape& shape);
 float* dense_out(const std::string& name, pybind11::array& array, const std::string& layout, const Shape& shape);
-const int64_t* dense_int64(const std::string& name, const pybind11::array& array, const std::string& layout,
-                           const Shape& shape);
+// Integers that choose rows or classes. They are copied, and what is checked and used is the copy: a kernel runs without
+// the GIL, and another thread may write to the caller's array meanwhile. Numbers in other arrays choose no address.
+std::vector<int64_t> int64s(const std::string& name, const pybind11::array& array, const std::string& layout,
+                            int64_t n);
 
-// One-dimensional integers of any width, converted.
+// The same of integers of any width, one-dimensional, converted.
 std::vector<int64_t> integers(const std::string& name, const pybind11::array& array);
 
 struct RowCount {

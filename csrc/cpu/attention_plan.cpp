@@ -1,6 +1,7 @@
 #include "cpu/attention_plan.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -106,14 +107,27 @@ PlanView AttentionPlan::view() const {
     return v;
 }
 
-int64_t AttentionPlan::slot_floats(int64_t batch, int64_t heads) const { return batch * slot_offset_.back() * heads; }
+// Of sizes that a caller chose, so it may be beyond 64 bits.
+static int64_t product(std::initializer_list<int64_t> sizes) {
+    int64_t result = 1;
+    for (const int64_t size : sizes) {
+        const bool fits = !__builtin_mul_overflow(result, size, &result) && result <= (int64_t)1 << 60;
+        require(fits, "`batch`, `heads` and `head_size` must be sizes of arrays, got more numbers than memory can have");
+    }
+    return result;
+}
+
+int64_t AttentionPlan::slot_floats(int64_t batch, int64_t heads) const {
+    return product({batch, heads, slot_offset_.back()});
+}
 
 int64_t AttentionPlan::partial_floats(int64_t batch, int64_t heads, int64_t head_size) const {
-    return batch * ((int64_t)chunk_begin_.size() - 1) * n_ctx_ * 2 * heads * head_size;
+    return product({batch, heads, head_size, (int64_t)chunk_begin_.size() - 1, n_ctx_, 2});
 }
 
 int64_t AttentionPlan::scratch_bytes(int64_t heads) const {
-    const int64_t bytes = max_slots_ * (2 * (int64_t)sizeof(const float*) + heads * (int64_t)sizeof(float));
+    const int64_t bytes = product({max_slots_, 2 * (int64_t)sizeof(const float*)}) +
+                          product({max_slots_, heads, (int64_t)sizeof(float)});
     return (bytes + 63) / 64 * 64;  // threads write to cache lines of their own
 }
 

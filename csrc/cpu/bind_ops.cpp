@@ -237,7 +237,7 @@ AttentionFwd attention_inputs(const AttentionPlan& plan, const std::string& resu
     a.v_node = part_in("v_node", v_node, "(B, N, d)", batch, n, d);
     a.sos_k = dense_in("sos_k", sos_k, "(d,)", {d});
     a.sos_v = dense_in("sos_v", sos_v, "(d,)", {d});
-    a.threads = threads_for(plan.slot_floats(batch, heads) * a.head_size);
+    a.threads = threads_for(plan.slot_floats(batch, d));
     return a;
 }
 
@@ -410,25 +410,31 @@ void head_bwd(const py::array& features, const py::array& image, float scale, co
     run(&Kernels::head_bwd, a);
 }
 
-CrossEntropy cross_entropy_inputs(const py::array& logits, const py::array& labels) {
+std::vector<int64_t> checked_labels(const py::array& labels, const py::array& logits) {
     require(logits.ndim() == 2 && logits.shape(1) >= 1, "logits", "have shape (B, K) with K >= 1",
             text_of(shape_of(logits)));
+    std::vector<int64_t> checked = int64s("labels", labels, "(B,)", logits.shape(0));
+    const int64_t last = logits.shape(1) - 1;
+    for (size_t b = 0; b < checked.size(); b++) {
+        require(checked[b] >= 0 && checked[b] <= last, "labels", "be classes 0 .. " + std::to_string(last),
+                std::to_string(checked[b]) + " at " + std::to_string(b));
+    }
+    return checked;
+}
+
+CrossEntropy cross_entropy_inputs(const py::array& logits, const std::vector<int64_t>& labels) {
     CrossEntropy a{};
     a.batch = logits.shape(0);
     a.n_classes = logits.shape(1);
     a.logits = dense_in("logits", logits, "(B, K)", {a.batch, a.n_classes});
-    a.labels = dense_int64("labels", labels, "(B,)", {a.batch});
-    for (int64_t b = 0; b < a.batch; b++) {
-        require(a.labels[b] >= 0 && a.labels[b] < a.n_classes, "labels",
-                "be classes 0 .. " + std::to_string(a.n_classes - 1),
-                std::to_string(a.labels[b]) + " at " + std::to_string(b));
-    }
+    a.labels = labels.data();
     a.threads = threads_for(a.batch * a.n_classes);
     return a;
 }
 
 double cross_entropy_fwd(const py::array& logits, const py::array& labels) {
-    CrossEntropy a = cross_entropy_inputs(logits, labels);
+    const std::vector<int64_t> checked = checked_labels(labels, logits);
+    CrossEntropy a = cross_entropy_inputs(logits, checked);
     std::vector<double> losses(a.batch);
     a.losses = losses.data();
     run(&Kernels::cross_entropy, a);
@@ -438,7 +444,8 @@ double cross_entropy_fwd(const py::array& logits, const py::array& labels) {
 }
 
 void cross_entropy_bwd(const py::array& logits, const py::array& labels, double grad_loss, py::array d_logits) {
-    CrossEntropy a = cross_entropy_inputs(logits, labels);
+    const std::vector<int64_t> checked = checked_labels(labels, logits);
+    CrossEntropy a = cross_entropy_inputs(logits, checked);
     a.d_logits = dense_out("d_logits", d_logits, "(B, K)", {a.batch, a.n_classes});
     a.grad = (float)(grad_loss / (double)a.batch);
     run(&Kernels::cross_entropy, a);
@@ -446,16 +453,18 @@ void cross_entropy_bwd(const py::array& logits, const py::array& labels, double 
 
 // ---- move_rows
 
-// Checks that 0 <= index < rows, and that no index comes twice if `distinct`.
-void check_index(const int64_t* index, int64_t n, int64_t rows, bool distinct) {
+// (n,) with 0 <= index < rows, and none of them twice if `distinct`.
+std::vector<int64_t> checked_index(const py::array& index, int64_t n, int64_t rows, bool distinct) {
+    std::vector<int64_t> checked = int64s("index", index, "(n,)", n);
     std::vector<bool> seen(distinct ? rows : 0);
     for (int64_t i = 0; i < n; i++) {
-        const std::string got = std::to_string(index[i]) + " at " + std::to_string(i);
-        require(index[i] >= 0 && index[i] < rows, "index", "be rows 0 .. " + std::to_string(rows - 1), got);
+        const std::string got = std::to_string(checked[i]) + " at " + std::to_string(i);
+        require(checked[i] >= 0 && checked[i] < rows, "index", "be rows 0 .. " + std::to_string(rows - 1), got);
         if (!distinct) continue;
-        require(!seen[index[i]], "index", "have no row twice", got);
-        seen[index[i]] = true;
+        require(!seen[checked[i]], "index", "have no row twice", got);
+        seen[checked[i]] = true;
     }
+    return checked;
 }
 
 void check_three_dimensions(const std::string& name, const py::array& array) {
@@ -471,8 +480,8 @@ void gather_rows(const py::array& x, const py::array& index, py::array out) {
     MoveRows a;
     a.from = rows_in("x", x, {batch * rows, d});
     a.to = rows_out("out", out, {batch * n, d});
-    a.index = dense_int64("index", index, "(n,)", {n});
-    check_index(a.index, n, rows, false);
+    const std::vector<int64_t> checked = checked_index(index, n, rows, false);
+    a.index = checked.data();
     a.batch = batch;
     a.n = n;
     a.d = d;
@@ -490,8 +499,8 @@ void add_rows(const py::array& x, const py::array& index, py::array out) {
     MoveRows a;
     a.from = rows_in("x", x, {batch * n, d});
     a.to = rows_out("out", out, {batch * rows, d});
-    a.index = dense_int64("index", index, "(n,)", {n});
-    check_index(a.index, n, rows, true);
+    const std::vector<int64_t> checked = checked_index(index, n, rows, true);
+    a.index = checked.data();
     a.batch = batch;
     a.n = n;
     a.d = d;
