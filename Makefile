@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint typecheck bench kernels site wheel clean sanitize
+.PHONY: help install demo test soak lint typecheck bench kernels site wheel clean sanitize fuzz
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,6 +32,9 @@ typecheck: $(INSTALLED) ## types: mypy
 
 sanitize: $(INSTALLED) ## tests of the C++ operations under the address and undefined-behaviour sanitizers
 	PYTHON=$(BIN)/python tools/sanitize_ops.sh
+
+fuzz: $(INSTALLED) ## random calls of them under the same, ten minutes, while threads change the inputs
+	PYTHON=$(BIN)/python tools/sanitize_ops.sh -s -m soak tests/ops/test_fuzz.py
 
 bench: $(INSTALLED) ## benchmarks, a short set; all of them with `make bench FULL=--full`
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(FULL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST = 6000  # characters of a message: what it quotes from a file may be megabytes
+
 
 class UserError(ValueError):
     """Bad input: one sentence that says what is wrong, where, and what to do about it.
@@ -12,6 +14,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, *, exit_status: int = 2) -> None:
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
         super().__init__(message)
         self.exit_status = exit_status
 

@@ -360,9 +360,11 @@ def class_list(texts: list[str] | None) -> list[str] | None:
         raise UserError(
             "--classes has an empty class name; separate names by single commas, as in 'cat,dog'."
         )
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise UserError(f"--classes names {twice!r} twice.")
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise UserError(f"--classes names {name!r} twice.")
+        seen.add(name)
     if len(names) == 1:
         raise UserError(
             f"--classes gives one class, {names[0]!r}, and there is no file of that name; give two classes or more, or a "

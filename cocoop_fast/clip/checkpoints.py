@@ -55,12 +55,16 @@ def listed_parts(index: Path) -> list[str]:
     """The files that an ``.index.json`` lists: those of weights in several files.
 
     Raises:
-        WeightsError: it is damaged.
+        WeightsError: it is damaged, or lists files elsewhere.
     """
     try:
-        return sorted(set(json_value(index.read_text("utf-8"))["weight_map"].values()))
+        parts = sorted(set(json_value(index.read_text("utf-8"))["weight_map"].values()))
+        elsewhere = [part for part in parts if part != Path(part).name or "\0" in part]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is damaged ({error})") from error
+    if elsewhere:
+        raise WeightsError(f"{index} lists {elsewhere[0][:200]!r}, which is no file beside it")
+    return parts
 
 
 def read_state(path: Path) -> State:

@@ -276,7 +276,7 @@ def _described(place: str, find: Callable[[str], Path | None], weights: Callable
     if path is not None:
         content = _json(path)
         config = content.get("model_cfg", content)
-        if not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
+        if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
             raise WeightsError(f"{path} has no `model_cfg` with embed_dim, vision_cfg and text_cfg")
         said = bool(config.get("quick_gelu", False))
         return Source(read, config, said, content.get("preprocess_cfg") or {})

@@ -115,27 +115,29 @@ def _table(path: Path) -> list[Any]:
     said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's own way to say it
     if said is not None:
         text = text[said.end() :]
-    first = text.lstrip().splitlines()[0] if text.strip() else ""
-    for delimiter in said.group(1) if said else _DELIMITERS:
-        header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
-        fields = [_field(name) for name in header]
-        if fields.count("path") == fields.count("classname") == 1:
-            break
-    else:
-        raise UserError(f"{path} begins with {first[:200]!r}, but needs {_SHAPE}.", exit_status=1)
     try:
-        lines = list(
-            csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=delimiter, skipinitialspace=True)
-        )
+        header, lines = _header_and_rows(text.lstrip(), said.group(1) if said else _DELIMITERS, path)
     except csv.Error as error:
         raise UserError(f"{path} is not a table: {error}.", exit_status=1) from error
-    rows = [[value.strip() for value in line] for line in lines[1:]]
+    rows = [[value.strip() for value in line] for line in lines]
     return [
         {name: value for name, value in zip(header, row, strict=False) if name}
         | ({"": row[len(header) :]} if any(row[len(header) :]) else {})
         for row in rows
         if any(row)
     ]
+
+
+def _header_and_rows(text: str, delimiters: str, path: Path) -> tuple[list[str], list[list[str]]]:
+    """Between the first of the delimiters that gives the columns that a list has."""
+    first = text.splitlines()[0] if text else ""
+    for delimiter in delimiters:
+        header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        fields = [_field(name) for name in header]
+        if fields.count("path") == fields.count("classname") == 1:
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+            return header, list(rows)[1:]
+    raise UserError(f"{path} begins with {first[:200]!r}, but needs {_SHAPE}.", exit_status=1)
 
 
 def _field(name: str) -> str:

@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "cpu/arrays.h"
@@ -456,13 +457,11 @@ void cross_entropy_bwd(const py::array& logits, const py::array& labels, double 
 // (n,) with 0 <= index < rows, and none of them twice if `distinct`.
 std::vector<int64_t> checked_index(const py::array& index, int64_t n, int64_t rows, bool distinct) {
     std::vector<int64_t> checked = int64s("index", index, "(n,)", n);
-    std::vector<bool> seen(distinct ? rows : 0);
+    std::unordered_set<int64_t> seen;  // not a mark for each row: of no images there may be 2^60
     for (int64_t i = 0; i < n; i++) {
         const std::string got = std::to_string(checked[i]) + " at " + std::to_string(i);
         require(checked[i] >= 0 && checked[i] < rows, "index", "be rows 0 .. " + std::to_string(rows - 1), got);
-        if (!distinct) continue;
-        require(!seen[checked[i]], "index", "have no row twice", got);
-        seen[checked[i]] = true;
+        require(!distinct || seen.insert(checked[i]).second, "index", "have no row twice", got);
     }
     return checked;
 }

@@ -7,12 +7,12 @@ import pickle
 import pickletools
 import random
 import tracemalloc
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from damage import PICKLES, archive
 
 from cocoop_fast.clip.checkpoints import WeightsError, read_state
 from cocoop_fast.data.reference_cache import read_reference_cache
@@ -22,40 +22,16 @@ from cocoop_fast.files.inert_pickle import InertObject, InertUnpickler
 from cocoop_fast.files.torch_archive import read_archive
 from cocoop_fast.runs import checkpoint, reference_checkpoint
 
-BEGIN = b"\x80\x02"
-HOSTILE = {
-    "a key of nested tuples": BEGIN + b"})" + b"\x85" * 3_000_000 + b"K\x01s.",
-    "a key of tuples nested by the memo": BEGIN + b"})" + b"q\x00\x86h\x00" * 200 + b"K\x01s.",
-    "nested lists": BEGIN + b"(" * 20_000 + b"l" * 20_000 + b".",
-    "a memo of 2**31 places": BEGIN + b"Nr\xff\xff\xff\x7f.",
-    "two gigabytes of bytes": BEGIN + b"B\xff\xff\xff\x7f" + b".",
-    "2**62 bytes": b"\x80\x05\x96" + (2**62).to_bytes(8, "little") + b".",
-    "a long integer": BEGIN + b"\x8b" + (2**20).to_bytes(4, "little") + b"\x01" * 2**20 + b".",
-    "a list copied again and again": BEGIN
-    + b"ccollections\nOrderedDict\nq\x00](" + b"(NNl" * 5_000 + b"e\x85q\x010" + b"h\x00h\x01R" * 1000 + b".",
-    "many sets": b"\x80\x04" + b"\x8f" * 100_000 + b".",
-    "a call of a number": BEGIN + b"K\x01)R.",
-    "an unknown extension": BEGIN + b"\x82\x01.",
-    "nothing": b"",
-}  # fmt: skip
 
-
-def archive(path, pickled, script=False):
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("a/data.pkl", pickled)
-        if script:
-            file.writestr("a/constants.pkl", BEGIN + b").")
-
-
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", PICKLES)
 def test_every_reader_ends_in_a_sentence(tmp_path, monkeypatch, name):
     monkeypatch.setattr(
         inert_pickle, "MAX_OPERATIONS", 50_000
     )  # for a test of seconds; 2,000,000 take 500 MB at most
     cache, plain, script = tmp_path / "shot_1-seed_1.pkl", tmp_path / "step.pt", tmp_path / "script.pt"
-    cache.write_bytes(HOSTILE[name])
-    archive(plain, HOSTILE[name])
-    archive(script, HOSTILE[name], script=True)
+    cache.write_bytes(PICKLES[name])
+    plain.write_bytes(archive(PICKLES[name]))
+    script.write_bytes(archive(PICKLES[name], script=True))
     tracemalloc.start()
     for read, path in (
         (read_reference_cache, cache),
