@@ -54,6 +54,10 @@ class Activations:
         """(rows, width) scratch memory, its rows where a linear layer reads them fastest."""
         return self.scratch.get(name, rows, width + self.ops.ROW_PADDING)[:, :width]
 
+    def context_of(self, rows: Tensor) -> Tensor:
+        """The context rows, (B, M, ...), among all rows (B * R, ...)."""
+        return rows.view(self.batch, -1, *rows.shape[1:])[:, : self.constants.tree.n_ctx]
+
 
 def lay_out(
     constants: TowerConstants,

@@ -32,8 +32,7 @@ class TreeTextEncoder(nn.Module):
         clip_model: an open_clip or OpenAI CLIP whose text tower is causal and EOT-pooled.
         tree: the class tree of the K prompts.
         backend: "auto" or the name of a backend of :mod:`cocoop_fast.ops.table`. Trees of other than the
-            standard shape, and deep prompts, are always computed by "torch"; a warning says so where another
-            backend was named.
+            standard shape are always computed by "torch"; a warning says so where another backend was named.
         memory_budget: bytes, or text like "256MB", for all that a step allocates above the loaded model. What does
             not fit goes through the tower in pieces, see :mod:`cocoop_fast.engine.pieces`. None: most of what is free.
         text_dtype: what the tower computes in, with copies of its matrices: float16 or bfloat16 for a float32 model. None:
@@ -74,7 +73,6 @@ class TreeTextEncoder(nn.Module):
         self._check_tree(tree)
         self.tree = tree
         self._tower: Tower | None = None
-        self._deep_tower: Tower | None = None  # where the other one cannot take deep prompts
         self.backend = self._select_backend()
 
     @torch.compiler.disable  # its kernels and its memory are its own: there is nothing in it to compile
@@ -94,7 +92,7 @@ class TreeTextEncoder(nn.Module):
             UserError: `ctx` or `deep` has another shape or is not floating point.
         """
         with _outside_inference_mode():
-            tower = self._current_tower(deep=bool(deep))
+            tower = self.tower
             rows, batched = self._rows(ctx, deep)
             features = encode_in_pieces(tower, rows, self.memory)[:, tower.constants.leaf_of_class]
             features = features.to(self.frozen.dtype)
@@ -147,16 +145,21 @@ class TreeTextEncoder(nn.Module):
 
     @property
     def tower(self) -> Tower:
-        """What computes now, for contexts without deep prompts."""
-        return self._current_tower(deep=False)
+        """What computes now, with its constants; made anew only when a weight was changed or moved."""
+        weights = self.frozen.text_weights()
+        if self._tower is None or self._tower.constants.weights is not weights:
+            self.backend = self._select_backend()
+            with torch.no_grad(), own_types(weights.device):
+                self._tower = _tower_of(self.backend, compute_constants(weights, self.tree))
+        return self._tower
 
     def lower_memory(self, batch: int) -> None:
         """After a step of B images ran out of memory: see :meth:`MemoryBudget.lower`."""
         self.memory.lower(self.tower, batch)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: without the towers, whose memory is this encoder's own; they are made anew."""
-        return {**self.__dict__, "_tower": None, "_deep_tower": None}
+        """For copies and pickles: without the tower, whose memory is this encoder's own; it is made anew."""
+        return {**self.__dict__, "_tower": None}
 
     def extra_repr(self) -> str:
         return f"{self.tree}, backend={self.backend.name}"
@@ -179,8 +182,10 @@ class TreeTextEncoder(nn.Module):
         """As a tower takes them, and whether `ctx` has a dimension B in front."""
         if isinstance(ctx, ShiftedContext):
             self._check_shifted(ctx)
-            if self.tree.is_standard and not deep:
-                return ContextRows(self._readable(ctx.vectors), self._readable(ctx.shift)), True
+            if self.tree.is_standard:
+                self._check_deep(torch.Size((len(ctx.shift), *ctx.vectors.shape)), deep)
+                vectors, shift, *others = map(self._readable, (ctx.vectors, ctx.shift, *deep))
+                return ContextRows(vectors, shift, tuple(others)), True
             ctx = ctx.sum()
         own = (self.tree.n_classes,) if self.tree.class_specific else ()
         expected = (*own, self.tree.n_slots, self.frozen.width)
@@ -191,7 +196,7 @@ class TreeTextEncoder(nn.Module):
                 f"`ctx` must be a floating-point ({names}) or (B, {names}) tensor with ({names}) = {expected}, "
                 f"got {ctx.dtype} of shape {tuple(ctx.shape)}."
             )
-        self._check_deep(ctx, deep)
+        self._check_deep(ctx.shape, deep)
         rows = [one.flatten(-3, -2) if own else one for one in (ctx, *deep)]
         first, *others = (self._readable(one if extra else one[None]) for one in rows)
         return ContextRows(None, first, tuple(others)), extra == 1
@@ -217,37 +222,23 @@ class TreeTextEncoder(nn.Module):
                 f"{tuple(shift)}."
             )
 
-    def _check_deep(self, ctx: Tensor, deep: Sequence[Tensor]) -> None:
+    def _check_deep(self, shape: torch.Size, deep: Sequence[Tensor]) -> None:
         if len(deep) >= self.frozen.layers:
             raise UserError(
                 f"`deep` has {len(deep)} prompts, but a text tower of {self.frozen.layers} layers takes at most "
                 f"{self.frozen.layers - 1}: its first layer reads `ctx`."
             )
         for layer, prompt in enumerate(deep, start=1):
-            if prompt.shape != ctx.shape or not prompt.is_floating_point():
+            if prompt.shape != shape or not prompt.is_floating_point():
                 raise UserError(
                     f"The deep prompt of layer {layer} must be floating-point and of the shape of `ctx`, "
-                    f"{tuple(ctx.shape)}, got {prompt.dtype} of shape {tuple(prompt.shape)}."
+                    f"{tuple(shape)}, got {prompt.dtype} of shape {tuple(prompt.shape)}."
                 )
 
     def _select_backend(self) -> Backend:
         weights = self.frozen.text_weights()
         chosen = select_backend(weights.device, weights.dtype, self._explicit_backend)
         return chosen if self.tree.is_standard else select_backend(weights.device, weights.dtype, "torch")
-
-    def _current_tower(self, *, deep: bool) -> Tower:
-        """The tower that serves, with its constants, made anew only when a weight was changed or moved."""
-        weights = self.frozen.text_weights()
-        if self._tower is None or self._tower.constants.weights is not weights:
-            self.backend = self._select_backend()
-            with torch.no_grad(), own_types(weights.device):
-                self._tower = _tower_of(self.backend, compute_constants(weights, self.tree))
-            self._deep_tower = None
-        if not deep or self._tower.takes_deep_prompts:
-            return self._tower
-        if self._deep_tower is None:
-            self._deep_tower = TorchTower(self._tower.constants)
-        return self._deep_tower
 
 
 def _tower_of(backend: Backend, constants: TowerConstants) -> Tower:

@@ -11,7 +11,8 @@ for it, so that what one operation writes is still in the cache when the next on
 
 Rows lie image-major in (B * R, .) buffers, an image's context rows first, so a linear layer is one large product. Layer 0
 computes query, key and value of the context rows alone, since those of the nodes are constants; the last layer goes on
-with the EOT rows alone after its keys and values.
+with the EOT rows alone after its keys and values. A deep prompt is written over the context rows before its layer reads
+them; in backward it takes their gradient, and none goes on to the layer before.
 
 Notation: B images, M context vectors, N nodes, R = M + N rows of an image, Q distinct EOT nodes, d width.
 """
@@ -48,8 +49,6 @@ class FusedTower:
         shared: of another tower over the same weights. Default: made for this one.
     """
 
-    takes_deep_prompts = False
-
     def __init__(self, constants: TowerConstants, ops: Ops, shared: SharedParts | None = None) -> None:
         self.constants, self.ops = constants, ops
         tree = constants.tree
@@ -63,7 +62,7 @@ class FusedTower:
         """To (B, Q, E) text features of the tree's leaves."""
         if contexts.requires_grad:
             lease = self.shared.training.borrow()
-            features: Tensor = _Encode.apply(contexts.vectors, contexts.shift, self, lease)
+            features: Tensor = _Encode.apply(self, lease, *contexts.tensors())
             lease.follow_owner()
             return features
         lease = self.shared.inference.borrow()
@@ -159,7 +158,7 @@ def shape_pass(
         acts = tower.lay_out(batch, memory, largest_panel_only=largest_panel_only)
         features = _forward(tower, ContextRows(None, shift), acts)
         if keeps:
-            _backward(tower, features, acts, None, shift)
+            _backward(tower, features, acts, ContextRows(None, shift))
     saved = sum(layer.nbytes for layer in memory.layers) if keeps else 0
     return PassBytes(
         saved=saved,
@@ -233,16 +232,16 @@ def _block_linears(block: TextBlock, layer: int, last: int, ops: Ops) -> BlockLi
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(node: Any, vectors: Tensor | None, shift: Tensor, tower: FusedTower, lease: Lease) -> Tensor:
+    def forward(node: Any, tower: FusedTower, lease: Lease, *tensors: Tensor | None) -> Tensor:
+        contexts = ContextRows.of(tensors)
         node.tower, node.lease, node.versions = tower, lease, tower.constants.weights.versions()
-        node.vectors = None if vectors is None else (vectors.shape, vectors.dtype)
-        node.shift = shift.shape, shift.dtype
+        node.like = [None if one is None else (one.shape, one.dtype) for one in tensors]
         node.save_for_backward(lease.owner())
-        with own_types(shift.device):
-            return _forward(tower, ContextRows(vectors, shift), tower.lay_out(len(shift), lease.memory))
+        with own_types(contexts.shift.device):
+            return _forward(tower, contexts, tower.lay_out(contexts.batch, lease.memory))
 
     @staticmethod
-    def backward(node: Any, grad_features: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(node: Any, grad_features: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise UserError(
                 "The engine has no second derivative (create_graph=True); build the model with backend='torch' for it."
@@ -250,15 +249,17 @@ class _Encode(torch.autograd.Function):
         _ = node.saved_tensors  # torch refuses a second backward over a graph that was not retained
         tower: FusedTower = node.tower
         tower.constants.weights.check_unchanged(node.versions)
-        d_vectors, d_shift = (
-            None if like is None else torch.empty(like[0], dtype=like[1], device=grad_features.device)
-            for like in (node.vectors, node.shift)
+        device = grad_features.device
+        gradients = ContextRows.of(
+            [
+                None if like is None else torch.empty(like[0], dtype=like[1], device=device)
+                for like in node.like
+            ]
         )
-        assert d_shift is not None
-        with own_types(grad_features.device):
-            acts = tower.lay_out(len(d_shift), node.lease.memory)
-            _backward(tower, grad_features, acts, d_vectors, d_shift)
-        return d_vectors, d_shift, None, None
+        with own_types(device):
+            acts = tower.lay_out(gradients.batch, node.lease.memory)
+            _backward(tower, grad_features, acts, gradients)
+        return None, None, *gradients.tensors()
 
 
 def _forward(tower: FusedTower, contexts: ContextRows, acts: Activations) -> Tensor:
@@ -274,6 +275,8 @@ def _forward(tower: FusedTower, contexts: ContextRows, acts: Activations) -> Ten
     linears[0].qkv.forward(h, first.qkv)
     features = acts.x_out.new_empty(len(acts.x_out), w.projection.weight.shape[1])
     for layer, (block, own, a) in enumerate(zip(w.blocks, linears, acts.layers, strict=True)):
+        if 1 <= layer <= len(contexts.deep):
+            _replace_context(tower, acts, layer, contexts.deep[layer - 1])
         if layer == last:
             _leaf_queries(tower, acts, a, own, block.ln_1)
         o = acts.rows("o", len(a.x_mid), d)
@@ -301,6 +304,19 @@ def _part(stats: Statistics, panel: slice) -> Statistics:
     return stats[0][panel], stats[1][panel]
 
 
+def _replace_context(tower: FusedTower, acts: Activations, layer: int, prompt: Tensor) -> None:
+    """The layer's context rows become those of a deep prompt (B, M, d), with all that was computed of them."""
+    a, ln_1, (batch, m, d) = acts.layers[layer], tower.constants.weights.blocks[layer].ln_1, prompt.shape
+    x = acts.context_of(a.x)
+    x.copy_(prompt)
+    h, qkv = acts.rows("h", batch * m, d), acts.rows("g", batch * m, a.qkv.shape[1])
+    stats = acts.floats.get("statistics of a prompt", 2, batch * m)
+    tower.ops.layer_norm_fwd(x, None, None, ln_1.weight, ln_1.bias, ln_1.eps, h.view(x.shape), *stats)
+    tower.shared.linears[layer].qkv.forward(h, qkv)
+    for whole, part in zip((a.qkv, *a.stats_1), (qkv, *stats), strict=True):
+        acts.context_of(whole).copy_(part.view(batch, m, *part.shape[1:]))
+
+
 def _leaf_queries(
     tower: FusedTower, acts: Activations, a: LayerActivations, own: BlockLinears, ln_1: Affine
 ) -> None:
@@ -317,9 +333,7 @@ def _leaf_queries(
     own.leaf_q.forward(h, a.q.view(-1, d))
 
 
-def _backward(
-    tower: FusedTower, grad_features: Tensor, acts: Activations, d_vectors: Tensor | None, d_shift: Tensor
-) -> None:
+def _backward(tower: FusedTower, grad_features: Tensor, acts: Activations, gradients: ContextRows) -> None:
     """Writes the gradients of the contexts' parts."""
     w, ops = tower.constants.weights, tower.ops
     d, last = w.width, len(w.blocks) - 1
@@ -343,7 +357,7 @@ def _backward(
         grad_qkv = acts.rows("grad_qkv", *a.qkv.shape)
         grad_q = _attention_backward(tower, acts, layer, grad_o, grad_qkv)
         if layer == 0:
-            _context_backward(tower, acts, grad_qkv, grad_x, d_vectors, d_shift)
+            _context_backward(tower, acts, grad_qkv, grad_x, gradients)
         elif layer < last:
             _qkv_backward(tower, acts, layer, grad_qkv, grad_x, accumulate=True)
         else:
@@ -355,6 +369,10 @@ def _backward(
             own.leaf_q.backward(grad_q.view(-1, d), h)
             ops.layer_norm_bwd(h, a.residual, block.ln_1.weight, *a.stats_q, grad_leaf, accumulate=True)
             ops.add_rows(grad_leaf.view(acts.batch, -1, d), tower.leaf_rows, grad_x.view(acts.batch, -1, d))
+        if 1 <= layer <= len(gradients.deep):
+            of_context = acts.context_of(grad_x)
+            gradients.deep[layer - 1].copy_(of_context)
+            of_context.zero_()
 
 
 def _attention_backward(
@@ -394,8 +412,7 @@ def _context_backward(
     acts: Activations,
     grad_qkv: Tensor,
     grad_x: Tensor,
-    d_vectors: Tensor | None,
-    d_shift: Tensor,
+    gradients: ContextRows,
 ) -> None:
     """From layer 0's query, key and value of the context rows, and what goes past its attention, to the contexts."""
     a, batch, m = acts.layers[0], acts.batch, tower.constants.tree.n_ctx
@@ -407,4 +424,4 @@ def _context_backward(
     tower.shared.linears[0].qkv.backward(grad_qkv, h)
     ln_1 = tower.constants.weights.blocks[0].ln_1
     tower.ops.layer_norm_bwd(h, a.x, ln_1.weight, *a.stats_1, grad_rows, accumulate=passed_on)
-    tower.ops.assemble_prompts_bwd(grad_rows, d_vectors, d_shift)
+    tower.ops.assemble_prompts_bwd(grad_rows, gradients.vectors, gradients.shift)

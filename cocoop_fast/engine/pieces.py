@@ -39,9 +39,6 @@ class Tower(Protocol):
     constants: TowerConstants
 
     @property
-    def takes_deep_prompts(self) -> bool: ...
-
-    @property
     def kept_bytes(self) -> int:
         """What stays allocated whatever passes come."""
 

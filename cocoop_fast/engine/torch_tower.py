@@ -29,7 +29,6 @@ class TorchTower:
         constants: what the model and the class tree fix.
     """
 
-    takes_deep_prompts = True
     kept_bytes = pooled_bytes = 0
 
     def __init__(self, constants: TowerConstants) -> None:

@@ -76,6 +76,48 @@ def test_equals_the_twin(isa, layers, quick_gelu):
         set_isa(widest)
 
 
+def deep_prompts(encoder, n_deep, batch=3, n_ctx=3, shifted=False):
+    """Features, and the gradients of the context and of the prompts of the layers above."""
+    rows = [context(batch, n_ctx, seed=seed) for seed in range(1 + n_deep)]
+    vectors = [context(1, n_ctx, seed=99)[0]] if shifted else []
+    ours = [one.to(encoder.frozen.dtype).requires_grad_() for one in (*vectors, *rows)]
+    *first, ctx = ours[: 1 + len(vectors)]
+    features = encoder(ShiftedContext(*first, ctx) if shifted else ctx, ours[1 + len(vectors) :])
+    probe = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features)
+    return features, *torch.autograd.grad((features * probe).sum(), ours)
+
+
+@pytest.mark.parametrize("isa", available_isas() if (CPP.why_unavailable() is None) else [])
+@pytest.mark.parametrize(("layers", "n_deep"), [(2, 1), (4, 2)])  # up to the last layer, and not
+def test_deep_prompts_equal_the_twin(isa, layers, n_deep, monkeypatch):
+    monkeypatch.setattr("cocoop_fast.ops.cpu.PANEL_ROWS", 7)
+    widest = available_isas()[-1]
+    set_isa(isa)
+    try:
+        engine, twin = encoders(n_ctx=3, layers=layers)
+        for options in ({}, {"batch": 1, "shifted": True}):
+            results = [deep_prompts(one, n_deep, **options) for one in (engine, twin)]
+            for layer, (actual, expected) in enumerate(zip(*results, strict=True)):
+                assert_close(actual, expected, 2e-5, f"{options}: result {layer}")
+    finally:
+        set_isa(widest)
+
+
+def test_deep_prompts_reuse_the_memory_of_plain_contexts():
+    """Plain contexts before and after are what they are without any deep prompt, to the bit."""
+    engine, twin = encoders(n_ctx=3, layers=3)
+    plain = features_and_gradient(engine, context(3, 3))
+    held = engine.tower.pooled_bytes
+    deeper = [deep_prompts(engine, 2) for _ in range(2)]
+    assert all(one.equal(other) for one, other in zip(*deeper, strict=True))
+    again = features_and_gradient(engine, context(3, 3))
+    assert all(one.equal(other) for one, other in zip(plain, again, strict=True))
+    assert engine.tower.pooled_bytes <= 1.01 * held
+    with torch.no_grad():
+        features = engine(context(3, 3), [context(3, 3, seed=1)])
+        assert_close(features, twin(context(3, 3).double(), [context(3, 3, seed=1).double()]), 1e-5)
+
+
 @pytest.mark.parametrize(("width", "heads"), [(64, 1), (96, 3), (80, 1), (40, 2)])
 def test_head_sizes(width, heads):
     engine, twin = encoders(width=width, heads=heads)

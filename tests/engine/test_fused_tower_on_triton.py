@@ -61,6 +61,20 @@ def test_equals_the_twin(layers, n_ctx, batch, quick_gelu):
     compare(engine, twin, context(batch, n_ctx), 1e-5)
 
 
+@pytest.mark.parametrize("layers, dtype, tolerance", [(3, torch.float32, 2e-5), (2, torch.float16, 1e-2)])
+def test_deep_prompts(layers, dtype, tolerance):
+    """Of the second layer alone, in the first case; of the last one, in the second, from float32 master copies."""
+    both = encoders([[1], [2]], layers=layers, dtype=dtype, heads=1, width=24)
+    results = []
+    for encoder, device, wide in zip(both, (DEVICE, "cpu"), (torch.float32, torch.float64), strict=True):
+        rows = [context(2, width=24, seed=seed).to(device, wide).requires_grad_() for seed in range(2)]
+        features = encoder(rows[0], rows[1:])
+        probe = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features)
+        results.append([features, *torch.autograd.grad((features * probe).sum(), rows)])
+    for layer, (actual, expected) in enumerate(zip(*results, strict=True)):
+        assert_close(actual.cpu(), expected, tolerance, f"result {layer}")
+
+
 def test_trees_of_several_tiles():
     engine, twin = encoders([[1, k] for k in range(2, 20)] + [[3] * 9], layers=2, heads=1, width=24)
     compare(engine, twin, context(1, width=24), 1e-5)

@@ -64,16 +64,17 @@ def test_the_same_bits_every_time(monkeypatch):
     assert all(a.equal(b) for a, b in zip(first, again, strict=True))
 
 
-def test_deep_prompts_in_pieces(monkeypatch):
-    whole, parted = encoder(torch.float64), encoder(torch.float64)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_deep_prompts_in_pieces(dtype, tolerance, monkeypatch):
+    whole, parted = encoder(dtype), encoder(dtype)
     in_pieces(parted, monkeypatch, images=1, nodes=20)
     results = []
     for one in (whole, parted):
-        rows = [context(2).double().mul(scale).requires_grad_() for scale in (1.0, 0.7)]
+        rows = [context(2).to(dtype).mul(scale).requires_grad_() for scale in (1.0, 0.7)]
         features = one(rows[0], rows[1:])
         results.append([features, *torch.autograd.grad(features.square().sum(), rows)])
     for expected, actual in zip(*results, strict=True):
-        assert_close(actual, expected, 1e-12)
+        assert_close(actual, expected, tolerance)
 
 
 paths = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=6), min_size=1, max_size=30)
