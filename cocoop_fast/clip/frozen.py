@@ -140,6 +140,10 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+# What is read of a block. Forks keep their deep prompts beside these, which change at every step.
+_PARTS_OF_BLOCK = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2")
+
+
 class FrozenCLIP:
     """Read-only view of a CLIP model: text weights by role, sizes, and what the tower is able to do.
 
@@ -191,8 +195,10 @@ class FrozenCLIP:
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         yield self._text.positional_embedding
-        for module in (self._text.token_embedding, self._text.ln_final, *self._resblocks):
-            yield from module.parameters()
+        parts = (getattr(block, name, None) for block in self._resblocks for name in _PARTS_OF_BLOCK)
+        for module in (self._text.token_embedding, self._text.ln_final, *parts):
+            if isinstance(module, nn.Module):  # OpenAI's blocks have no LayerScale
+                yield from module.parameters()
         projection = self._text.text_projection
         yield from projection.parameters() if isinstance(projection, nn.Module) else (projection,)
 

@@ -9,18 +9,21 @@ and M learned vectors a prompt. Which entries are learned, and whether all promp
 T is zero exactly where an entry does not depend on anything learned, and the same for all prompts exactly if they depend
 on it in the same way (both with probability 1). Two backward passes through the fork's learner give it, once for each form
 of prompts. In every call the values are compared: tokens with their embeddings, and shared contexts with each other.
+
+Deep prompts, which take the place of the context in layers 1, 2, ..., are found where MaPLe and PromptSRC have them: in a
+third argument of the call, or as the one thing that is learned in each of those blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
+from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP, text_module
 from cocoop_fast.engine.encoder import TreeTextEncoder
 from cocoop_fast.errors import UserError
 from cocoop_fast.prompts.layout import PromptLayout
@@ -36,22 +39,25 @@ def accelerate(model: Any, clip_model: ClipModel, say: Callable[[str], None] = p
 
     Args:
         model: with a ``text_encoder`` that is called as ``text_encoder(prompts, tokenized_prompts)``, prompts (n, L, d) and
-            tokens (n, L), and gives features (n, E) that are not normalised. Its class becomes a subclass of its own.
+            tokens (n, L), and gives features (n, E) that are not normalised; or with deep prompts as well, (M, d) each.
+            Its class becomes a subclass of its own.
         clip_model: the CLIP that the text encoder was made of.
         say: told, once each, what is computed by the fork's encoder after all, and why.
 
     Raises:
-        UserError: there is no such encoder, something in it is learned, or the CLIP is not supported.
+        UserError: there is no such encoder, something in it is learned besides deep prompts, or the CLIP is not supported.
     """
     encoder = getattr(model, "text_encoder", None)
     if not isinstance(encoder, nn.Module):
         raise UserError("the model has no `text_encoder`")
-    learned = [name for name, value in encoder.named_parameters() if value.requires_grad]
-    if learned:
-        raise UserError(f"its text encoder learns {learned[0]} ({len(learned)} tensors)")
     if isinstance(encoder, _TreeEncoded):
         return
     seam = Seam(clip_model, say)
+    learned = {id(one): name for name, one in encoder.named_parameters() if one.requires_grad}
+    for one in seam.deep_of_blocks():
+        learned.pop(id(one), None)
+    if learned:
+        raise UserError(f"its text encoder learns {next(iter(learned.values()))} ({len(learned)} tensors)")
     encoder.__class__ = type(type(encoder).__name__, (_TreeEncoded, type(encoder)), {})
     encoder._seam = seam  # type: ignore[assignment]
 
@@ -66,13 +72,25 @@ class _TreeEncoded(nn.Module):
             given = (prompts,) if tokenized_prompts is None else (prompts, tokenized_prompts)
             return super(_TreeEncoded, self).forward(*given, *more, **named)
 
-        if more or named or not isinstance(prompts, Tensor) or not isinstance(tokenized_prompts, Tensor):
-            self._seam.tell("it is called with more than prompts and tokens")
+        deep, known = (
+            self._seam.deep_of_blocks(),
+            isinstance(prompts, Tensor) and isinstance(tokenized_prompts, Tensor),
+        )
+        if known and len(more) == 1 and not named and not deep:
+            known = isinstance(more[0], Sequence | nn.ParameterList) and all(
+                isinstance(one, Tensor) for one in more[0]
+            )
+            deep = [*more[0]] if known else []
+        elif more or named:
+            known = False
+        if not known:
+            self._seam.tell("it is called with more than prompts, tokens and deep prompts")
             return dense()
-        if any(value.requires_grad for value in self.parameters()):
+        own = {id(one) for one in deep}
+        if any(value.requires_grad and id(value) not in own for value in self.parameters()):
             self._seam.tell("something in it is learned")
             return dense()
-        return self._seam.encode(prompts, tokenized_prompts, dense)
+        return self._seam.encode(prompts, tokenized_prompts, dense, deep)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +105,8 @@ class Form:
         slots: (n, M) positions of the context vectors.
         leaves: what the prompts depend on.
         shared: all prompts have the same context, and depend on it in the same way.
+        n_deep: the number of deep prompts.
+        halved: they are rounded to float16, as MaPLe's and PromptSRC's blocks do in every precision.
     """
 
     encoder: TreeTextEncoder
@@ -96,6 +116,13 @@ class Form:
     slots: Tensor
     leaves: frozenset[Tensor]
     shared: bool
+    n_deep: int = 0
+    halved: bool = False
+
+    def encode(self, context: Tensor, deep: Sequence[Tensor]) -> Tensor:
+        """Features (n, E) under contexts of this form."""
+        prompts = [_halved(one) if self.halved else one for one in deep]
+        return self.encoder(context, [one.expand_as(context) for one in prompts])
 
     def contexts(self, prompts: Tensor, tokens: Tensor, leaves: frozenset[Tensor]) -> Tensor | None:
         """(M, d) or (n, M, d) context vectors of prompts of this form; None if they are of another."""
@@ -137,27 +164,48 @@ class Seam:
             self._told.add(why)
             self._say(f"cocoop_fast: the text encoder's own forward is used where {why}")
 
-    def encode(self, prompts: Tensor, tokenized_prompts: Tensor, dense: Callable[[], Tensor]) -> Tensor:
-        """Features (n, E) of prompts (n, L, d), by the tree or by the fork's own ``dense``."""
+    def deep_of_blocks(self) -> list[Tensor]:
+        """The deep prompts (M, d) that the tower's blocks have learned: one in each of blocks 1, 2, ..., and nothing else."""
+        first, *blocks = text_module(self._clip).transformer.resblocks
+        learned = [[one for one in block.parameters() if one.requires_grad] for block in (first, *blocks)]
+        deep = [own[0] for own in learned[1:] if len(own) == 1]
+        alike = {tuple(one.shape) for one in deep}
+        wanted = [0] + [1] * len(deep) + [0] * (len(blocks) - len(deep))
+        fit = [len(own) for own in learned] == wanted and len(alike) == 1 and len(alike.pop()) == 2
+        return deep if fit else []
+
+    def encode(
+        self,
+        prompts: Tensor,
+        tokenized_prompts: Tensor,
+        dense: Callable[[], Tensor],
+        deep: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Features (n, E) of prompts (n, L, d) and deep ones (M, d), by the tree or by the fork's own ``dense``."""
         if prompts.ndim != 3 or tokenized_prompts.shape != prompts.shape[:2]:
             self.tell("prompts are not (n, L, d) with tokens (n, L)")
             return dense()
         tokens = tokenized_prompts.detach().to("cpu", torch.int64)
-        leaves = frozenset(leaves_of(prompts))
+        leaves, deep = (
+            frozenset(leaves_of(prompts)),
+            deep[: self._frozen.layers - 1],
+        )  # a shallow tower reads no more
         for form in self._forms:
-            context = form.contexts(prompts, tokens, leaves)
+            context = form.contexts(prompts, tokens, leaves) if form.n_deep == len(deep) else None
             if context is not None:
-                return form.encoder(context)
-        found = self._new_form(prompts, tokens, dense)
+                return form.encode(context, deep)
+        found = self._new_form(prompts, tokens, dense, deep)
         context = None if found is None else found.contexts(prompts, tokens, leaves)
         if found is None or context is None:
             return dense()
         self._forms = [found, *self._forms][:FORMS]
-        return found.encoder(context)
+        return found.encode(context, deep)
 
-    def _new_form(self, prompts: Tensor, tokens: Tensor, dense: Callable[[], Tensor]) -> Form | None:
+    def _new_form(
+        self, prompts: Tensor, tokens: Tensor, dense: Callable[[], Tensor], deep: Sequence[Tensor]
+    ) -> Form | None:
         try:
-            form = self._read(prompts, tokens)
+            form = replace(self._read(prompts, tokens), n_deep=len(deep))
         except UserError as error:
             self.tell(str(error))
             return None
@@ -166,13 +214,16 @@ class Seam:
             if context is None:
                 self.tell("the prompts are not of tokens and contexts")
                 return None
-            own, ours = dense().double(), form.encoder(context).double()
+            if any(one.shape != context.shape[-2:] for one in deep):
+                self.tell("its deep prompts are not of the shape of its context")
+                return None
+            own, forms = dense().double(), [form, replace(form, halved=True)][: 1 + bool(deep)]
+            errors = [_error(one.encode(context, deep).double(), own) for one in forms]
         half = torch.is_autocast_enabled(prompts.device.type)
-        bound = TOLERANCE[torch.float16 if half else self._frozen.dtype]
-        if own.shape != ours.shape or not (own - ours).abs().max() <= bound * own.abs().max():
+        if not min(errors) <= TOLERANCE[torch.float16 if half else self._frozen.dtype]:
             self.tell("it does not compute what CLIP's text tower does")
             return None
-        return form
+        return forms[errors.index(min(errors))]
 
     def _read(self, prompts: Tensor, tokens: Tensor) -> Form:
         """The form of prompts that has not been seen yet.
@@ -230,6 +281,17 @@ class Seam:
             at = (place + offset).clamp(0, len(keys) - 1)
             found = torch.where((rows[at] == prompts).all(dim=2), known[at], found)
         return found
+
+
+def _error(features: Tensor, expected: Tensor) -> float:
+    if features.shape != expected.shape:
+        return float("inf")
+    return float((features - expected).abs().max() / expected.abs().max())
+
+
+def _halved(prompt: Tensor) -> Tensor:
+    """Rounded to float16 (the sum is exact); its gradient is not."""
+    return prompt + (prompt.half().to(prompt.dtype) - prompt).detach()
 
 
 def leaves_of(tensor: Tensor) -> list[Tensor]:

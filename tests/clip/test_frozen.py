@@ -42,6 +42,18 @@ def test_snapshot_is_kept_until_a_weight_changes():
     assert frozen.text_weights().dtype == torch.float64
 
 
+def test_what_a_fork_keeps_in_a_block_is_no_weight_of_the_tower():
+    """A deep prompt changes at every step, and constants and packed copies would be made anew each time."""
+    model = tiny_openai_clip()
+    block = model.transformer.resblocks[1]
+    block.prompt = torch.nn.Parameter(torch.zeros(2, 48))
+    frozen = FrozenCLIP(model)
+    before = frozen.text_weights()
+    with torch.no_grad():
+        block.prompt.add_(1)
+    assert frozen.text_weights() is before
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

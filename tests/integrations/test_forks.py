@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from comparison import assert_close
 from dassl_stand_in import REPOSITORY, forget, patch, run, steps
+from tiny_models import tiny_openai_clip
 
 from cocoop_fast.integrations import dassl_repairs
+from cocoop_fast.integrations.text_seam import accelerate
 
 STEPS = 54  # six epochs of nine batches
 WORDS = ["TRAINER.COOP.CTX_INIT", "a photo of a"]
@@ -84,6 +88,8 @@ def assert_the_same(alone, seam):
         ("ClassSpecific", RANDOM, False),
         ("NameInTheMiddle", WORDS, True),
         ("NameInFront", RANDOM, True),
+        ("MaPLe", RANDOM, True),
+        ("PromptSRC", WORDS, True),
     ],
 )
 def test_a_fork_with_the_seam_is_the_fork_by_itself(tmp_path, trainer, pairs, shared):
@@ -111,8 +117,11 @@ def test_a_fork_under_the_references_name_keeps_its_loss(tmp_path):
 @pytest.mark.parametrize(
     ("trainer", "why"),
     [
-        ("TCP", r"text encoder's own forward is used where it is called with more than prompts and tokens"),
-        ("PromptSRC", r"is left alone, because its text encoder learns ln_final.weight \(1 tensors\)"),
+        (
+            "TCP",
+            r"text encoder's own forward is used where it is called with more than prompts, tokens and deep prompts",
+        ),
+        ("Tuned", r"is left alone, because its text encoder learns ln_final.weight \(1 tensors\)"),
         (
             "Adapted",
             r"text encoder's own forward is used where it does not compute what CLIP's text tower does",
@@ -124,3 +133,32 @@ def test_what_cannot_be_served_is_left_to_the_fork_and_said_once(tmp_path, train
     assert_the_same(alone, seam)
     assert steps(alone[0]) == steps(seam[0])  # it is the fork's own computation
     assert len(re.findall(f"cocoop_fast: .*{why}", seam[0])) == 1
+
+
+def test_deep_prompts_that_a_fork_rounds_are_rounded_and_their_gradients_are_not():
+    """MaPLe's and PromptSRC's blocks read theirs in float16, whatever the rest is computed in."""
+    from trainers.forks import DeepTextEncoder, DensePrompts
+
+    class Rounding(DeepTextEncoder):
+        def rounded(self, prompt):
+            return prompt.half()
+
+    clip_model, said = tiny_openai_clip(dtype=torch.float64).requires_grad_(False), []
+    learner = DensePrompts(clip_model, ["cat", "blue whale"], "", 3).double()
+    learned = [learner.ctx, *(torch.randn_like(learner.ctx).requires_grad_() for _ in range(2))]
+    alone = Rounding(clip_model)
+    model = SimpleNamespace(text_encoder=Rounding(clip_model))
+    accelerate(model, clip_model, said.append)
+    results = []
+    for encoder in (alone, model.text_encoder):
+        features = encoder(learner(), learner.tokenized_prompts, learned[1:])
+        results.append([features, *torch.autograd.grad(features.square().sum(), learned)])
+    for name, expected, actual in zip(("features", "ctx", "layer 1", "layer 2"), *results, strict=True):
+        assert_close(actual, expected, 1e-3 if "layer" in name else 1e-10, name)
+    assert not said
+    tree, *_ = model.text_encoder._seam._forms
+    assert tree.halved and tree.n_deep == 2
+    model.text_encoder(learner(), learner.tokenized_prompts, [learned[1][:2]])
+    assert said == [
+        "cocoop_fast: the text encoder's own forward is used where its deep prompts are not of the shape of its context"
+    ]

@@ -85,13 +85,14 @@ class DenseCLIP(nn.Module):
         self.prompt_learner = DensePrompts(clip_model, names, options.CTX_INIT, options.N_CTX, **learner)
         self.text_encoder = encoder(clip_model)
         self.image_encoder, self.logit_scale = clip_model.visual, clip_model.logit_scale
+        self.more = ()  # what the text encoder is given besides
 
     def features(self, image):
         """(B, E) and (B or 1, K, E), of unit length."""
         found = F.normalize(self.image_encoder(image), dim=-1)
         prompts = self.prompt_learner(found)
         each = prompts if prompts.ndim == 4 else prompts[None]
-        texts = [self.text_encoder(one, self.prompt_learner.tokenized_prompts) for one in each]
+        texts = [self.text_encoder(one, self.prompt_learner.tokenized_prompts, *self.more) for one in each]
         return found, F.normalize(torch.stack(texts), dim=-1)
 
     def forward(self, image):
@@ -255,7 +256,7 @@ class TextEncoderWithMore(DenseTextEncoder):
 
 @TRAINER_REGISTRY.register()
 class TCP(Fork):
-    """Its text encoder takes what it has learned of a class as well (so does MaPLe's, with deep prompts)."""
+    """Its text encoder takes what it has learned of a class as well."""
 
     encoder = TextEncoderWithMore
 
@@ -268,9 +269,64 @@ class TCP(Fork):
         return F.cross_entropy(logits, label)
 
 
+def with_prompt(hidden, prompt):
+    """(L, K, d) rows with a prompt (M, d) after the first."""
+    prompt = prompt[:, None].expand(-1, hidden.shape[1], -1)
+    return torch.cat([hidden[:1], prompt, hidden[1 + len(prompt) :]])
+
+
+class DeepTextEncoder(DenseTextEncoder):
+    def rounded(self, prompt):
+        return prompt
+
+    def forward(self, prompts, tokenized_prompts, deep):
+        hidden = (prompts + self.positional_embedding).transpose(0, 1)
+        for layer, block in enumerate(self.transformer.resblocks):
+            hidden = block(
+                with_prompt(hidden, self.rounded(deep[layer - 1])) if 0 < layer <= len(deep) else hidden
+            )
+        ends = tokenized_prompts.argmax(dim=1)
+        return self.ln_final(hidden.transpose(0, 1))[range(len(prompts)), ends] @ self.text_projection
+
+
+@TRAINER_REGISTRY.register()
+class MaPLe(Fork):
+    """A prompt for each layer, more than there are, handed to the text encoder."""
+
+    encoder = DeepTextEncoder
+
+    def add_parts(self, clip_model):
+        learner = self.model.prompt_learner
+        layers = len(clip_model.transformer.resblocks)
+        learner.deep = nn.ParameterList(0.1 * torch.randn_like(learner.ctx) for _ in range(layers))
+        self.model.more = (learner.deep,)
+
+
+def prompted(block, prompt):
+    """A block that reads a prompt of its own, as one of its parameters."""
+
+    class Prompted(type(block)):
+        def forward(self, hidden):
+            return super().forward(with_prompt(hidden, self.prompt))
+
+    block.prompt, block.__class__ = prompt, Prompted
+
+
 @TRAINER_REGISTRY.register()
 class PromptSRC(Fork):
-    """Learns within the text tower."""
+    """A prompt in each block of the text tower but the first."""
+
+    def add_parts(self, clip_model):
+        learner = self.model.prompt_learner
+        _, *blocks = clip_model.transformer.resblocks
+        learner.deep = nn.ParameterList(0.1 * torch.randn_like(learner.ctx) for _ in blocks)
+        for block, prompt in zip(blocks, learner.deep, strict=True):
+            prompted(block, prompt)
+
+
+@TRAINER_REGISTRY.register()
+class Tuned(Fork):
+    """Learns within the text tower what no prompt is."""
 
     def is_learned(self, name):
         return "prompt_learner" in name or name == "text_encoder.ln_final.weight"
