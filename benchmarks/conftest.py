@@ -150,7 +150,7 @@ def measure(
 
 
 def _skip_what_does_not_fit(contestant: Contestant, problem: Problem, seconds: float, action: str) -> None:
-    reason = contestant.why_not()
+    reason = contestant.why_not(problem)
     if reason is not None:
         pytest.skip(reason)
     # The one size that people know is worth the wait.

@@ -15,7 +15,7 @@ from cocoop_fast.measure.timing import seconds_of
 @pytest.mark.parametrize("k", [10, 100])
 def test_coop_price(benchmark, problem_of, k, b):
     problem, engine = problem_of(k, b), BY_NAME["engine"]
-    reason = engine.why_not()
+    reason = engine.why_not(problem)
     if reason is not None:
         pytest.skip(reason)
     check_against_oracle(problem, [engine, BY_NAME["coop"]])

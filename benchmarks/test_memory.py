@@ -15,7 +15,9 @@ CASES = [
     ("padding-free", 100),
     ("tree+torch", 100),
     ("engine", 100),
+    ("radix", 100),
     ("padding-free", 1000),
+    ("radix", 1000),
     ("tree+torch", 1000),
     ("engine", 1000),
 ]
@@ -24,7 +26,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "k"), CASES)
 def test_peak_memory_of_a_step(benchmark, problem_of, name, k):
     contestant, problem = BY_NAME[name], problem_of(k, 1)
-    reason = contestant.why_not() or why_too_large(contestant, problem)
+    reason = contestant.why_not(problem) or why_too_large(contestant, problem)
     if reason is not None:
         pytest.skip(reason)
     benchmark.group = f"peak memory, {k} classes"

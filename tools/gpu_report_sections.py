@@ -291,18 +291,13 @@ def check_same(ours: Tensor, theirs: Tensor, precision: str) -> None:
 
 def flex_attention(problem: Problem) -> None:
     """The same rows by torch's FlexAttention with the tree as its mask: a row reads the rows whose subtree it is in."""
-    from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as flex
 
+    from cocoop_fast.measure.shared_rows import tree_block_mask
+
     tree, batch, heads = problem.tree, problem.spec.batch, problem.weights.heads
-    length = 1 + tree.rows
-    # SOS and the context are above every row that follows them.
-    above = torch.full((1 + tree.n_ctx,), length)
-    ends = torch.cat([above, 1 + tree.n_ctx + tree.subtree_end]).to(DEVICE)
-    mask = create_block_mask(
-        lambda b, h, q, k: (k <= q) & (q < ends[k]), None, None, length, length, device=DEVICE
-    )
-    shape = (batch, heads, length, problem.weights.width // heads)
+    mask = tree_block_mask(tree, DEVICE)
+    shape = (batch, heads, 1 + tree.rows, problem.weights.width // heads)
     q, k, v = torch.randn(3, *shape, device=DEVICE, dtype=DTYPES[HALF]).unbind()
     run = partial(flex if INTERPRET else torch.compile(flex), q, k, v, block_mask=mask)
     row: dict[str, Any] = {"K": len(problem.spec.classes), "B": batch, "precision": HALF}
@@ -385,7 +380,7 @@ def baselines() -> None:
         for one in CONTESTANTS:
             if one.name == "engine":  # the CPU's
                 continue
-            reason = "it is for a GPU" if INTERPRET and one.compiled else one.why_not()
+            reason = "it is for a GPU" if INTERPRET and one.compiled else one.why_not(problem)
             if reason:
                 note(f"No {one.name}: {reason}.")
             else:

@@ -74,7 +74,8 @@ class TruncatedCLIP(PromptedCLIP):
         clip, length = self.clip_model, self.length
         prompts = assemble_dense_ref(contexts, self.prefix, self.suffix)  # (B, K, L', d)
         batch, classes = prompts.shape[:2]
-        x = prompts.flatten(0, 1) + clip.positional_embedding[:length]
+        position = clip.positional_embedding[:length]
+        x = prompts.flatten(0, 1).to(position.dtype) + position
         x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
         x = x.unflatten(0, (batch, classes))[:, torch.arange(classes), self.ends]
         return clip.ln_final(x) @ clip.text_projection
@@ -101,16 +102,19 @@ class PaddingFreeCLIP(PromptedCLIP):
         self.prompt_learner = problem.learner()
         self.weights = w = problem.weights
         m, longest, lengths = problem.tree.n_ctx, problem.longest, problem.lengths
-        real = torch.arange(longest) < lengths[:, None]  # (K, L')
+        device = lengths.device
+        real = torch.arange(longest, device=device) < lengths[:, None]  # (K, L')
         starts = lengths.cumsum(0) - lengths
         self.embedded = (
             w.token_embedding[problem.tokens[:, :longest][real]]
             + w.positional_embedding[:longest].expand(len(lengths), -1, -1)[real]
         )  # (n, d)
-        self.context_slots = (starts[:, None] + torch.arange(1, 1 + m)).flatten()  # (K M,)
+        self.context_slots = (starts[:, None] + torch.arange(1, 1 + m, device=device)).flatten()  # (K M,)
         self.context_positions = w.positional_embedding[1 : 1 + m]
         self.real = real.flatten().nonzero()[:, 0]  # (n,) place of each token among the K L' padded ones
-        self.ends = torch.arange(len(lengths)) * longest + lengths - 1  # (K,) EOT among the padded places
+        self.ends = (
+            torch.arange(len(lengths), device=device) * longest + lengths - 1
+        )  # (K,) EOT among the padded places
         self.eot = starts + lengths - 1  # (K,) EOT among the n tokens
         self.longest = longest
 
@@ -119,7 +123,8 @@ class PaddingFreeCLIP(PromptedCLIP):
         batch, n, w = len(contexts), len(self.embedded), self.weights
         places = self.n_classes * self.longest
         spread = (contexts + self.context_positions).repeat(1, self.n_classes, 1)
-        x = self.embedded.repeat(batch, 1, 1).index_copy(1, self.context_slots, spread)
+        x = self.embedded.repeat(batch, 1, 1)
+        x = x.index_copy(1, self.context_slots, spread.to(x.dtype))
         x = x.flatten(0, 1)  # (T, d)
         real = _every_image(self.real, places, batch)
         for layer, block in enumerate(w.blocks):
@@ -155,7 +160,7 @@ class _Pick(torch.autograd.Function):
 
 def _every_image(index: Tensor, stride: int, batch: int) -> Tensor:
     """The same places in each of B images that lie `stride` rows apart, (B n,)."""
-    return (torch.arange(batch)[:, None] * stride + index).flatten()
+    return (torch.arange(batch, device=index.device)[:, None] * stride + index).flatten()
 
 
 class GemmFloor:
@@ -175,8 +180,11 @@ class GemmFloor:
         ]
         generator = torch.Generator().manual_seed(0)
         widths = {width for weight in self.weights for width in weight.shape}
-        self.rows = {width: torch.randn(rows, width, generator=generator) for width in sorted(widths)}
-        self.out = {width: torch.empty(rows, width) for width in widths}
+        self.rows = {
+            width: torch.randn(rows, width, generator=generator).to(self.weights[0])
+            for width in sorted(widths)
+        }
+        self.out = {width: torch.empty_like(one) for width, one in self.rows.items()}
 
     def forward(self) -> None:
         """The four linear layers of each block: y = x W^T."""

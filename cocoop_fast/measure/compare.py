@@ -189,7 +189,7 @@ def predicted_seconds(contestant: Contestant, problem: Problem, rate: float) -> 
 
 def why_left_out(contestant: Contestant, problem: Problem, rate: float, max_seconds: float) -> str | None:
     """Why a contestant is not measured here, or None."""
-    reason = contestant.why_not()
+    reason = contestant.why_not(problem)
     if reason is not None:
         return reason
     seconds = 1.5 * predicted_seconds(contestant, problem, rate)  # a step and a forward pass
@@ -241,7 +241,7 @@ def check_against_oracle(problem: Problem, contestants: Iterable[Contestant]) ->
     for contestant in contestants:
         if contestant.oracle is None or contestant.name == "dense" or contestant.compiled:
             continue
-        if contestant.why_not() is not None:
+        if contestant.why_not(problem) is not None:
             continue
         if contestant.oracle not in expected:
             oracle = dense_oracle(small, conditional=contestant.oracle == "dense")

@@ -23,6 +23,7 @@ from cocoop_fast.measure.baselines import (
 )
 from cocoop_fast.measure.cost import TreeCost, layout_on
 from cocoop_fast.measure.problem import Problem
+from cocoop_fast.measure.shared_rows import FlexCLIP, RadixCLIP, why_no_flex
 from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.ops.extensions import CPP
 
@@ -92,7 +93,7 @@ class Contestant:
     overhead: float
     build: Callable[[Problem], Runner]
     work: Callable[[Problem], Work]
-    why_not: Callable[[], str | None] = lambda: None
+    why_not: Callable[[Problem], str | None] = lambda problem: None
     compiled: bool = False  # for one shape, which takes a minute beyond the first step
     batch: int | None = None  # images a step, where it does not take the problem's batch
     oracle: str | None = "dense"  # whose results it must reproduce
@@ -149,6 +150,18 @@ def _padding_free_work(problem: Problem) -> Work:
     return _autograd_work(problem, rows, kept=1.3, last_rows=prompts, projected=prompts)
 
 
+def _shared_rows_work(problem: Problem, *, kept: float = 1.0) -> Work:
+    batch, leaves = problem.spec.batch, len(problem.tree.leaves)
+    rows, ends = batch * (1 + problem.tree.rows), batch * leaves
+    return _autograd_work(problem, rows, kept=kept, last_rows=ends, projected=ends)
+
+
+def _radix_work(problem: Problem) -> Work:
+    """It keeps the copies of query, key and value, and attention's output for each of them."""
+    copies = len(problem.tokens) * problem.longest / (1 + problem.tree.rows)
+    return _shared_rows_work(problem, kept=1 + 4 * copies / SAVED_FLOATS)
+
+
 def _engine_work(problem: Problem) -> Work:
     step = TreeCost(problem.weights, problem.tree, layout_on("cpu")).step(problem.spec.batch)
     return Work(step.rows, step.gemm_flops / 2, 1.15 * step.saved_bytes)
@@ -186,14 +199,15 @@ def _coop(problem: Problem) -> Runner:
     generator = torch.Generator().manual_seed(problem.spec.seed)
     features = torch.randn(COOP_BATCH, problem.features.shape[1], generator=generator)
     labels = torch.randint(len(problem.spec.classes), (COOP_BATCH,), generator=generator)
-    return ModelRunner(dense_oracle(problem, DenseCoOp, conditional=False), features, labels)
+    model = dense_oracle(problem, DenseCoOp, conditional=False)
+    return ModelRunner(model, features.to(problem.features), labels.to(problem.labels))
 
 
-def _why_no_extension() -> str | None:
+def _why_no_extension(problem: Problem) -> str | None:
     return "the C++ extension is not built" if CPP.why_unavailable() else None
 
 
-def _why_no_compiler() -> str | None:
+def _why_no_compiler(problem: Problem) -> str | None:
     found = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
     return None if found else "torch.compile needs a C++ compiler"
 
@@ -212,6 +226,15 @@ CONTESTANTS: tuple[Contestant, ...] = (
         compiled=True,
     ),
     Contestant("padding-free", "ragged batch of the prompts", 1.8, _run(PaddingFreeCLIP), _padding_free_work),
+    Contestant("radix", "ragged batch, each row's layers once (RadixMLP)", 2.0, _run(RadixCLIP), _radix_work),
+    Contestant(
+        "tree+flex",
+        "class tree, FlexAttention's block mask",
+        1.8,
+        _run(FlexCLIP),
+        _shared_rows_work,
+        why_not=why_no_flex,
+    ),
     Contestant("tree+torch", "class tree, torch operations", 3.5, _tree("torch"), _gathering_tree_work),
     Contestant(
         "engine", "class tree, C++ engine", 1.1, _tree("cpu"), _engine_work, why_not=_why_no_extension

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from cocoop_fast import UserError, cli
 from cocoop_fast.measure import compare as comparing
@@ -20,6 +23,7 @@ from cocoop_fast.measure.contestants import linear_flops
 from cocoop_fast.measure.cost import TreeCost, layout_on
 from cocoop_fast.measure.peak_memory import peak_memory
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names
+from cocoop_fast.measure.shared_rows import sees
 from cocoop_fast.measure.timing import Timing, interleave
 from cocoop_fast.ops.extensions import CPP
 
@@ -50,15 +54,15 @@ def tool(name):
 
 @pytest.mark.parametrize("name", [c.name for c in field.CONTESTANTS if c.oracle and not c.compiled])
 def test_a_contestant_computes_what_the_oracle_computes(problem, name):
-    if field.BY_NAME[name].why_not() is not None:
-        pytest.skip(field.BY_NAME[name].why_not())
+    if field.BY_NAME[name].why_not(problem) is not None:
+        pytest.skip(field.BY_NAME[name].why_not(problem))
     check_against_oracle(problem, [field.BY_NAME[name]])
 
 
 @pytest.mark.slow
 def test_the_compiled_contestant_computes_the_same(problem):
-    if field.BY_NAME["truncated+compile"].why_not() is not None:
-        pytest.skip(field.BY_NAME["truncated+compile"].why_not())
+    if field.BY_NAME["truncated+compile"].why_not(problem) is not None:
+        pytest.skip(field.BY_NAME["truncated+compile"].why_not(problem))
     compiled, plain = (field.BY_NAME[n].build(problem).results() for n in ("truncated+compile", "truncated"))
     assert_same("truncated+compile", compiled, plain)
 
@@ -89,6 +93,41 @@ def test_the_padding_free_baseline_computes_real_tokens_only(problem):
     assert work.rows == 2 * int(problem.lengths.sum())
     model = field.BY_NAME["padding-free"].build(problem).model
     assert len(model.embedded) == int(problem.lengths.sum())
+
+
+def test_flex_attention_reads_what_the_tree_says(problem, monkeypatch):
+    """torch has no backward of it on a CPU: its forward there, and the gradients by the same mask written out."""
+    create_mask = pytest.importorskip("torch.nn.attention.flex_attention").create_mask
+    expected = field.BY_NAME["dense"].build(problem).results()
+    flex = field.BY_NAME["tree+flex"].build(problem)
+    assert_same("tree+flex", {"logits": flex.forward()}, {"logits": expected["logits"]})
+    rows, device = 1 + problem.tree.rows, torch.device("cpu")
+    mask = create_mask(sees(problem.tree, device), None, None, rows, rows, device="cpu")[0, 0]
+    assert mask.sum(dim=1).tolist()[-1] < rows, "all rows lie on one path"
+    monkeypatch.setattr(
+        flex.model, "flex", lambda q, k, v, block_mask: scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    )
+    assert_same("tree+flex", flex.results(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*duplicate")
+def test_contestants_follow_the_type_of_the_model(problem):
+    """A report on a GPU runs them in half precision."""
+    model = copy.deepcopy(problem.clip_model).bfloat16()
+    half = build_problem(replace(problem.spec, classes=imagenet_names(3)), model)
+    half = replace(half, features=half.features.bfloat16())
+    for contestant in field.CONTESTANTS:
+        if not (contestant.compiled or contestant.why_not(half) or contestant.name == "engine"):
+            runner = contestant.build(half)
+            runner.step()
+            runner.forward()
+
+
+def test_who_shares_rows_computes_each_once(problem):
+    rows = 2 * (1 + problem.tree.rows)
+    assert field.BY_NAME["radix"].work(problem).rows == field.BY_NAME["tree+flex"].work(problem).rows == rows
+    model = field.BY_NAME["radix"].build(problem).model
+    assert len(model.kept) == 1 + problem.tree.rows and model.copies.shape == (9, problem.longest)
 
 
 def test_the_floor_computes_every_product_of_every_layer(problem, monkeypatch):
@@ -156,9 +195,10 @@ def test_a_process_that_fails_says_why():
 def test_the_table(capsys):
     assert cli.run([*TINY, *QUICK]) == 0
     out, err = capsys.readouterr()
-    for name in ("dense", "truncated", "padding-free", "tree+torch", "floor", "coop"):
+    for name in ("dense", "truncated", "padding-free", "radix", "tree+torch", "floor", "coop"):
         assert f"\n {name} " in out
     assert "5 classes, 1 image a step" in out
+    assert "Left out: tree+flex (torch's FlexAttention has no backward on a CPU)." in out
     assert "torch " in out
     assert all(len(line) <= 110 for line in out.splitlines())
     assert "bench: measuring" in err
