@@ -51,7 +51,7 @@ class ModelConfig:
     """open_clip tag of the weights, hf-hub:OWNER/NAME, or a file of open_clip or OpenAI."""
     precision: Precision = "auto"
     """Number format of CLIP's arithmetic; auto is fp32 on a CPU and fp16 on a GPU."""
-    backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
+    backend: Literal["auto", "torch", "cpu", "triton", "cuda", "triton-gemm"] = "auto"
     """Implementation of the text tower; auto takes the fastest that is available."""
     memory_budget: str | None = None
     """For all that a step allocates, e.g. 4GB; the result is the same. Default: most of what is free."""

@@ -21,6 +21,28 @@ KINDS = ("quick_gelu", "gelu")
 BLOCK, WARPS = 1024, 4
 
 
+@triton.jit
+def activate(value, KIND: tl.constexpr):
+    """act(u) in fp32."""
+    if KIND == "quick_gelu":
+        result = value * tl.sigmoid(1.702 * value)
+    else:
+        result = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
+    return result
+
+
+@triton.jit
+def slope_of(value, KIND: tl.constexpr):
+    """act'(u) in fp32."""
+    if KIND == "quick_gelu":  # s + 1.702 u s (1 - s), s = sigmoid(1.702 u)
+        s = tl.sigmoid(1.702 * value)
+        slope = s + 1.702 * value * s * (1.0 - s)
+    else:  # Phi(u) + u phi(u), phi the normal density
+        density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
+        slope = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476)) + value * density
+    return slope
+
+
 @triton.jit(do_not_specialize=["per_image"])
 def _activation_fwd_kernel(
     u,
@@ -40,11 +62,7 @@ def _activation_fwd_kernel(
     u += row_offset(row, per_image, stride_ub, stride_ur)
     out += row_offset(row, per_image, stride_ob, stride_or)
     value = tl.load(u + columns, mask=inside, other=0.0).to(tl.float32)
-    if KIND == "quick_gelu":
-        result = value * tl.sigmoid(1.702 * value)
-    else:
-        result = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
-    tl.store(out + columns, result, mask=inside)
+    tl.store(out + columns, activate(value, KIND), mask=inside)
 
 
 def activation_fwd(u: Tensor, kind: str, out: Tensor) -> None:
@@ -77,13 +95,7 @@ def _activation_bwd_kernel(
     u += row_offset(row, per_image, stride_ub, stride_ur)
     dg += row_offset(row, per_image, stride_dgb, stride_dgr)
     value = tl.load(u + columns, mask=inside, other=0.0).to(tl.float32)
-    if KIND == "quick_gelu":  # s + 1.702 u s (1 - s), s = sigmoid(1.702 u)
-        s = tl.sigmoid(1.702 * value)
-        slope = s + 1.702 * value * s * (1.0 - s)
-    else:  # Phi(u) + u phi(u), phi the normal density
-        density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
-        slope = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476)) + value * density
-    gradient = tl.load(dg + columns, mask=inside, other=0.0).to(tl.float32) * slope
+    gradient = tl.load(dg + columns, mask=inside, other=0.0).to(tl.float32) * slope_of(value, KIND)
     tl.store(dg + columns, gradient, mask=inside)
 
 

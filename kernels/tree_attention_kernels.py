@@ -12,7 +12,7 @@ _WIDEN_BF16 = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def _operand(x, like):
+def operand(x, like):
     """x in the type of the other operand."""
     if _WIDEN_BF16 and like.dtype == tl.bfloat16:
         return x.to(tl.float32)
@@ -22,7 +22,7 @@ def _operand(x, like):
 @triton.jit
 def _dot(a, b):
     """a b in fp32; fp32 operands are not rounded to TF32."""
-    return tl.dot(_operand(a, a), _operand(b, b), input_precision="ieee")
+    return tl.dot(operand(a, a), operand(b, b), input_precision="ieee")
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def tree_attention_fwd_kernel(
         weights = tl.exp2(scores - higher[:, None])
         fade = tl.exp2(highest - higher)
         total = total * fade + tl.sum(weights, axis=1)
-        result = result * fade[:, None] + _dot(_operand(weights, v), v)
+        result = result * fade[:, None] + _dot(operand(weights, v), v)
         highest = higher
 
     o_pointers = o + image * stride_ob + query.to(tl.int64) * stride_or
@@ -160,7 +160,7 @@ def _slot_gradients(
     slot_partial, partials, dk, dv, stride_dkr, stride_dvr, columns, inside,
 ):  # fmt: skip
     """Stores dk = d_scores^T q and dv = weights^T d_o of these slots; returns dq = d_scores k."""
-    d_scores = _operand(d_scores, q)
+    d_scores = operand(d_scores, q)
     partial = tl.load(slot_partial + slot)
     wanted = (row >= 0) & (row < rows_written)
     own = (wanted & (partial < 0))[:, None] & inside[None, :]
@@ -172,7 +172,7 @@ def _slot_gradients(
     slot_dk = _dot(tl.trans(d_scores), q)
     tl.store(dk + at_row * stride_dkr + at_column, slot_dk, mask=own)
     tl.store(partials + at_partial, slot_dk, mask=shared)
-    slot_dv = _dot(tl.trans(_operand(weights, d_o)), d_o)
+    slot_dv = _dot(tl.trans(operand(weights, d_o)), d_o)
     tl.store(dv + at_row * stride_dvr + at_column, slot_dv, mask=own)
     tl.store(partials + at_partial + width, slot_dv, mask=shared)
     return _dot(d_scores, k)

@@ -18,7 +18,7 @@ STORAGE = ("fp16", "bf16", "fp32")
 class Variant:
     """A kernel with everything fixed that its compiled form depends on, except the target.
 
-    Pointers are aligned to 16 bytes, and the integers named `width` and `stride_*` multiples of 16: so it is for CLIP's
+    Pointers are aligned to 16 bytes, and the integers named `width`, `inner` and `stride_*` multiples of 16: so it is for CLIP's
     widths, and these are the forms with the widest loads and the most registers.
 
     Args:

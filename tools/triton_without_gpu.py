@@ -87,7 +87,7 @@ def arguments(variant: Variant, nbytes: int) -> dict[str, Any]:
         elif kind == "fp32":
             made[name] = 0.5
         else:
-            made[name] = 512 if name == "width" or name.startswith("stride_") else 7
+            made[name] = 512 if name in ("width", "inner") or name.startswith("stride_") else 7
     return made
 
 

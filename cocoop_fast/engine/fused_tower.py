@@ -350,9 +350,8 @@ def _backward(tower: FusedTower, grad_features: Tensor, acts: Activations, gradi
             h = acts.rows("h", len(grad_x[p]), d)
             grad_u = acts.rows("g", len(grad_x[p]), a.u.shape[1])
             own.proj.backward_activation(grad_x[p], a.u[p], w.activation, grad_u)
-            own.fc.backward(grad_u, h)
-            stats = _part(a.stats_2, p)
-            ops.layer_norm_bwd(h, a.x_mid[p], block.ln_2.weight, *stats, grad_x[p], accumulate=True)
+            norm = a.x_mid[p], block.ln_2.weight, *_part(a.stats_2, p)
+            own.fc.backward_norm(grad_u, *norm, grad_x[p], h, accumulate=True)
             own.out_proj.backward(grad_x[p], grad_o[p])
         grad_qkv = acts.rows("grad_qkv", *a.qkv.shape)
         grad_q = _attention_backward(tower, acts, layer, grad_o, grad_qkv)
@@ -366,8 +365,8 @@ def _backward(tower: FusedTower, grad_features: Tensor, acts: Activations, gradi
             # The EOT rows have queries, and a residual, as well.
             assert own.leaf_q is not None and grad_q is not None
             h = acts.rows("h", *grad_leaf.shape)
-            own.leaf_q.backward(grad_q.view(-1, d), h)
-            ops.layer_norm_bwd(h, a.residual, block.ln_1.weight, *a.stats_q, grad_leaf, accumulate=True)
+            norm = a.residual, block.ln_1.weight, *a.stats_q
+            own.leaf_q.backward_norm(grad_q.view(-1, d), *norm, grad_leaf, h, accumulate=True)
             ops.add_rows(grad_leaf.view(acts.batch, -1, d), tower.leaf_rows, grad_x.view(acts.batch, -1, d))
         if 1 <= layer <= len(gradients.deep):
             of_context = acts.context_of(grad_x)
@@ -401,10 +400,8 @@ def _qkv_backward(
     a, ln_1 = acts.layers[layer], tower.constants.weights.blocks[layer].ln_1
     for p in acts.panels(len(grad_x)):
         h = acts.rows("h", *grad_x[p].shape)
-        tower.shared.linears[layer].qkv.backward(grad_qkv[p], h)
-        tower.ops.layer_norm_bwd(
-            h, a.x[p], ln_1.weight, *_part(a.stats_1, p), grad_x[p], accumulate=accumulate
-        )
+        norm = a.x[p], ln_1.weight, *_part(a.stats_1, p)
+        tower.shared.linears[layer].qkv.backward_norm(grad_qkv[p], *norm, grad_x[p], h, accumulate=accumulate)
 
 
 def _context_backward(

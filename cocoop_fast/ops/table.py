@@ -329,6 +329,12 @@ def _triton() -> Ops:
     return triton
 
 
+def _triton_gemm() -> Ops:
+    from cocoop_fast.ops import triton_gemm
+
+    return triton_gemm
+
+
 def _cuda() -> Ops:
     from cocoop_fast.ops import cuda
 
@@ -356,6 +362,15 @@ BACKENDS: tuple[Backend, ...] = (  # in order of preference
         on_request=frozenset({"cpu"} if _TRITON_INTERPRETS else ()),
     ),
     Backend("cuda", frozenset({"cuda"}), _GPU_FLOATS, _cuda, _why_no_cuda),
+    # Its products take along what follows them: whether that gains, only a GPU can say. It is measured beside the others.
+    Backend(
+        "triton-gemm",
+        frozenset({"cuda"}),
+        _GPU_FLOATS,
+        _triton_gemm,
+        _why_no_triton,
+        on_request=frozenset({"cpu"} if _TRITON_INTERPRETS else ()),
+    ),
     Backend("cpu", frozenset({"cpu"}), frozenset({torch.float32}), _cpu, CPP.why_unavailable),
     Backend("torch", frozenset({"cpu", "cuda"}), _FLOATS),
 )

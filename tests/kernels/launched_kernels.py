@@ -7,6 +7,7 @@ just-in-time compiler's own binder says.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import compile_kernels  # first: it keeps Triton out of the interpreter
 import torch
@@ -19,7 +20,7 @@ from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.engine.constants import compute_constants
 from cocoop_fast.engine.contexts import ContextRows
 from cocoop_fast.engine.fused_tower import FusedTower
-from cocoop_fast.ops import triton as ops
+from cocoop_fast.ops import triton, triton_gemm
 from cocoop_fast.ops.head import _CosineCrossEntropy
 
 tree_attention = importlib.import_module("cocoop_fast.kernels.tree_attention")
@@ -39,7 +40,7 @@ def note(self, *args, grid, warmup, **kwargs):
     seen.add((self.fn.__name__, *(frozenset(part.items()) for part in parts)))
 
 
-def train_one_step(dtype: torch.dtype, names: list[list[int]]) -> None:
+def train_one_step(ops: Any, dtype: torch.dtype, names: list[list[int]]) -> None:
     """Over CLIP's width; what it computes is nothing."""
     clip = tiny_clip(width=512, heads=8, dtype=dtype, vocab_size=1000, embed_dim=512)
     constants = compute_constants(FrozenCLIP(clip).text_weights(), tree_of(names))
@@ -70,8 +71,9 @@ def main() -> None:
         tree_attention.ONE_LOAD = target.backend != "hip"
         with target_of_launches(target):
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                train_one_step(dtype, [[1, 2], [1, 2, 3], [2]])
-                train_one_step(dtype, [[5] * 40, [1] * 30])
+                for ops in (triton, triton_gemm):
+                    train_one_step(ops, dtype, [[1, 2], [1, 2, 3], [2]])
+                    train_one_step(ops, dtype, [[5] * 40, [1] * 30])
         launched, _ = set(seen), seen.clear()
         for module in compile_kernels.kernel_modules():
             for variant in importlib.import_module(module).VARIANTS:
