@@ -15,12 +15,12 @@ from torch import Tensor
 from cocoop_fast.distributed.ranks import Group
 from cocoop_fast.engine.pruning import Pruned, backward_through, choose_classes
 from cocoop_fast.errors import UserError
-from cocoop_fast.methods.base import LearnedPromptCLIP, PromptClassifier
+from cocoop_fast.methods.base import ImageClassifier, LearnedPromptCLIP
 from cocoop_fast.ops.head import cosine_logits_ref
 from cocoop_fast.prompts.tree import ClassTree
 
 
-def share_classes(model: PromptClassifier, group: Group) -> PromptClassifier | ClassShards:
+def share_classes(model: ImageClassifier, group: Group) -> ImageClassifier | ClassShards:
     """The model, or, in a group of several ranks, what computes its loss on all of them together.
 
     Raises:

@@ -16,7 +16,7 @@ from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.data.transforms import Normalize, TestTransform
 from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.evaluation.metrics import Metrics, measure
-from cocoop_fast.methods.base import PromptClassifier
+from cocoop_fast.methods.base import ImageClassifier
 
 Progress = Callable[[int, int], None]  # images done, images in all
 
@@ -47,7 +47,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 @torch.no_grad()
 def encode_test_images(
-    model: PromptClassifier,
+    model: ImageClassifier,
     clip: LoadedClip,
     dataset: Dataset,
     *,
@@ -86,7 +86,7 @@ def encode_test_images(
 
 @torch.no_grad()
 def evaluate(
-    model: PromptClassifier,
+    model: ImageClassifier,
     features: Features,
     n_classes: int,
     *,

@@ -24,7 +24,7 @@ from cocoop_fast.evaluation.metrics import Metrics
 from cocoop_fast.evaluation.shortlist import ShortlistClassifier, evaluate_by_shortlist
 from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.methods import knows_other_classes
-from cocoop_fast.methods.base import PromptClassifier, PromptedCLIP
+from cocoop_fast.methods.base import ImageClassifier, PromptedCLIP
 from cocoop_fast.runs.checkpoint import load_parameters
 from cocoop_fast.training.observer import EvaluationInfo, Observer
 
@@ -131,7 +131,7 @@ class Material:
         """An untrained model over one set of classes."""
         return self.shared.model(replace(self.config, prompt=prompt), self.classes(subset).classnames)
 
-    def encode(self, model: PromptClassifier, dataset: Dataset, progress: Progress | None = None) -> Features:
+    def encode(self, model: ImageClassifier, dataset: Dataset, progress: Progress | None = None) -> Features:
         """Features of a data set's test images, by the configuration's batch size and workers."""
         config = self.config
         return encode_test_images(
@@ -180,7 +180,7 @@ class Material:
             observer.on_evaluation_end(EvaluationInfo(prompt.method, subset, metrics[subset], seconds))
         return metrics
 
-    def _features_of(self, subset: Subset, model: PromptClassifier, progress: Progress) -> Features:
+    def _features_of(self, subset: Subset, model: ImageClassifier, progress: Progress) -> Features:
         """Test features of one set of classes; every method has the same image encoder. Ranks have a share each."""
         if subset not in self._features:
             classes = self.classes(subset)

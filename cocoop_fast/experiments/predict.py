@@ -20,7 +20,7 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
 from cocoop_fast.experiments.shared import Shared, model_on
 from cocoop_fast.methods import knows_other_classes
-from cocoop_fast.methods.base import PromptClassifier
+from cocoop_fast.methods.base import ImageClassifier
 from cocoop_fast.readable import listed
 from cocoop_fast.runs.checkpoint import load_parameters
 from cocoop_fast.runs.directory import read_run
@@ -50,7 +50,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: PromptClassifier,
+        model: ImageClassifier,
         clip: LoadedClip,
         classnames: Sequence[str],
         batch_size: int = 100,

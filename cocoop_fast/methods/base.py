@@ -28,7 +28,7 @@ class EngineOptions(TypedDict, total=False):
     text_dtype: torch.dtype | None
 
 
-class PromptClassifier(Protocol):
+class ImageClassifier(Protocol):
     """What training and evaluation ask of a model: the methods of this package have it, and the dense oracle too.
 
     Shapes: B images, E embedding, K classes.

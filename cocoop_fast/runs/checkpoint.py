@@ -20,7 +20,7 @@ from torch import Tensor
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import make_folder, sync_directory, write_atomically
 from cocoop_fast.files.torch_archive import read_archive
-from cocoop_fast.methods.base import PromptClassifier
+from cocoop_fast.methods.base import ImageClassifier
 
 _MAGIC = "cocoop_fast checkpoint"
 _VERSION = 1
@@ -166,7 +166,7 @@ def load_newest(folder: Path, on_message: Callable[[str], None] | None = None) -
     return None
 
 
-def learned_parameters(model: PromptClassifier) -> dict[str, Tensor]:
+def learned_parameters(model: ImageClassifier) -> dict[str, Tensor]:
     """Copies, on the CPU, of all that the model's prompt learner learns."""
     return {
         name: parameter.detach().to("cpu", copy=True)
@@ -175,7 +175,7 @@ def learned_parameters(model: PromptClassifier) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_parameters(model: PromptClassifier, parameters: dict[str, Tensor], where: str) -> None:
+def load_parameters(model: ImageClassifier, parameters: dict[str, Tensor], where: str) -> None:
     """Copy learned parameters into a model, converted to its dtype and device. If they do not fit, it stays as it was.
 
     Args:

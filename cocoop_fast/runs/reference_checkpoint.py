@@ -18,7 +18,7 @@ from cocoop_fast.config import OptimConfig
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import make_folder, write_atomically
 from cocoop_fast.files.torch_archive import read_archive
-from cocoop_fast.methods.base import PromptClassifier
+from cocoop_fast.methods.base import ImageClassifier
 from cocoop_fast.training.schedule import reference_state
 
 _TOKEN_BUFFERS = ("token_prefix", "token_suffix")  # constants of CLIP and the class names
@@ -89,7 +89,7 @@ def load(path: Path) -> ReferenceCheckpoint:
 
 def save(
     folder: Path,
-    model: PromptClassifier,
+    model: ImageClassifier,
     optim: OptimConfig,
     optimizer: dict[str, Any],
     *,

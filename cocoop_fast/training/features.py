@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cocoop_fast.data.batches import Batch, TrainBatches
 from cocoop_fast.evaluation.evaluate import autocast
-from cocoop_fast.methods.base import PromptClassifier
+from cocoop_fast.methods.base import ImageClassifier
 from cocoop_fast.training.background import in_background
 
 # The image encoder is frozen, so its features do not depend on the steps in between: so many images are encoded
@@ -61,7 +61,7 @@ class GivenFeatures:
 
 
 @torch.no_grad()
-def encode(model: PromptClassifier, image: Tensor, precision: str) -> Tensor:
+def encode(model: ImageClassifier, image: Tensor, precision: str) -> Tensor:
     """(B, 3, S, S) images on the model's device to (B, E) features."""
     with autocast(precision, image.device):
         features: Tensor = model.image_encoder(image.to(model.dtype))
@@ -88,7 +88,7 @@ class ImageFeatures:
 
     def __init__(
         self,
-        model: PromptClassifier,
+        model: ImageClassifier,
         batches: TrainBatches,
         precision: str,
         device: torch.device,

@@ -20,7 +20,7 @@ from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.distributed.class_shards import share_classes
 from cocoop_fast.distributed.ranks import ALONE, Ranks
 from cocoop_fast.errors import UserError, is_out_of_memory
-from cocoop_fast.methods.base import PromptClassifier
+from cocoop_fast.methods.base import ImageClassifier
 from cocoop_fast.training.average import GaussianAverage
 from cocoop_fast.training.features import EncodedBatch, FeatureSource, ImageFeatures
 from cocoop_fast.training.observer import EpochInfo, Means, Observer, StepInfo
@@ -104,7 +104,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: PromptClassifier,
+        model: ImageClassifier,
         batches: TrainBatches,
         optim: ResolvedOptim,
         *,

@@ -16,7 +16,7 @@ from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.evaluation.feature_cache import feature_key
 from cocoop_fast.files.tensors import TensorFiles, Tensors
-from cocoop_fast.methods.base import PromptClassifier
+from cocoop_fast.methods.base import ImageClassifier
 from cocoop_fast.training.features import IMAGES_AT_ONCE, EncodedBatch, GivenFeatures, encode
 
 
@@ -34,7 +34,7 @@ class CachedViews:
 
     def __init__(
         self,
-        model: PromptClassifier,
+        model: ImageClassifier,
         clip: LoadedClip,
         batches: TrainBatches,
         views: int,
