@@ -1,6 +1,6 @@
 """The command ``cocoop-fast``: one small file a command.
 
-``options`` makes commands of functions, ``configuration`` merges files and options, ``output`` prints, ``failures``
+``commands`` lists them, ``options`` makes commands of functions, ``configuration`` merges files and options, ``output`` prints, ``failures``
 turns exceptions into sentences.
 May import everything; nothing imports it. Nothing heavy is imported before a command needs it, so that
 ``--help`` answers at once.
@@ -14,62 +14,34 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import typer
 
 import cocoop_fast
-from cocoop_fast.cli import (
-    bench,
-    checkpoint,
-    datasets,
-    evaluate,
-    export,
-    failures,
-    options,
-    output,
-    plan,
-    predict,
-    report,
-    run_protocol,
-    train,
-    verify,
-)
+from cocoop_fast.cli import failures, output
+from cocoop_fast.cli.commands import Commands
 from cocoop_fast.errors import UserError
 from cocoop_fast.readable import printable
 
 _SILENT = logging.NullHandler()  # without a handler, logging prints warnings as they are
 SEVERAL_PROCESSES = ("train", "eval")  # the commands that torchrun may start
 
-app = options.group(
-    "Prompt learning for CLIP (CoCoOp, CoOp, zero-shot), with every distinct row computed once.",
+app = typer.Typer(
+    cls=Commands,
     name="cocoop-fast",
+    help="Prompt learning for CLIP (CoCoOp, CoOp, zero-shot), with every distinct row computed once.",
     epilog="Exit status: 0 done, 1 failed, 2 wrong usage. `cocoop-fast COMMAND --help` has examples.",
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for name, command in {
-    "train": train.command,
-    "eval": evaluate.command,
-    "predict": predict.command,
-    "run": run_protocol.command,
-    "sweep": run_protocol.sweep,
-    "bench": bench.command,
-    "report": report.command,
-    "export": export.command,
-    "plan": plan.command,
-    "verify": verify.command,
-}.items():
-    app.command(name, epilog=command.epilog)(command)
-app.add_typer(datasets.app, name="datasets")
-app.add_typer(checkpoint.app, name="checkpoint")
 
 
 @app.callback(invoke_without_command=True)
-@options.command()
-def _root(context: typer.Context, *, version: bool = False) -> None:
-    """What comes before a command.
-
-    Args:
-        version: Print the version and exit.
-    """
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         print(f"cocoop-fast {cocoop_fast.__version__}")
         raise typer.Exit
@@ -95,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _warnings_once()  # type: ignore[assignment]  # it has no use for the place
             _silence_libraries()
-            status = app(args=options.join_lists(arguments), prog_name="cocoop-fast", standalone_mode=False)
+            status = app(args=list(arguments), prog_name="cocoop-fast", standalone_mode=False)
         sys.stdout.flush()
         if status == failures.INTERRUPTED:  # the parser's way of reporting control-C
             raise KeyboardInterrupt

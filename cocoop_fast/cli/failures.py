@@ -22,8 +22,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, PARSER_ERROR):
         context = getattr(error, "ctx", None)
         see = f" See `{context.command_path} --help`." if context is not None else ""
-        message = error.format_message()  # type: ignore[attr-defined]
-        return f"{message.rstrip('.')}.{see}", WRONG_USAGE
+        message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        return f"{message}{'' if message.endswith('?') else '.'}{see}", WRONG_USAGE
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return (
             "interrupted; of a run what was saved is kept, and the same command goes on from there.",

@@ -169,7 +169,12 @@ def command(fields: str = "", about: str = "") -> Callable[[Callable[..., None]]
 def group(about: str, **settings: Any) -> typer.Typer:
     """A command that holds others. ``about`` is its help, written as a docstring; ``settings`` are typer's."""
     text, _, epilog = _parts(about)
-    shown: dict[str, Any] = {"help": text, "epilog": epilog, "rich_markup_mode": "rich"}
+    shown: dict[str, Any] = {
+        "help": text,
+        "epilog": epilog,
+        "rich_markup_mode": "rich",
+        "add_completion": False,
+    }
     return typer.Typer(**{**shown, **settings}, context_settings={"help_option_names": ["-h", "--help"]})
 
 

@@ -92,6 +92,7 @@ FOLDER = TRAIN + "--root photos --epochs 1 --shots 1 "
 BAD = [
     # the call itself
     Bad("unknown command", "fit", "No such command 'fit'"),
+    Bad("misspelt command", "trian", "No such command 'trian'. Did you mean 'train'? See"),
     Bad("unknown option", TRAIN + "--learning-rate 1", "No such option: --learning-rate"),
     Bad("option without a value", TRAIN + "--shots", "--shots"),
     Bad("unknown method", TRAIN + "--method prograd", "--method: `prompt.method` is 'prograd'"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import typer
 
 from cocoop_fast import cli
 from cocoop_fast.cli import configuration, options
+from cocoop_fast.cli.commands import COMMANDS
 from cocoop_fast.cli.options import Given, Positive, join_lists
 from cocoop_fast.config import Subset
 from cocoop_fast.errors import UserError
@@ -130,6 +133,20 @@ def _commands(of: Any) -> Iterator[Any]:
     for command in getattr(of, "commands", {}).values():
         yield command
         yield from _commands(command)
+
+
+def test_the_list_of_commands_says_what_they_say():
+    made = typer.main.get_command(cli.app).commands
+    for name in COMMANDS:
+        sentence = COMMANDS[name][1]
+        assert made[name].help.startswith(sentence), name
+
+
+def test_the_help_reads_no_configuration():
+    """Which is most of what it would cost."""
+    tried = "import sys; from cocoop_fast import cli; cli.run(['--help']); print('pydantic' in sys.modules, 'torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", tried], capture_output=True, text=True, check=True).stdout
+    assert out.endswith("False False\n")
 
 
 def test_every_option_of_every_command_has_a_help_text():
