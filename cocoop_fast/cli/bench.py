@@ -13,8 +13,6 @@ from cocoop_fast.readable import readable_seconds
 if TYPE_CHECKING:
     from cocoop_fast.measure.compare import Comparison
 
-TOO_BUSY = 0.05  # share of the processors that other programs may use before times mean little
-
 
 @options.command()
 def command(
@@ -55,7 +53,9 @@ def command(
             --plot bench.png
         The engine against its matrix multiplications: bench --k 1000 --only engine --only floor
     """
-    _check_writable(plot)
+    from cocoop_fast.measure.plot import check_plot
+
+    check_plot(plot)
     names = options.class_names(classes, k, 100)
     spec = options.problem_spec(names, batch_size, model, pretrained)
 
@@ -84,20 +84,6 @@ def command(
         plot_comparison(mapping, plot)
         if not json:
             output.say(f"Plot: {plot}")
-
-
-def _check_writable(plot: Path | None) -> None:
-    """Before minutes are spent on what the plot would show."""
-    if plot is None:
-        return
-    if plot.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--plot is {plot}, but its name must end in .png, .svg or .pdf.")
-    if not plot.parent.is_dir():
-        raise UserError(f"--plot is {plot}, but there is no directory {plot.parent}.")
-
-    from cocoop_fast.measure.plot import check_matplotlib
-
-    check_matplotlib()
 
 
 def _print(comparison: Comparison) -> None:
@@ -133,7 +119,7 @@ def _print(comparison: Comparison) -> None:
             f"{comparison.peak.flops / 1e9:.0f} GFLOP/s\nin the best of the same rounds; it reads "
             f"{comparison.peak.read_bandwidth / 1e9:.1f} GB/s."
         )
-    if comparison.others is not None and comparison.others > TOO_BUSY:
+    if comparison.others is not None and comparison.others > output.TOO_BUSY:
         print(f"Other programs used {comparison.others:.0%} of the processors: measure again without them.")
     for name, reason in comparison.notes.items():
         output.say(f"Left out: {name} ({reason}).")

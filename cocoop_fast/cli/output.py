@@ -15,6 +15,8 @@ from rich.table import Table
 
 from cocoop_fast.readable import printable
 
+TOO_BUSY = 0.05  # share of the processors that other programs may use before times mean little
+
 
 @contextlib.contextmanager
 def only_json(active: bool) -> Iterator[None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cocoop_fast.cli import options, output
@@ -14,8 +15,10 @@ from cocoop_fast.readable import readable_bytes, readable_flops, readable_time
 
 if TYPE_CHECKING:
     from cocoop_fast.measure.predict import Model, Prediction, Setting
+    from cocoop_fast.prompts.tokens import TokenizedPrompts
     from cocoop_fast.prompts.tree import ClassTree
 
+_SIZES = (2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000)  # classes that are drawn
 PRECISIONS = ("fp32", "fp16", "bf16")
 # Of a step, in the line of JSON; the figures of the whole prediction follow.
 STEP = ("rows", "gemm_flops", "flops", "bytes", "launches", "saved_bytes", "activation_bytes")
@@ -38,6 +41,7 @@ def command(
     test_images: Positive = 10_000,
     threads: Positive | None = None,
     list_devices: bool = False,
+    plot: Path | None = None,
     json: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -57,6 +61,7 @@ def command(
         epochs: Epochs.
         test_images: Test images.
         list_devices: Print the table of GPUs and stop.
+        plot: Write a picture of time and memory by the number of classes (png, svg, pdf).
 
     Examples:
         1000 ImageNet classes on a 24 GB card: plan --k 1000 --device RTX-4090
@@ -67,8 +72,11 @@ def command(
         _print_devices(json)
         return
     from cocoop_fast.engine.memory import parse_bytes
+    from cocoop_fast.measure.plot import check_plot, plot_prediction
     from cocoop_fast.measure.predict import Schedule, predict_dense, predict_tree
+    from cocoop_fast.prompts.tree import ClassTree
 
+    check_plot(plot)
     limit = None if budget is None else parse_bytes(budget)
     names = options.class_names(classes, k, 100)
     place = _place(device)
@@ -78,13 +86,14 @@ def command(
         precision = "fp32" if place == "cpu" else "fp16"
     with output.only_json(json):
         tell = output.teller("plan", silent=quiet or json)
-        described, tree = _read(model, names, ctx_init, precision)
-        setting = _setting(described, tree, batch_size, precision, place, threads, tell)
+        described, prompts = _read(model, names, ctx_init, precision)
+        tree = ClassTree(prompts.tokens, prompts.n_ctx)
+        setting, others = _setting(described, tree, batch_size, precision, place, threads, tell)
     limit = limit if limit is not None else setting.device.memory_bytes
     if limit is None:
         raise UserError("This system does not tell how much memory is available; give --budget.")
     schedule = Schedule(train_images or shots * tree.n_classes, epochs, test_images)
-    found = {
+    found: dict[str, Any] = {
         "command": "plan",
         "prediction": True,
         "model": described.name,
@@ -100,27 +109,40 @@ def command(
             "dense": _figures(predict_dense(setting, schedule, limit)),
         },
     }
+    if others is not None:
+        found["used_by_other_programs"] = others
+    if plot is not None:
+        found["growth"] = []
+        for first in [*(size for size in _SIZES if size < tree.n_classes), tree.n_classes]:
+            smaller = replace(setting, tree=ClassTree(prompts.tokens[:first], prompts.n_ctx))
+            ways = {"tree": predict_tree, "dense": predict_dense}
+            figures = {way: _figures(predict(smaller, schedule, limit)) for way, predict in ways.items()}
+            found["growth"].append({"classes": first, **figures})
     if json:
         output.print_json(found)
     else:
         _print(found)
+    if plot is not None:  # last: what was predicted is printed whatever becomes of the picture
+        plot_prediction(found, plot)
+        if not json:
+            output.say(f"Plot: {plot}")
 
 
-def _read(model: str, names: tuple[str, ...], ctx_init: str, precision: str) -> tuple[Model, ClassTree]:
+def _read(
+    model: str, names: tuple[str, ...], ctx_init: str, precision: str
+) -> tuple[Model, TokenizedPrompts]:
     from cocoop_fast.measure.architecture import describe_model
     from cocoop_fast.measure.devices import DTYPES
     from cocoop_fast.prompts.tokens import tokenize_prompts
-    from cocoop_fast.prompts.tree import ClassTree
 
     spelled = open_clip_name(model)
     described = describe_model(spelled[0] if spelled else model, DTYPES[precision])
-    prompts = tokenize_prompts(
+    return described, tokenize_prompts(
         names,
         ctx_init=ctx_init,
         n_ctx=len(ctx_init.split()),
         context_length=described.context_length,
     )
-    return described, ClassTree(prompts.tokens, prompts.n_ctx)
 
 
 def _place(device: str) -> str:
@@ -142,25 +164,29 @@ def _setting(
     place: str,
     threads: int | None,
     tell: Callable[[str], None],
-) -> Setting:
+) -> tuple[Setting, float | None]:
+    """And the share of the processors that other programs used while they were measured, where that is told."""
     from cocoop_fast.measure.cost import layout_on
     from cocoop_fast.measure.devices import find_gpu
     from cocoop_fast.measure.predict import Setting
 
     if place == "cpu":
+        from cocoop_fast.measure.machine import OtherPrograms
         from cocoop_fast.measure.this_machine import measure_cpu, measure_process_bytes, use_threads
 
         with use_threads(threads):
             tell("measuring this machine's products, kernels and copies")
+            watch = OtherPrograms()
             machine = measure_cpu(model.weights, tree, batch)
+            others = watch.share()
             tell("measuring what a step takes besides its buffers")
-            return Setting(model, tree, batch, machine, layout_on("cpu"), measure_process_bytes())
+            return Setting(model, tree, batch, machine, layout_on("cpu"), measure_process_bytes()), others
     if place == "cuda":
         from cocoop_fast.measure.this_machine import measure_gpu
 
         tell("measuring this machine's GPU")
-        return Setting(model, tree, batch, measure_gpu(precision), layout_on("cuda"))
-    return Setting(model, tree, batch, find_gpu(place).at(precision), layout_on("cuda"))
+        return Setting(model, tree, batch, measure_gpu(precision), layout_on("cuda")), None
+    return Setting(model, tree, batch, find_gpu(place).at(precision), layout_on("cuda")), None
 
 
 def _figures(found: Prediction) -> dict[str, Any]:
@@ -214,6 +240,10 @@ def _print(found: dict[str, Any]) -> None:
         print(
             f"This batch does not fit at once: that needs {readable_bytes(tree['memory_bytes'])}. "
             "In pieces it costs one more forward pass."
+        )
+    if (others := found.get("used_by_other_programs", 0.0)) > output.TOO_BUSY:
+        print(
+            f"Other programs used {others:.0%} of the processors while they were measured: ask again without them."
         )
     for name, value in found["device_rates"].items():
         output.say(f"{name.capitalize()}: {value}.")

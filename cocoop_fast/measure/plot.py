@@ -1,4 +1,4 @@
-"""Bars of a comparison, as a picture."""
+"""Pictures of what was measured or predicted."""
 
 from __future__ import annotations
 
@@ -73,6 +73,57 @@ def plot_growth(growth: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.legend(frameon=False)
 
 
+def plot_prediction(prediction: Mapping[str, Any], path: Path) -> None:
+    """Write the time and the memory of a step over the number of classes, with the class tree and dense, on log scales.
+
+    Args:
+        prediction: as ``cocoop-fast plan --json`` prints it, with ``growth``: `classes`, `tree` and `dense`, each with
+            `step_seconds` and `memory_bytes`, ascending.
+        path: where to.
+
+    Raises:
+        UserError: matplotlib is not installed, or the file cannot be written.
+    """
+    growth = prediction["growth"]
+    classes = [one["classes"] for one in growth]
+    with _figure(path, (9.0, 4.2), columns=2) as (figure, (time, memory)):
+        for axes, key, unit, label in (
+            (time, "step_seconds", 1.0, "seconds for a text step"),
+            (memory, "memory_bytes", 1e9, "memory in all, GB"),
+        ):
+            for way, name, colour in (
+                ("dense", "dense", OTHERS),
+                ("tree", "class tree", COLOURS["engine"]),
+            ):
+                axes.loglog(
+                    classes, [one[way][key] / unit for one in growth], "o-", ms=4, color=colour, label=name
+                )
+            axes.set_xlabel("classes")
+            axes.set_ylabel(label)
+        memory.axhline(prediction["budget_bytes"] / 1e9, color=COLOURS["floor"], ls="--", label="there is")
+        memory.legend(frameon=False)
+        images = "1 image" if prediction["batch"] == 1 else f"{prediction['batch']} images"
+        figure.suptitle(
+            f"Predicted: {prediction['model']}, {images} a step, {prediction['precision']}, {prediction['device']}",
+            fontsize=11,
+        )
+
+
+def check_plot(path: Path | None) -> None:
+    """Before minutes are spent on what a plot would show.
+
+    Raises:
+        UserError: matplotlib is not installed, or the file's name is not one that it writes.
+    """
+    if path is None:
+        return
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot is {path}, but its name must end in .png, .svg or .pdf.")
+    if not path.parent.is_dir():
+        raise UserError(f"--plot is {path}, but there is no directory {path.parent}.")
+    check_matplotlib()
+
+
 def check_matplotlib() -> None:
     """Raises a UserError if it is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -82,18 +133,19 @@ def check_matplotlib() -> None:
 
 
 @contextlib.contextmanager
-def _figure(path: Path, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes, written to `path` at the end."""
+def _figure(path: Path, size: tuple[float, float], columns: int = 1) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes, or an array of them, written to `path` at the end."""
     check_matplotlib()
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
     try:
         yield figure, axes
-        axes.spines[["top", "right"]].set_visible(False)
+        for one in figure.axes:
+            one.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"The plot {path} could not be written ({error}).", exit_status=1) from error

@@ -64,6 +64,33 @@ def test_a_longer_context_costs_more(capsys):
     assert short["ways"]["tree"]["rows"] == long["ways"]["tree"]["rows"] - 6
 
 
+def test_the_picture_is_of_fewer_classes_as_well(capsys, tmp_path):
+    picture = tmp_path / "plan.svg"
+    found = planned(capsys, "--k", "7", "--plot", str(picture))
+    assert [one["classes"] for one in found["growth"]] == [2, 5, 7]
+    assert found["growth"][-1]["tree"] == found["ways"]["tree"]
+    for way in ("tree", "dense"):
+        steps = [one[way]["step_seconds"] for one in found["growth"]]
+        assert steps == sorted(steps)
+    assert "<svg" in picture.read_text()
+
+
+def test_a_picture_of_another_kind_is_refused_before_anything_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr("cocoop_fast.cli.plan._read", lambda *_: pytest.fail("it reads a model"))
+    assert cli.run([*ON_A_GPU, "--plot", "plan.gif"]) == 2
+    assert "must end in .png, .svg or .pdf" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+@pytest.mark.parametrize("share", [0.4, 0.01])
+def test_a_busy_machine_is_told(capsys, monkeypatch, share):
+    monkeypatch.setattr("cocoop_fast.measure.this_machine.measure_process_bytes", lambda: 12_345)
+    monkeypatch.setattr("cocoop_fast.measure.machine.OtherPrograms.share", lambda _: share)
+    assert cli.run(["plan", "--device", "cpu", "--model", "demo", "--k", "2", "--threads", "1"]) == 0
+    told = "Other programs used 40% of the processors while they were measured" in capsys.readouterr().out
+    assert told == (share == 0.4)
+
+
 @pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
 def test_this_machine_is_measured(capsys, monkeypatch):
     monkeypatch.setattr("cocoop_fast.measure.this_machine.measure_process_bytes", lambda: 12_345)
