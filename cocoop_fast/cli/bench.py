@@ -53,17 +53,15 @@ def command(
             --plot bench.png
         The engine against its matrix multiplications: bench --k 1000 --only engine --only floor
     """
-    from cocoop_fast.measure.plot import check_plot
-
+    with output.loading(silent=quiet):
+        from cocoop_fast.measure.compare import compare
+        from cocoop_fast.measure.contestants import choose
+        from cocoop_fast.measure.plot import check_plot, plot_comparison
+        from cocoop_fast.measure.problem import build_problem
+        from cocoop_fast.measure.this_machine import use_threads
     check_plot(plot)
     names = options.class_names(classes, k, 100)
     spec = options.problem_spec(names, batch_size, model, pretrained)
-
-    from cocoop_fast.measure.compare import compare
-    from cocoop_fast.measure.contestants import choose
-    from cocoop_fast.measure.plot import plot_comparison
-    from cocoop_fast.measure.problem import build_problem
-    from cocoop_fast.measure.this_machine import use_threads
 
     contestants = choose(only, skip)
     with use_threads(threads), output.only_json(json):

@@ -53,10 +53,11 @@ def command(
         raise UserError(f"{run_dir} says its model and data itself; leave out {', '.join(options_given)}.")
     if shortlist is not None and shortlist < 1:
         raise UserError(f"--shortlist is {shortlist}, but a shortlist has at least one class.")
-    from cocoop_fast.cli.progress import observe
-    from cocoop_fast.distributed.launch import join
-    from cocoop_fast.evaluation.metrics import harmonic_mean
-    from cocoop_fast.experiments import experiment
+    with output.loading(silent=quiet):
+        from cocoop_fast.cli.progress import observe
+        from cocoop_fast.distributed.launch import join
+        from cocoop_fast.evaluation.metrics import harmonic_mean
+        from cocoop_fast.experiments import experiment
 
     with output.only_json(json), join() as ranks, observe(quiet=quiet or not ranks.is_first) as observer:
         if run_dir is not None:

@@ -35,7 +35,8 @@ def command(
         raise UserError("Name the file to write: --onnx FILE.")
     names = options.class_list(classes)
 
-    from cocoop_fast.experiments.onnx_export import export_onnx
+    with output.loading():
+        from cocoop_fast.experiments.onnx_export import export_onnx
 
     with output.only_json(json):
         done = export_onnx(run_dir, onnx, classnames=names)

@@ -25,6 +25,19 @@ def only_json(active: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def loading(*, silent: bool = False) -> Iterator[None]:
+    """A word in a terminal while libraries load, which takes seconds; it is gone when they have."""
+    if silent or not sys.stderr.isatty():
+        yield
+        return
+    print("loading…", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def print_json(values: dict[str, Any]) -> None:
     """One line on stdout. A number that is not finite, which JSON does not know, becomes null."""
     print(printable(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False)), flush=True)

@@ -71,11 +71,11 @@ def command(
     if list_devices:
         _print_devices(json)
         return
-    from cocoop_fast.engine.memory import parse_bytes
-    from cocoop_fast.measure.plot import check_plot, plot_prediction
-    from cocoop_fast.measure.predict import Schedule, predict_dense, predict_tree
-    from cocoop_fast.prompts.tree import ClassTree
-
+    with output.loading(silent=quiet):
+        from cocoop_fast.engine.memory import parse_bytes
+        from cocoop_fast.measure.plot import check_plot, plot_prediction
+        from cocoop_fast.measure.predict import Schedule, predict_dense, predict_tree
+        from cocoop_fast.prompts.tree import ClassTree
     check_plot(plot)
     limit = None if budget is None else parse_bytes(budget)
     names = options.class_names(classes, k, 100)

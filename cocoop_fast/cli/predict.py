@@ -51,7 +51,8 @@ def command(
         option, _ = next(iter(given.values()))
         raise UserError(f"{option} is for predictions without --run; a run has its own.")
 
-    from cocoop_fast.experiments.predict import Predictor
+    with output.loading():
+        from cocoop_fast.experiments.predict import Predictor
 
     told: list[str] = []
     with output.only_json(json):

@@ -82,22 +82,23 @@ def run(
         Table 2 with folders of your own: run cross-dataset --source a=photos/a --datasets b=photos/b c=photos/c
             --model ViT-B/16
     """
-    from cocoop_fast.cli.cell_rows import rows_of
-    from cocoop_fast.cli.launch import choose_launcher
-    from cocoop_fast.cli.progress import observe
-    from cocoop_fast.evaluation.feature_cache import FeatureCache
-    from cocoop_fast.experiments.shared import Shared
-    from cocoop_fast.protocols.cells import (
-        Experiment,
-        changed_cells,
-        check_present,
-        make_cells,
-        refuse_changed,
-    )
-    from cocoop_fast.protocols.launchers import read_then_launch
-    from cocoop_fast.protocols.outputs import write_outputs
-    from cocoop_fast.protocols.protocol import PROTOCOLS, find_protocol
-    from cocoop_fast.protocols.run_cell import CellWork, Outcome, run_cells
+    with output.loading(silent=quiet):
+        from cocoop_fast.cli.cell_rows import rows_of
+        from cocoop_fast.cli.launch import choose_launcher
+        from cocoop_fast.cli.progress import observe
+        from cocoop_fast.evaluation.feature_cache import FeatureCache
+        from cocoop_fast.experiments.shared import Shared
+        from cocoop_fast.protocols.cells import (
+            Experiment,
+            changed_cells,
+            check_present,
+            make_cells,
+            refuse_changed,
+        )
+        from cocoop_fast.protocols.launchers import read_then_launch
+        from cocoop_fast.protocols.outputs import write_outputs
+        from cocoop_fast.protocols.protocol import PROTOCOLS, find_protocol
+        from cocoop_fast.protocols.run_cell import CellWork, Outcome, run_cells
 
     setting = find_protocol(protocol)
     built = configuration.build(config, given, pairs, protocol=True)

@@ -65,12 +65,13 @@ def command(
     built = configuration.build(config, given, [*trainer_pair(trainer), *(pairs or ())])
     compared = methods_to_compare(compare, no_compare, built)
 
-    from cocoop_fast.cli.progress import observe
-    from cocoop_fast.distributed.launch import join
-    from cocoop_fast.experiments import experiment
-    from cocoop_fast.report.tensorboard import TensorBoardLog
-    from cocoop_fast.report.trackers import trackers
-    from cocoop_fast.training.observer import Observer, Observers
+    with output.loading(silent=quiet):
+        from cocoop_fast.cli.progress import observe
+        from cocoop_fast.distributed.launch import join
+        from cocoop_fast.experiments import experiment
+        from cocoop_fast.report.tensorboard import TensorBoardLog
+        from cocoop_fast.report.trackers import trackers
+        from cocoop_fast.training.observer import Observer, Observers
 
     with output.only_json(json), join() as ranks, observe(quiet=quiet or not ranks.is_first) as observer:
         if ranks.is_first:

@@ -61,16 +61,16 @@ def command(
         What pruning would cost: verify --model demo --k 10 --prune-mass 0.01
         One backend, for a program to read: verify --model demo --k 10 --backend torch --json
     """
+    with output.loading(silent=quiet):
+        import torch
+
+        from cocoop_fast.clip.load import resolve_device
+        from cocoop_fast.measure.problem import build_problem, with_other_activation
+        from cocoop_fast.measure.verify import contestants, distance, measure_pruning, verify
     if not 0 <= prune_mass < 1:
         raise UserError(f"--prune-mass is {prune_mass:g}, but it must be at least 0 and below 1.")
     names = options.class_names(classes, k, 20)
     spec = options.problem_spec(names, batch_size, model, pretrained, ctx_init)
-
-    import torch
-
-    from cocoop_fast.clip.load import resolve_device
-    from cocoop_fast.measure.problem import build_problem, with_other_activation
-    from cocoop_fast.measure.verify import contestants, distance, measure_pruning, verify
 
     where = resolve_device(device)
     for name in precision or ():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -114,3 +117,32 @@ def test_help_names_values_as_people_do(monkeypatch, capsys):
     assert "<path>" not in text and "|z " not in text
     assert "NAME" in text and "PATH" in text and "FILE" in text
     assert "first five classes) with the embedded CLIP" in text  # no line ends where the source's does
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_while_libraries_load_a_terminal_has_a_word_and_a_file_none(monkeypatch, capsys):
+    with output.loading():
+        assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with output.loading(silent=True):
+        pass
+    with output.loading():
+        assert sys.stderr.getvalue() == "loading…"  # type: ignore[attr-defined]
+    assert sys.stderr.getvalue().endswith("\r\x1b[K")  # type: ignore[attr-defined]
+
+
+def test_the_word_comes_before_torch():
+    """Within a second, that is; torch takes several."""
+    tried = (
+        "import sys; from cocoop_fast import cli; from cocoop_fast.cli import output\n"
+        "def loading(**_): print('torch' in sys.modules); raise SystemExit\n"
+        "output.loading = loading\n"
+        "for words in ('train', 'eval x', 'predict x', 'run base2new', 'bench', 'plan', 'verify'): cli.run(words.split())"
+    )
+    done = subprocess.run([sys.executable, "-c", tried], capture_output=True, text=True)
+    assert done.stdout == "False\n" * 7, done
