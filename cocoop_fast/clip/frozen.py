@@ -5,7 +5,7 @@ Nothing here changes a weight, a mode or a gradient flag of the model it looks a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -140,6 +140,8 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+_SAMPLED = 4  # elements of a tensor
+
 # What is read of a block. Forks keep their deep prompts beside these, which change at every step.
 _PARTS_OF_BLOCK = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2")
 
@@ -162,7 +164,7 @@ class FrozenCLIP:
         self._text_dtype = text_dtype
         _check_supported(clip_model, self._text)
         self._resblocks = tuple(self._text.transformer.resblocks)
-        self._last_read: tuple[Any, TextWeights] | None = None
+        self._last_read: _Read | None = None
         self.heads: int = self._resblocks[0].attn.num_heads
         self.layers = len(self._resblocks)
         self.activation = _activation(self._resblocks[0].mlp.gelu)
@@ -183,15 +185,16 @@ class FrozenCLIP:
     def text_weights(self) -> TextWeights:
         """The current weights, by role.
 
-        The same object is returned until a weight is moved, cast, loaded or modified in place (but not through `.data`).
+        The same object is returned until a weight is moved, cast, loaded or modified in place. In place through `.data`,
+        which autograd does not count, it is noticed on a CPU by a few elements of each tensor.
         """
         versions = [(p.data_ptr(), version_of(p)) for p in self._parameters()]
-        if self._last_read is None or self._last_read[0] != versions:
+        if self._last_read is None or not self._last_read.is_of(versions):
             weights = self._read_weights()
             if self._text_dtype not in (None, weights.dtype):
                 weights = weights.in_dtype(self._text_dtype)
-            self._last_read = versions, weights
-        return self._last_read[1]
+            self._last_read = _Read(versions, weights, _samples(self._parameters()))
+        return self._last_read.weights
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         yield self._text.positional_embedding
@@ -213,6 +216,25 @@ class FrozenCLIP:
             heads=self.heads,
             activation=self.activation,
         )
+
+
+class _Read:
+    """Weights as they were read, and what tells that they have changed since."""
+
+    def __init__(self, versions: list[tuple[int, int]], weights: TextWeights, samples: list[Tensor]) -> None:
+        self.versions, self.weights, self._samples = versions, weights, samples
+        self._values = torch.cat(samples) if samples else None
+
+    def is_of(self, versions: list[tuple[int, int]]) -> bool:
+        if self.versions != versions:
+            return False
+        return self._values is None or torch.equal(torch.cat(self._samples), self._values)
+
+
+def _samples(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Views of a few elements of each, where looking at them makes nobody wait."""
+    here = [p.detach() for p in parameters if p.device.type == "cpu" and p.is_contiguous()]
+    return [p.view(-1)[:: max(1, p.numel() // _SAMPLED)] for p in here]
 
 
 def text_module(clip_model: ClipModel) -> Any:

@@ -178,6 +178,19 @@ def test_weights_changed_before_backward_are_noticed(budget):
 
 
 @needs_extension
+def test_packed_copies_follow_a_change_that_autograd_does_not_count():
+    model = tiny_clip(vocab_size=1000)
+    engine = TreeTextEncoder(model, tree_of(NAMES), backend="cpu")
+    before = engine(context())
+    for block in model.transformer.resblocks:
+        block.mlp.c_fc.weight.data.mul_(1.1)
+        block.attn.in_proj_weight.data.copy_(torch.randn_like(block.attn.in_proj_weight) * 0.1)
+    after, twin = engine(context()), TreeTextEncoder(model, tree_of(NAMES), backend="torch")(context())
+    with torch.no_grad():
+        assert float((after - twin).abs().max()) < 2e-5 < float((after - before).abs().max())
+
+
+@needs_extension
 def test_two_threads_train_at_once():
     engine, twin = encoders()
     contexts = [context(seed) for seed in range(8)]
