@@ -34,7 +34,7 @@ from .tree_attention_kernels import operand
 from .variants import STORAGE, Variant
 
 # Rows, columns and inner numbers of a tile, warps, stages; in half precision and in fp32.
-SMALL = {"half": (64, 64, 32, 4, 3), "fp32": (32, 64, 16, 4, 2)}
+SMALL = {"half": (64, 64, 32, 8, 3), "fp32": (32, 64, 16, 4, 2)}
 LARGE = {"half": (128, 128, 32, 8, 3), "fp32": (64, 64, 16, 8, 2)}
 FEW_ROWS = 1024  # with the small tiles: large ones would leave multiprocessors idle
 # Whole rows of at most so many columns: rows, inner numbers, warps, stages. Wider ones spill registers, and so do TF32's.
