@@ -69,7 +69,7 @@ def test_every_variant_compiles(variants, tmp_path, targets):
     assert all(0 < one["registers"] <= 512 for one in found)  # 255 on NVIDIA, 512 on AMD
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_attention_compiles_for_the_other_gpus_of_amd():
     """For gfx1100, a consumer's card, the kernels are in want of registers: there they spill, which is slow and right."""
     others = [argument for target in ("gfx90a", "gfx1100") for argument in ("--target", target)]
