@@ -36,6 +36,11 @@ def classes_in_and_out(trained_on: Sequence[str], others: Sequence[str]) -> str:
     )
 
 
+def readable_images(count: int) -> str:
+    """A batch in words."""
+    return "1 image" if count == 1 else f"{count} images"
+
+
 def readable_seconds(seconds: float) -> str:
     """Three digits and a unit."""
     return _amount(seconds, ((1, "s"), (1e-3, "ms")))

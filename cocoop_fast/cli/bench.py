@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cocoop_fast.cli import options, output
 from cocoop_fast.cli.options import Positive, Seconds
 from cocoop_fast.errors import UserError
-from cocoop_fast.readable import readable_seconds
+from cocoop_fast.readable import readable_images, readable_seconds
 
 if TYPE_CHECKING:
     from cocoop_fast.measure.compare import Comparison
@@ -88,7 +88,7 @@ def _print(comparison: Comparison) -> None:
     from cocoop_fast.measure.machine import describe_machine, one_line
 
     spec, results = comparison.problem.spec, comparison.results
-    output.say(f"{spec.model_name}: {len(spec.classes)} classes, {output.images(spec.batch)} a step.")
+    output.say(f"{spec.model_name}: {len(spec.classes)} classes, {readable_images(spec.batch)} a step.")
     output.print_table(
         ["Contestant", "Rows", "Step", "Median", "× floor", "Peak", "Speed-up", "Forward", "Memory"],
         [

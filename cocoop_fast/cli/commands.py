@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import typer
@@ -65,8 +66,12 @@ class Commands(typer.core.TyperGroup):
     """The commands of the table, each made when it is asked for."""
 
     def __init__(self, *, commands: Any = None, **settings: Any) -> None:
-        super().__init__(commands=_Made(), **settings)
+        super().__init__(**settings)
+        self.commands = _Made()  # type: ignore[assignment]  # nothing adds to it
         self._listed = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)  # typer's own goes through the commands, which would make them
 
     def get_command(self, ctx: Any, name: str) -> Any:
         if self._listed and name in COMMANDS:  # for a line of the help
@@ -88,25 +93,28 @@ class Commands(typer.core.TyperGroup):
         return super().parse_args(ctx, args)
 
 
-class _Made(dict[str, Any]):
-    """By name; one that is missing is made."""
+class _Made(Mapping[str, Any]):
+    """The commands by name; one is made when it is looked up."""
 
     def __init__(self) -> None:
-        super().__init__(dict.fromkeys(COMMANDS))
+        self._made: dict[str, Any] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+    def __contains__(self, name: object) -> bool:
+        return name in COMMANDS
 
     def __getitem__(self, name: str) -> Any:
-        if super().__getitem__(name) is None:
+        if name not in self._made:
             module, _, attribute = COMMANDS[name][0].partition(".")
             one = getattr(importlib.import_module(f"cocoop_fast.cli.{module}"), attribute)
             if not isinstance(one, typer.Typer):  # a function that `options.command` has made a command of
                 function, one = one, typer.Typer(add_completion=False, rich_markup_mode="rich")
                 one.command(name, epilog=function.epilog)(function)
-            self[name] = typer.main.get_command(one)
-            self[name].name = name
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in COMMANDS else default
-
-    def values(self) -> Any:
-        return [self[name] for name in self]
+            command = self._made[name] = typer.main.get_command(one)
+            command.name = name
+        return self._made[name]

@@ -96,11 +96,6 @@ def shown(value: Any, form: Callable[[Any], str] = "{:.2f}".format) -> str | Non
     return None if value is None else form(value)
 
 
-def images(count: int) -> str:
-    """A batch in words."""
-    return "1 image" if count == 1 else f"{count} images"
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}

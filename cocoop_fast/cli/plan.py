@@ -11,7 +11,7 @@ from cocoop_fast.cli import options, output
 from cocoop_fast.cli.options import Positive, Words
 from cocoop_fast.cli.reference_config import open_clip_name
 from cocoop_fast.errors import UserError
-from cocoop_fast.readable import readable_bytes, readable_flops, readable_time
+from cocoop_fast.readable import readable_bytes, readable_flops, readable_images, readable_time
 
 if TYPE_CHECKING:
     from cocoop_fast.measure.predict import Model, Prediction, Setting
@@ -202,7 +202,7 @@ def _figures(found: Prediction) -> dict[str, Any]:
 
 def _print(found: dict[str, Any]) -> None:
     counts, schedule, (tree, dense) = found["tree"], found["schedule"], found["ways"].values()
-    images = output.images(found["batch"])
+    images = readable_images(found["batch"])
     print(
         f"Predicted, not measured: {found['model']}, {counts['classes']} classes, {images} a step, "
         f"{found['precision']}, {found['device']}."

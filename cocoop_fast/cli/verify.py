@@ -10,6 +10,7 @@ import typer
 from cocoop_fast.cli import failures, options, output
 from cocoop_fast.cli.options import Positive, Words
 from cocoop_fast.errors import UserError
+from cocoop_fast.readable import readable_images
 
 if TYPE_CHECKING:
     from cocoop_fast.measure.verify import PruningError, Verdict
@@ -144,7 +145,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any], verdicts: list[Verdict], others: list[Verdict]) -> None:
-    images = output.images(found["batch"])
+    images = readable_images(found["batch"])
     activation = ACTIVATIONS[found["activation"]]
     said = f"{activation}, which is assumed" if found["activation_assumed"] else activation
     output.say(f"{found['model']}: {said}; {found['classes']} classes, {images} a step, {found['device']}.")

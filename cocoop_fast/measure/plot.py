@@ -10,7 +10,7 @@ from typing import Any
 
 from cocoop_fast.errors import UserError
 from cocoop_fast.measure.machine import one_line
-from cocoop_fast.readable import readable_seconds
+from cocoop_fast.readable import readable_images, readable_seconds
 
 # Okabe and Ito's palette, told apart by people of any colour vision.
 COLOURS = {"engine": "#D55E00", "floor": "#999999", "coop": "#CC79A7"}
@@ -39,7 +39,7 @@ def plot_comparison(comparison: Mapping[str, Any], path: Path) -> None:
         axes.set_yticks(places, [row["name"] for row in rows])
         axes.invert_yaxis()
         axes.set_xlabel("seconds for a training step (forward and backward), log scale; shorter is better")
-        images = "1 image" if comparison["batch"] == 1 else f"{comparison['batch']} images"
+        images = readable_images(comparison["batch"])
         axes.set_title(
             f"{comparison['model']}: {comparison['classes']} classes, {images} a step", fontsize=11
         )
@@ -102,7 +102,7 @@ def plot_prediction(prediction: Mapping[str, Any], path: Path) -> None:
             axes.set_ylabel(label)
         memory.axhline(prediction["budget_bytes"] / 1e9, color=COLOURS["floor"], ls="--", label="there is")
         memory.legend(frameon=False)
-        images = "1 image" if prediction["batch"] == 1 else f"{prediction['batch']} images"
+        images = readable_images(prediction["batch"])
         figure.suptitle(
             f"Predicted: {prediction['model']}, {images} a step, {prediction['precision']}, {prediction['device']}",
             fontsize=11,

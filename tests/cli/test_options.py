@@ -136,10 +136,9 @@ def _commands(of: Any) -> Iterator[Any]:
 
 
 def test_the_list_of_commands_says_what_they_say():
-    made = typer.main.get_command(cli.app).commands
-    for name in COMMANDS:
+    for name, command in typer.main.get_command(cli.app).commands.items():
         sentence = COMMANDS[name][1]
-        assert made[name].help.startswith(sentence), name
+        assert command.help.startswith(sentence), name
 
 
 def test_the_help_reads_no_configuration():

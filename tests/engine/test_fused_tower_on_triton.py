@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from attention_cases import tree_of
 from comparison import assert_close
 from tiny_models import IMAGE_SIZE, tiny_clip
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cocoop_fast import CustomCLIP, TreeTextEncoder, UserError
 from cocoop_fast.engine.constants import compute_constants
@@ -18,7 +15,9 @@ from cocoop_fast.engine.memory import PeakBytes
 from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.ops.table import BACKENDS, select_backend
 
-interpreter = pytest.importorskip("triton.runtime.interpreter")
+pytest.importorskip("triton.runtime.interpreter")
+
+from launches import Launches
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TWIN = {"vocab_size": 1000, "width": 32, "heads": 2, "embed_dim": 24}
@@ -189,36 +188,6 @@ def test_autocast_ends_at_the_door():
 # Launches
 
 
-class Launches(TorchDispatchMode):
-    """Counts what a GPU would be given: Triton's kernels, and torch's operations but for views and allocations."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.count: Counter[str] = Counter()
-        self.in_kernel = False
-        launch = interpreter.GridExecutor.__call__
-
-        def counted(executor, *arguments, **options):
-            self.count[executor.fn.__name__] += 1
-            self.in_kernel = True
-            try:
-                launch(executor, *arguments, **options)
-            finally:
-                self.in_kernel = False
-
-        monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        returns = operation._schema.returns
-        view = any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
-        name = operation.overloadpacket.__name__
-        if not (self.in_kernel or view or "empty" in name):
-            self.count[name] += 1
-            # A GEMM that adds a matrix would copy it into its result first: a launch that no count of calls shows.
-            assert name != "addmm" or arguments[0].ndim == 1, "a bias is a vector"
-        return operation(*arguments, **(options or {}))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted in the interpreter")
 @pytest.mark.parametrize("layers", [2, 3])
 def test_launches(monkeypatch, layers):
@@ -229,7 +198,7 @@ def test_launches(monkeypatch, layers):
     contexts = ContextRows(*parts)
     tower = engine.tower
     tower.encode(contexts).sum().backward()  # the first pass lays the memory out
-    with Launches(monkeypatch) as forward:
+    with Launches(monkeypatch, run=True) as forward:
         features = tower.encode(contexts)
     # Layer 0's rows; the EOT rows of the last.
     once = {"_assemble_prompts_fwd_kernel": 1, "_move_rows_kernel": 1}
@@ -240,12 +209,12 @@ def test_launches(monkeypatch, layers):
         "mm": 2 * layers,
         "addmm": 2 * layers + 2,  # with the bias; also the EOT rows' queries, and the projection
     }
-    assert forward.count == of_layers | once
-    assert forward.count.total() == 8 * layers + 5
+    assert forward.count() == of_layers | once
+    assert forward.count().total() == 8 * layers + 5
 
     grad = torch.ones_like(features)
     monkeypatch.undo()
-    with Launches(monkeypatch) as backward:
+    with Launches(monkeypatch, run=True) as backward:
         torch.autograd.grad(features, parts, grad)
     assert len(tower.attention.plan.summed_row), "the rows should fill more than one tile"
     summed = layers - (len(tower.leaf_attention.plan.summed_row) == 0)
@@ -257,8 +226,8 @@ def test_launches(monkeypatch, layers):
         "mm": 4 * layers + 2,
     }
     once = {"_assemble_prompts_bwd_kernel": 1, "_move_rows_kernel": 1}  # sums to both parts; the EOT rows
-    assert backward.count == of_layers | once
-    assert backward.count.total() <= 9 * layers + 5
+    assert backward.count() == of_layers | once
+    assert backward.count().total() <= 9 * layers + 5
 
 
 # The whole model, and the choice of the backend

@@ -9,7 +9,6 @@ import torch
 from attention_cases import tree_of
 from comparison import assert_close
 from tiny_models import tiny_clip
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cocoop_fast import TreeTextEncoder
 from cocoop_fast.clip.frozen import FrozenCLIP
@@ -21,44 +20,14 @@ from cocoop_fast.ops.table import BACKENDS, select_backend
 from cocoop_fast.prompts.tokens import tokenize_names
 from cocoop_fast.prompts.tree import ClassTree
 
-interpreter = pytest.importorskip("triton.runtime.interpreter")
+pytest.importorskip("triton.runtime.interpreter")
+
+from launches import Launches
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="launches are counted in the interpreter; tests/gpu has the results"
 )
 OPTIONS = {"vocab_size": 1000, "width": 32, "heads": 2, "embed_dim": 24}
-
-
-class Launches(TorchDispatchMode):
-    """Every launch with its arguments: Triton's kernels, and torch's operations but for views and allocations."""
-
-    def __init__(self, monkeypatch, *, run):
-        super().__init__()
-        self.seen = []
-        self.in_kernel = False
-        launch = interpreter.GridExecutor.__call__
-
-        def noted(executor, *arguments, **options):
-            names = dict(zip(executor.fn.__code__.co_varnames, arguments, strict=False))
-            self.seen.append((executor.fn.__name__, names | options))
-            self.in_kernel = True
-            try:
-                return launch(executor, *arguments, **options) if run else None
-            finally:
-                self.in_kernel = False
-
-        monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        returns = operation._schema.returns
-        view = any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
-        name = operation.overloadpacket.__name__
-        if not (self.in_kernel or view or "empty" in name):
-            self.seen.append((name, {}))
-        return operation(*arguments, **(options or {}))
-
-    def count(self):
-        return Counter(name for name, _ in self.seen)
 
 
 def features_and_gradient(model, backend, dtype):
