@@ -31,6 +31,9 @@ ShardBy = Literal["auto", "images", "classes", "both"]
 OnNonfinite = Literal["stop", "skip"]
 ConsistencyKind = Literal["none", "l1", "cosine"]
 
+# The CLIPs inside the package, and how the names of the data sets begin that each was made for.
+EMBEDDED_CLIPS = {"demo": "digits", "icons": "icons"}
+
 # Bounds that no use reaches, and beyond which arithmetic overflows in one library or another.
 Count = Annotated[int, Field(ge=0, le=10**9)]
 AtLeastOne = Annotated[int, Field(ge=1, le=10**9)]
@@ -41,12 +44,17 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+def embedded_clip(data_name: str) -> str | None:
+    """The CLIP inside the package that was made for this data set, if one was."""
+    return next((clip for clip, data in EMBEDDED_CLIPS.items() if data_name.startswith(data)), None)
+
+
 @dataclass(config=_STRICT, frozen=True)
 class ModelConfig:
     """The frozen CLIP."""
 
     name: str = "demo"
-    """open_clip architecture, OpenAI's name such as ViT-B/16, hf-hub:OWNER/NAME, or demo, the embedded CLIP."""
+    """open_clip architecture, OpenAI's name such as ViT-B/16, hf-hub:OWNER/NAME, or an embedded CLIP: demo, icons."""
     pretrained: str | None = None
     """open_clip tag of the weights, hf-hub:OWNER/NAME, or a file of open_clip or OpenAI."""
     precision: Precision = "auto"

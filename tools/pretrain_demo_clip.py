@@ -30,17 +30,17 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from PIL import Image, ImageDraw, ImageFont
+from pretraining import contrastive_loss, make_optimizer, move_average, uniform
 from torch import Tensor, nn
 
 from cocoop_fast.clip.demo import (
-    ASSET,
-    DEMO_IMAGE_MEAN,
-    DEMO_IMAGE_SIZE,
-    DEMO_IMAGE_STD,
-    build_demo_clip,
+    DEMO_CLIPS,
     load_demo_clip,
     save_demo_clip,
 )
+
+DEMO = DEMO_CLIPS["demo"]
+SIZE = DEMO.vision["image_size"]
 
 # ---------------------------------------------------------------------------------------------------------
 # Classes. Left out: letters that, once fitted to their box, look like a digit or like another letter
@@ -368,10 +368,6 @@ def ink_tags(bitmaps: Tensor, slant: Tensor) -> Tensor:
     return tags + SLANTED * (slant.abs() > SLANTED_ABOVE) + UPRIGHT * (slant.abs() < SLANTED_ABOVE / 2)
 
 
-def uniform(shape, low: float, high: float, rng: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=rng) * (high - low) + low
-
-
 def draw_strokes(strokes: list, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """`n` renderings of one skeleton, bent at random: bitmaps (n, 32, 32) uint8 and their slant (n,).
 
@@ -527,7 +523,7 @@ RESOLUTIONS = {8: 0.6, 10: 0.1, 12: 0.1, 16: 0.1, 32: 0.1}
 
 def normalise(images: Tensor) -> Tensor:
     """(n, 32, 32) in 0..1 -> (n, 3, 32, 32) as the demo CLIP's preprocessing gives them."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (DEMO_IMAGE_MEAN, DEMO_IMAGE_STD))
+    mean, std = (torch.full((3, 1, 1), value) for value in (DEMO.image_mean, DEMO.image_std))
     return (images[:, None] - mean) / std
 
 
@@ -588,22 +584,6 @@ def encode_captions(model: CLIP, tokens: Tensor) -> Tensor:
     return F.normalize(torch.cat(features)[order.argsort()], dim=-1)
 
 
-def contrastive_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Mean over the positive pairs (i, j) of log(1 + sum over negatives n of exp(s_in - s_ij)), both ways.
-
-    Args:
-        logits: (images, captions) scaled cosines.
-        positive: same shape, bool: the caption is true of the image.
-    """
-    total = logits.new_zeros(())
-    for s, p in ((logits, positive), (logits.T, positive.T)):
-        negatives = s.masked_fill(p, float("-inf")).logsumexp(1, keepdim=True)
-        pairs = F.softplus(negatives - s) * p
-        count = p.sum(1)
-        total = total + (pairs.sum(1) / count.clamp_min(1)).sum() / (count > 0).sum() / 2
-    return total
-
-
 def scanned_digits() -> tuple[Tensor, Tensor]:
     """The 1,797 handwritten digits of scikit-learn as model input, and their classes."""
     from sklearn.datasets import load_digits
@@ -612,7 +592,7 @@ def scanned_digits() -> tuple[Tensor, Tensor]:
     images = []
     for image in digits.images:
         picture = Image.fromarray(np.round(image * 255 / 16).astype(np.uint8), "L")
-        picture = picture.resize((DEMO_IMAGE_SIZE, DEMO_IMAGE_SIZE), Image.Resampling.BICUBIC)
+        picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         images.append(torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255))
     return normalise(torch.stack(images)), torch.from_numpy(digits.target).long()
 
@@ -669,27 +649,13 @@ def train(args: argparse.Namespace) -> None:
 
     captions = Captions.build()
     caption_classes = torch.cat([torch.arange(10).repeat_interleave(5), torch.arange(10, len(CHARACTERS))])
-    model = build_demo_clip()
+    model = DEMO.build()
     model.token_embedding = nn.Embedding.from_pretrained(
         model.token_embedding.weight.data[captions.token_ids].clone(), freeze=False
     )
     with torch.no_grad():
         model.logit_scale.fill_(math.log(50))
-    slow = [model.token_embedding.weight, model.positional_embedding]
-    plain = [p for p in model.parameters() if p.ndim == 1]
-    special = {id(p) for p in [*slow, *plain, model.logit_scale]}
-    groups = [
-        {
-            "params": [p for p in model.parameters() if id(p) not in special],
-            "weight_decay": 0.05,
-            "rate": 1.0,
-        },
-        {"params": plain, "weight_decay": 0.0, "rate": 1.0},
-        # Small token rows, as in CLIP: contexts learned at CLIP's learning rates must be able to move them.
-        {"params": slow, "weight_decay": 0.0, "rate": 0.1},
-        {"params": [model.logit_scale], "weight_decay": 0.0, "rate": 5.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizer = make_optimizer(model, args.lr, weight_decay=0.05, slow=0.1, scale=5.0)
     average = copy.deepcopy(model).eval()
     metadata = {
         name: str(getattr(args, name)) for name in ("seed", "steps", "batch", "lr", "strokes_per_class")
@@ -715,9 +681,7 @@ def train(args: argparse.Namespace) -> None:
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(math.log(50), math.log(100))  # sharp, as CLIP ends up
-            decay = min(0.99, step / (step + 10))
-            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
+        move_average(average, model, step, decay=0.99)
 
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             ids = captions.token_ids
@@ -733,7 +697,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    model = load_demo_clip(args.out)
+    model = load_demo_clip(path=args.out)
     images, classes = scanned_digits()
     cut = DEVELOPMENT_IMAGES
     print(f"development digits (first {cut}): {report(model, images[:cut], classes[:cut])}")
@@ -744,7 +708,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=ASSET, help="file to write, or with --evaluate to read")
+    parser.add_argument(
+        "--out", type=Path, default=DEMO.path, help="file to write, or with --evaluate to read"
+    )
     parser.add_argument("--evaluate", action="store_true", help="score --out on the digits and stop")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=128, help="images a step")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cocoop_fast.cli import reference_config, reference_defaults
-from cocoop_fast.config import Method, RunConfig, flatten, from_mapping, load_yaml
+from cocoop_fast.config import Method, RunConfig, embedded_clip, flatten, from_mapping, load_yaml
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.parsing import ParseError, yaml_value
 from cocoop_fast.spelling import meant
@@ -112,6 +112,8 @@ def build(
     if files_keys and not protocol:
         warnings += reference_defaults.recipe_instead(merged, keys)
     config = from_mapping(_nest(merged, "the configuration"))
+    if "model.name" not in merged and not protocol:
+        config = with_embedded_clip(config, config.data.name)
     if config.optim.epochs == 0:
         from cocoop_fast.methods.records import METHODS  # needs torch
 
@@ -120,6 +122,12 @@ def build(
                 f"`optim.epochs` is 0, but {config.prompt.method} has to learn; --method zeroshot does not."
             )
     return Configuration(config, frozenset(merged), tuple(dict.fromkeys(warnings)))
+
+
+def with_embedded_clip(config: RunConfig, data_name: str) -> RunConfig:
+    """With the CLIP inside the package that was made for this data set, if one was."""
+    name = embedded_clip(data_name) or config.model.name
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
 
 
 def field_names() -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cocoop_fast.cli import configuration, options, output
 from cocoop_fast.cli.options import AtLeastOne, Given
+from cocoop_fast.config import EMBEDDED_CLIPS
 from cocoop_fast.errors import UserError
 from cocoop_fast.readable import printable
 
@@ -119,7 +120,7 @@ def _files(images: list[Path]) -> list[Path]:
 def _zero_shot(
     given: Given, names: list[str] | None, device: str | None, on_message: Callable[[str], None]
 ) -> Predictor:
-    """Nothing learned. The embedded CLIP knows digits, so these are its classes if none are given."""
+    """Nothing learned. The classes of an embedded CLIP's own data set are taken if none are given."""
     from cocoop_fast.data import load_dataset
     from cocoop_fast.experiments.predict import Predictor
     from cocoop_fast.experiments.shared import Shared
@@ -128,12 +129,12 @@ def _zero_shot(
     config = configuration.build(options={**given, **on}, pairs=("prompt.method", "zeroshot")).config
     own_classes = names is not None
     if names is None:
-        if config.model.name != "demo":
+        if config.model.name not in EMBEDDED_CLIPS:
             option, model = given["model.name"]
             raise UserError(f"The classes to choose from are missing; with {option} {model}, give --classes.")
-        digits = load_dataset(config.data)
-        names = list(digits.classnames)
-        template = config.prompt.template or digits.template
+        own = load_dataset(dataclasses.replace(config.data, name=EMBEDDED_CLIPS[config.model.name]))
+        names = list(own.classnames)
+        template = config.prompt.template or own.template
         config = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, template=template))
     shared = Shared()
     predictor = Predictor(shared.model(config, names), shared.clip(config.model), names)

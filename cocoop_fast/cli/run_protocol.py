@@ -108,9 +108,12 @@ def run(
             f"--all-classes is for {next(iter(PROTOCOLS))}, where models know half of the classes."
         )
     trained_on, tested_on, places = data_sets(setting, built, source, datasets)
+    settings = built.config
+    if "model.name" not in built.said:
+        settings = configuration.with_embedded_clip(settings, trained_on or tested_on[0])
     asked = Experiment(
         protocol=setting,
-        config=built.config,
+        config=settings,
         data=places,
         datasets=tested_on,
         methods=options.methods_of(methods, "--methods"),

@@ -14,7 +14,7 @@ from open_clip.transformer import LayerNorm, LayerNormFp32
 from torch import nn
 
 from cocoop_fast.clip.checkpoints import SUFFIXES, WeightsError
-from cocoop_fast.clip.demo import known_token_ids, load_demo_clip
+from cocoop_fast.clip.demo import DEMO_CLIPS, known_token_ids, load_demo_clip
 from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.clip.weights import HUB, create_clip, is_place
 from cocoop_fast.config import ModelConfig, Precision
@@ -87,8 +87,8 @@ def amp_text_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 def describe(config: ModelConfig) -> str:
     """In a line: which CLIP a configuration names, and whose weights. Nothing is loaded."""
-    if config.name == "demo":
-        return "Model: demo, the embedded CLIP, which knows digits and letters alone"
+    if config.name in DEMO_CLIPS:
+        return f"Model: {config.name}, an embedded CLIP, which knows {DEMO_CLIPS[config.name].knows} alone"
     if config.pretrained is None:
         return f"Model: {config.name}, with its own weights"
     return f"Model: {config.name}, weights {config.pretrained}"
@@ -97,7 +97,7 @@ def describe(config: ModelConfig) -> str:
 def load_clip(config: ModelConfig) -> LoadedClip:
     """Load the CLIP that a configuration names, frozen, on its device and in its precision.
 
-    ``name`` "demo" is the CLIP inside the package. Any other name is an open_clip architecture, and
+    ``name`` may be that of a CLIP inside the package (:data:`cocoop_fast.clip.demo.DEMO_CLIPS`). Any other name is an open_clip architecture, and
     ``pretrained`` what :func:`cocoop_fast.clip.weights.create_clip` reads ("random" asks for random weights,
     which only benchmarks want); or ``name`` is a hub name or folder that holds both.
 
@@ -107,12 +107,12 @@ def load_clip(config: ModelConfig) -> LoadedClip:
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    if config.name == "demo":
+    if config.name in DEMO_CLIPS:
         if config.pretrained is not None:
             raise UserError(
-                "The model 'demo' has its own weights; leave --pretrained out or name an architecture."
+                f"The model '{config.name}' has its own weights; leave --pretrained out or name an architecture."
             )
-        model: nn.Module = load_demo_clip()
+        model: nn.Module = load_demo_clip(config.name)
         assumed = ""
     else:
         model, assumed = _load_open_clip(config.name, config.pretrained)
@@ -120,7 +120,7 @@ def load_clip(config: ModelConfig) -> LoadedClip:
         to_low_precision(model, _LOW_PRECISION[precision])
     model = model.to(device).eval().requires_grad_(False)
     loaded = clip_in_memory(model, name=config.name, precision=precision)
-    return replace(loaded, assumed=assumed, known_tokens=known_token_ids() if config.name == "demo" else None)
+    return replace(loaded, assumed=assumed, known_tokens=known_token_ids(config.name) if config.name in DEMO_CLIPS else None)
 
 
 def clip_in_memory(model: Any, *, name: str = "", precision: str | None = None) -> LoadedClip:
@@ -184,7 +184,7 @@ def check_architecture(name: str) -> None:
     """Raises a UserError with the nearest names if open_clip does not know this architecture."""
     if is_place(name) or name in open_clip.list_models():
         return
-    known = ["demo", *open_clip.list_models()]
+    known = [*DEMO_CLIPS, *open_clip.list_models()]
     alike, same = near(name, known, 3), meant(name, known)
     hint = f"did you mean {' or '.join(alike)}" if alike else "see open_clip.list_models()"
     if same is not None:

@@ -76,7 +76,7 @@ def characters(style: str) -> dict[str, int]:
     """
     stem, ending = STYLES[style]
     others = tuple(weight for same, weight in STYLES.values() if same == stem and weight)
-    table = json.loads(_file(f"{stem}-charmap", ".json").read_text(encoding="utf-8"))
+    table = json.loads(font_file(f"{stem}-charmap", ".json").read_text(encoding="utf-8"))
     return {
         name.removesuffix(ending): int(point, 16)
         for name, point in table.items()
@@ -90,7 +90,12 @@ def class_names() -> tuple[str, ...]:
     return tuple(sorted(others & set(characters("phosphor-regular"))))
 
 
-def _file(stem: str, ending: str) -> Path:
+def font_file(stem: str, ending: str) -> Path:
+    """The newest file of qtawesome's fonts that is called ``stem``, less its version.
+
+    Raises:
+        UserError: there is none.
+    """
     found = sorted(fonts().glob(f"{stem}-[0-9]*{ending}"))
     if not found:
         raise UserError(
@@ -236,7 +241,7 @@ def _glyph(style: str, character: int) -> Image.Image:
 
 @lru_cache
 def _font(style: str) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(_file(STYLES[style][0], ".ttf")), _GLYPH_SIZE)
+    return ImageFont.truetype(str(font_file(STYLES[style][0], ".ttf")), _GLYPH_SIZE)
 
 
 def _colours(rng: random.Random) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from cocoop_fast.clip.load import LoadedClip
-from cocoop_fast.config import PromptConfig, ResolvedConfig, ResolvedPrompt, Subset
+from cocoop_fast.config import PromptConfig, ResolvedConfig, ResolvedPrompt, Subset, embedded_clip
 from cocoop_fast.data import Dataset, Sample
 from cocoop_fast.data.check import check_images
 from cocoop_fast.data.few_shot import select_classes
@@ -62,7 +62,7 @@ class Material:
 
     def tell_what_is_used(self) -> None:
         """Say which CLIP it is, and how the data were understood."""
-        own = self.config.data.name != "digits"
+        own = embedded_clip(self.config.data.name) != self.config.model.name
         self.shared.tell_of_model(self.config.model, self.observer.on_message, own_images=own)
         for note in self.dataset.notes:
             self.observer.on_message(note)

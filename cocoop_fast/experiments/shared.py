@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 
+from cocoop_fast.clip.demo import DEMO_CLIPS
 from cocoop_fast.clip.load import LoadedClip, describe, load_clip, resolve_device, resolve_precision
 from cocoop_fast.config import DataConfig, Ensemble, ModelConfig, RunConfig
 from cocoop_fast.data import Dataset, load_dataset
@@ -41,15 +42,15 @@ class Shared:
         return self._load_clip(ModelConfig(config.name, config.pretrained, precision, device=str(device)))
 
     def tell_of_model(self, config: ModelConfig, tell: Callable[[str], None], *, own_images: bool) -> None:
-        """Say once which CLIP is used, and warn if it is the embedded one and images are not the embedded ones."""
+        """Say once which CLIP is used, and warn if it is an embedded one and the images are not those it was made for."""
         line = describe(config)
         if line in self._told:
             return
         self._told.add(line)
         tell(line)
-        if config.name == "demo" and own_images:
+        if config.name in DEMO_CLIPS and own_images:
             warnings.warn(
-                "The demo CLIP knows digits and letters alone, and what it makes of other images means nothing; name "
+                f"The {config.name} CLIP knows {DEMO_CLIPS[config.name].knows} alone, and what it makes of other images means nothing; name "
                 "another with --model, for example --model ViT-B/16.",
                 stacklevel=2,
             )

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cocoop_fast.clip.checkpoints import WeightsError
-from cocoop_fast.clip.demo import load_demo_clip
+from cocoop_fast.clip.demo import DEMO_CLIPS, load_demo_clip
 from cocoop_fast.clip.frozen import FrozenCLIP, text_module
 from cocoop_fast.clip.load import check_architecture
 from cocoop_fast.clip.weights import architecture, build
@@ -20,13 +20,13 @@ META = torch.device("meta")
 
 
 def describe_model(name: str, dtype: torch.dtype) -> Model:
-    """The shapes of an open_clip architecture, or of the demo CLIP, whose text tower computes in `dtype`.
+    """The shapes of an open_clip architecture, or of a demo CLIP, whose text tower computes in `dtype`.
 
     Raises:
         UserError: an unknown architecture, a configuration that cannot be had, or a text tower that the engine does not
             serve.
     """
-    clip_model = load_demo_clip() if name == "demo" else _without_weights(name)
+    clip_model = load_demo_clip(name) if name in DEMO_CLIPS else _without_weights(name)
     frozen = FrozenCLIP(clip_model)
     visual = clip_model.visual
     return Model(

@@ -251,7 +251,7 @@ def test_predict_takes_folders_and_names_what_it_cannot_read(tmp_path, pictures,
     assert all(len(one["classes"]) == 1 for one in result["predictions"])
     assert result["unreadable"] == [{"image": str(folder / "bad.jpg"), "fault": "not an image"}]
     model, fault = err.splitlines()
-    assert model == "Model: demo, the embedded CLIP, which knows digits and letters alone"
+    assert model == "Model: demo, an embedded CLIP, which knows digits and letters alone"
     assert fault == f"error: 1 of 4 images cannot be read: {folder / 'bad.jpg'} (not an image)."
     assert cli.run(call) == 1
     rows = [line for line in capsys.readouterr().out.splitlines() if line.rstrip().endswith("%")]

@@ -14,14 +14,13 @@ from PIL import Image
 from torchvision import transforms
 
 from cocoop_fast.clip.demo import (
-    ASSET,
-    DEMO_IMAGE_MEAN,
-    DEMO_IMAGE_SIZE,
-    DEMO_IMAGE_STD,
+    DEMO_CLIPS,
     known_token_ids,
     load_demo_clip,
 )
 
+DEMO = DEMO_CLIPS["demo"]
+SIZE = DEMO.vision["image_size"]
 ROOT = Path(__file__).parents[2]
 NAMES = [f"digit {word}" for word in "zero one two three four five six seven eight nine".split()]  # noqa: SIM905
 
@@ -32,17 +31,17 @@ def model() -> open_clip.CLIP:
 
 
 def test_asset_is_small() -> None:
-    assert ASSET.stat().st_size <= 3e6
+    assert DEMO.path.stat().st_size <= 3e6
 
 
 def test_shapes_and_settings(model: open_clip.CLIP) -> None:
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.token_embedding.weight.shape == (49408, 128)
-    assert model.visual.image_mean == DEMO_IMAGE_MEAN
-    assert model.visual.image_std == DEMO_IMAGE_STD
+    assert model.visual.image_mean == (DEMO.image_mean,) * 3
+    assert model.visual.image_std == (DEMO.image_std,) * 3
     with torch.no_grad():
-        assert model.encode_image(torch.zeros(3, 3, DEMO_IMAGE_SIZE, DEMO_IMAGE_SIZE)).shape == (3, 128)
+        assert model.encode_image(torch.zeros(3, 3, SIZE, SIZE)).shape == (3, 128)
         assert model.encode_text(open_clip.tokenize(NAMES)).shape == (10, 128)
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -80,10 +79,10 @@ def test_zero_shot_on_real_scans(model: open_clip.CLIP) -> None:
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     transform = transforms.Compose(
         [
-            transforms.Resize(DEMO_IMAGE_SIZE, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(DEMO_IMAGE_SIZE),
+            transforms.Resize(SIZE, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(SIZE),
             transforms.ToTensor(),
-            transforms.Normalize(DEMO_IMAGE_MEAN, DEMO_IMAGE_STD),
+            transforms.Normalize(model.visual.image_mean, model.visual.image_std),
         ]
     )
     scans = [
@@ -104,31 +103,31 @@ def test_zero_shot_on_real_scans(model: open_clip.CLIP) -> None:
 
 def test_missing_asset(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is missing: reinstall"):
-        load_demo_clip(tmp_path / "none.safetensors")
+        load_demo_clip(path=tmp_path / "none.safetensors")
 
 
 def test_damaged_asset(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.safetensors"
-    shutil.copyfile(ASSET, damaged)
+    shutil.copyfile(DEMO.path, damaged)
     with damaged.open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(ValueError, match="cannot be loaded"):
-        load_demo_clip(damaged)
+        load_demo_clip(path=damaged)
     with pytest.raises(ValueError, match="cannot be loaded"):
-        known_token_ids(damaged)
+        known_token_ids(path=damaged)
 
 
 def test_asset_of_another_architecture(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    weights = load_file(ASSET)
+    weights = load_file(DEMO.path)
     weights.pop("text_projection")
     save_file(weights, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="another architecture"):
-        load_demo_clip(tmp_path / "other.safetensors")
+        load_demo_clip(path=tmp_path / "other.safetensors")
     save_file({"text_projection": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="token rows"):
-        load_demo_clip(tmp_path / "other.safetensors")
+        load_demo_clip(path=tmp_path / "other.safetensors")
 
 
 @pytest.mark.slow
@@ -159,7 +158,7 @@ def test_pretraining_script(
     with torch.random.fork_rng(devices=[]):
         script.main(arguments)
     assert "step 2/2" in capsys.readouterr().out
-    assert known_token_ids(out) == known_token_ids()
-    load_demo_clip(out)
+    assert known_token_ids(path=out) == known_token_ids()
+    load_demo_clip(path=out)
     script.main(["--evaluate", "--out", str(out), "--threads", threads])
     assert "test digits (the other 997)" in capsys.readouterr().out

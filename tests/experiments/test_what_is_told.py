@@ -18,7 +18,7 @@ from cocoop_fast.experiments.predict import Predictor
 from cocoop_fast.experiments.shared import Shared
 
 REMEDY = "--model ViT-B/16"
-DEMO = "Model: demo, the embedded CLIP, which knows digits and letters alone"
+DEMO = "Model: demo, an embedded CLIP, which knows digits and letters alone"
 
 
 @pytest.fixture(autouse=True)

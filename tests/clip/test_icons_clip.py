@@ -1,0 +1,65 @@
+"""The script that trains the icons CLIP."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def stop_after(times, step):
+    """``step``, which is interrupted when it is called once more."""
+    done = []
+
+    def interrupted(*args, **kwargs):
+        if len(done) == times:
+            raise KeyboardInterrupt
+        done.append(step(*args, **kwargs))
+
+    return interrupted
+
+
+@pytest.fixture
+def script(monkeypatch):
+    if importlib.util.find_spec("qtawesome") is None:
+        pytest.skip("needs qtawesome")
+    monkeypatch.syspath_prepend(str(TOOLS))
+    spec = importlib.util.spec_from_file_location("pretrain_icons_clip", TOOLS / "pretrain_icons_clip.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_draws_in_no_font_of_the_data_set_and_goes_on_where_it_was(
+    script, tmp_path, monkeypatch, capsys
+):
+    """Interrupted after a step, it ends with the bits of a run that was not."""
+    drawn_in = set()
+    truetype = script.ImageFont.truetype
+    monkeypatch.setattr(
+        script.ImageFont, "truetype", lambda path, size: drawn_in.add(Path(path).stem) or truetype(path, size)
+    )
+    few = ["--every", "60", "--batch", "8", "--threads", str(torch.get_num_threads())]
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    script.main([*few, "--steps", "2", "--out", str(whole)])
+    assert {name.rsplit("-", 1)[0] for name in drawn_in} == set(script.FONTS)
+    assert not set(script.FONTS) & {stem for stem, _ in script.icons.STYLES.values()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", stop_after(1, torch.optim.AdamW.step))
+        with pytest.raises(KeyboardInterrupt):
+            script.main([*few, "--steps", "2", "--log-every", "1", "--out", str(parts)])
+    script.main([*few, "--steps", "2", "--log-every", "1", "--out", str(parts)])
+    assert "goes on after step 1" in capsys.readouterr().out
+    first, second = load_file(whole), load_file(parts)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    script.main(["--evaluate", "--every", "60", "--out", str(parts)])
+    assert "held-out names" in capsys.readouterr().out
