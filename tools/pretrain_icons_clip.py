@@ -7,7 +7,8 @@ Drawings come from three fonts of the package qtawesome whose designers drew non
 Remix Icon and Codicons. A tenth of their names is held out: settings are chosen on those alone. Drawings are turned, moved,
 scaled and printed in random colours; captions are their names in templates, or behind random words and beside noise, so that
 a learned context, which is no text, does not break the text tower. The loss is CLIP's, symmetric and contrastive, where all
-drawings of a name count as its positives.
+drawings of a name count as its positives; beside it, less and less, the image tower predicts the tokens of the name (SuperClass,
+NeurIPS 2024), from which it learns shapes several times sooner than from the contrast alone.
 
 No drawing of Phosphor, Font Awesome or Elusive is read. A run that was interrupted goes on where it last reported.
 """
@@ -43,7 +44,8 @@ IMAGE = ICONS.vision["image_size"]
 MASTER, BOX = 64, 52  # pixels of a stored drawing, and of the box that it is fitted to
 SHOWN = 120  # held-out names that are chosen among
 LONGEST_CONTEXT = 12  # random words before a name
-WITHOUT_DROPOUT = 0.92  # of the steps; from then on all patches are seen
+ODD = 0.25  # of the captions: random words before the name
+CALM = 0.1  # of the steps, over which odd captions and noise come in
 # The first is what a model is evaluated with.
 TEMPLATES = [
     "an icon of a {}.", "a photo of a {}.", "an icon of the {}.", "a drawing of a {}.", "a picture of a {}.", "an image of a {}.",
@@ -90,7 +92,7 @@ def masters(of: list[Drawing]) -> Tensor:
 
 
 def printed(glyphs: Tensor, rng: torch.Generator) -> Tensor:
-    """(n, 64, 64) uint8 to (n, 3, 48, 48): turned, moved, scaled, thinner or bolder, in colours that can be told apart."""
+    """(n, 64, 64) uint8 to (n, 3, 64, 64): turned, moved, scaled, thinner, bolder or in outline, in colours told apart."""
     n = len(glyphs)
     turn, size = torch.randn(n, generator=rng) * 0.12, uniform((n, 1, 1), 1.0, 1.65, rng)
     stretch = torch.diag_embed(torch.exp(torch.randn(n, 2, generator=rng) * 0.06))
@@ -104,7 +106,10 @@ def printed(glyphs: Tensor, rng: torch.Generator) -> Tensor:
     # The stroke becomes thinner or bolder by a blur and another threshold.
     blur = F.avg_pool2d(ink, 3, 1, 1)
     bent = ((blur - uniform((n, 1, 1, 1), 0.2, 0.6, rng)) * 3 + 0.5).clamp(0, 1)
-    ink = torch.where((torch.rand(n, generator=rng) < 0.5)[:, None, None, None], bent, ink)
+    # Many designers draw outlines where these fill: ink is left where a drawing begins and ends alone.
+    outline = F.max_pool2d(ink, 3, 1, 1) + F.max_pool2d(-ink, 3, 1, 1)
+    style = torch.rand(n, generator=rng)[:, None, None, None]
+    ink = torch.where(style < 0.45, bent, torch.where(style < 0.65, outline, ink))
     pair = torch.rand(n, 2, 3, generator=rng)  # ink and paper
     grey = pair @ torch.tensor([0.299, 0.587, 0.114])
     dark_on_light = torch.rand(n, generator=rng) < 0.5
@@ -135,6 +140,15 @@ class Captions(NamedTuple):
         token_ids = torch.unique(torch.cat([tokens.flatten(), open_clip.tokenize(asked).flatten()]))
         return cls(torch.searchsorted(token_ids, tokens).view(len(names), len(TEMPLATES), -1), token_ids)
 
+    def words(self) -> Tensor:
+        """(names, rows) the tokens of each name, the rare ones weighing more; a row of them sums to 1."""
+        bag = torch.zeros(len(self.tokens), len(self.token_ids))
+        bag.scatter_(1, self.tokens[:, TEMPLATES.index("{}")], 1.0)
+        bag *= (
+            len(bag) / bag.sum(0).clamp_min(1)
+        ).log()  # what all captions have, their start and end, is nothing
+        return bag / bag.sum(1, keepdim=True).clamp_min(1e-6)
+
     def behind_random_words(self, labels: Tensor, rng: torch.Generator) -> Tensor:
         """(n,) names as (n, length) tokens, 1 to 12 random words before each."""
         bare = self.tokens[labels, TEMPLATES.index("{}.")]
@@ -147,15 +161,17 @@ class Captions(NamedTuple):
         return torch.stack(out)
 
 
-def encode_text(model: CLIP, tokens: Tensor, rng: torch.Generator | None = None) -> Tensor:
-    """(n, E) unit features; with ``rng`` the rows of half of the captions are noisy, by up to half their spread."""
+def encode_text(
+    model: CLIP, tokens: Tensor, rng: torch.Generator | None = None, noisy: float = 0.0
+) -> Tensor:
+    """(n, E) unit features; the rows of a share ``noisy`` of the captions are off by up to half their spread."""
     ends = tokens.argmax(1)
     length = int(ends.max()) + 1
     x = model.token_embedding(tokens[:, :length])
-    if rng is not None:
+    if noisy:
         n, spread = len(tokens), model.token_embedding.weight.detach().std()
-        noisy = (torch.rand(n, generator=rng) < 0.5)[:, None, None]
-        x = x + noisy * torch.randn(x.shape, generator=rng) * spread * uniform((n, 1, 1), 0, 0.5, rng)
+        which = (torch.rand(n, generator=rng) < noisy)[:, None, None]
+        x = x + which * torch.randn(x.shape, generator=rng) * spread * uniform((n, 1, 1), 0, 0.5, rng)
     x = x + model.positional_embedding[:length]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
     return F.normalize(x[torch.arange(len(x)), ends] @ model.text_projection, dim=-1)
@@ -207,18 +223,20 @@ def train(args: argparse.Namespace) -> None:
         f"{len(trained)} drawings, {len(captions.tokens)} names, {len(captions.token_ids)} tokens", flush=True
     )
 
-    # Half of the patches are enough to learn from (FLIP, CVPR 2023), but for the end, where all are seen.
-    model = CLIP(ICONS.embed_dim, {**ICONS.vision, "patch_dropout": 0.5}, dict(ICONS.text), quick_gelu=True)
+    model = ICONS.build()
     model.token_embedding = nn.Embedding.from_pretrained(
         model.token_embedding.weight.data[captions.token_ids].clone(), freeze=False
     )
     with torch.no_grad():
         model.logit_scale.fill_(math.log(20))
+    words = captions.words()
+    predictor = nn.Linear(ICONS.embed_dim, words.shape[1])
     optimizer = make_optimizer(model, args.lr, weight_decay=0.1, slow=0.3, scale=1.0)
+    optimizer.add_param_group({"params": predictor.parameters(), "weight_decay": 0.0, "rate": 1.0})
     average = copy.deepcopy(model).eval()
     metadata = {name: str(getattr(args, name)) for name in ("seed", "steps", "batch", "lr", "every")}
 
-    kept = {"model": model, "average": average, "optimizer": optimizer}
+    kept = {"model": model, "average": average, "predictor": predictor, "optimizer": optimizer}
     state_file, first = args.out.with_suffix(".state"), 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -231,26 +249,28 @@ def train(args: argparse.Namespace) -> None:
 
     for step in range(first, args.steps):
         warm, done = min(1.0, (step + 1) / 200), step / args.steps
+        strange = min(1.0, done / CALM)
         for group in optimizer.param_groups:
             group["lr"] = (
                 args.lr * group["rate"] * warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
             )
-        if done >= WITHOUT_DROPOUT:
-            model.visual.patch_dropout = nn.Identity()
         picks = trained[torch.randint(len(trained), (args.batch,), generator=rng)]
         images = printed(glyphs[picks], rng)
         template = torch.randint(len(TEMPLATES), (args.batch,), generator=rng)
         template[torch.rand(args.batch, generator=rng) < 0.3] = 0
         tokens = captions.tokens[labels[picks], template]
-        odd = torch.rand(args.batch, generator=rng) < 0.25
-        usual = encode_text(model, tokens[~odd], rng)
-        strange = encode_text(model, captions.behind_random_words(labels[picks][odd], rng), rng)
-        order = torch.cat([(~odd).nonzero()[:, 0], odd.nonzero()[:, 0]])
+        odd = round(args.batch * ODD * strange)
+        text = encode_text(model, tokens[odd:], rng, strange / 2)
+        if odd:
+            behind = captions.behind_random_words(labels[picks[:odd]], rng)
+            text = torch.cat([encode_text(model, behind, rng, strange / 2), text])
         scale = model.logit_scale.exp()
-        logits = scale * model.encode_image(images, normalize=True) @ torch.cat([usual, strange]).T
-        loss = contrastive_loss(logits, labels[picks][:, None] == labels[picks][order])
+        features = model.encode_image(images)
+        same = labels[picks][:, None] == labels[picks]
+        loss = contrastive_loss(scale * F.normalize(features, dim=-1) @ text.T, same)
+        predicted = -(predictor(features).log_softmax(1) * words[labels[picks]]).sum(1).mean()
         optimizer.zero_grad()
-        loss.backward()
+        (loss + (1 - done) * predicted).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
@@ -287,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=ICONS.path, help="file to write, or with --evaluate to read"
     )
     parser.add_argument("--evaluate", action="store_true", help="score --out on the held-out names and stop")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=192, help="images a step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--every", type=int, default=1, help="take each N-th drawing alone, for a trial")

@@ -57,6 +57,8 @@ def make_optimizer(
 
 @torch.no_grad()
 def move_average(average: CLIP, model: CLIP, step: int, decay: float) -> None:
-    """Move the running mean of the weights towards them, faster at first."""
+    """Move the running mean of the weights towards them, faster at first; statistics of batches are means already."""
     for mean, value in zip(average.parameters(), model.parameters(), strict=True):
         mean.lerp_(value, 1 - min(decay, step / (step + 10)))
+    for mean, value in zip(average.buffers(), model.buffers(), strict=True):
+        mean.copy_(value)

@@ -17,6 +17,7 @@ from cocoop_fast.spelling import meant
 if TYPE_CHECKING:
     from cocoop_fast.config import DataConfig
     from cocoop_fast.protocols.cells import Experiment
+    from cocoop_fast.protocols.dense_time import DenseTime
     from cocoop_fast.protocols.protocol import Protocol
     from cocoop_fast.protocols.run_cell import Outcome
 
@@ -44,6 +45,7 @@ def run(
     output_dir: Path | None = None,
     overwrite: bool = False,
     redo_changed: bool = False,
+    dense_time: bool = False,
     json: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -70,6 +72,7 @@ def run(
         output_dir: Of cells and tables. Default: output/PROTOCOL.
         overwrite: Train all cells anew.
         redo_changed: Train those cells anew that were trained with other settings.
+        dense_time: At the end, measure a few steps of the dense computation too, and say how long it would have taken.
 
     Examples:
         Table 1 on the embedded digits: run base2new --seeds 1 2 3
@@ -146,7 +149,8 @@ def run(
                 outcomes[outcome.cell] = outcome
                 results = write_outputs(asked, list(outcomes.values()))
                 ended(outcome)
-    finish(asked, list(outcomes.values()), results, json=json)
+    dense = measured_dense_time(list(outcomes.values()), silent=quiet or json) if dense_time else None
+    finish(asked, list(outcomes.values()), results, dense=dense, json=json)
 
 
 command = options.command(fields=f"{FIELDS} model.device")(run)
@@ -200,9 +204,14 @@ def data_sets(
 
 
 def finish(
-    experiment: Experiment, outcomes: Sequence[Outcome], results: dict[str, Any], *, json: bool
+    experiment: Experiment,
+    outcomes: Sequence[Outcome],
+    results: dict[str, Any],
+    *,
+    dense: DenseTime | None = None,
+    json: bool,
 ) -> None:
-    """Print the table, or its ``results``.
+    """Print the table, or its ``results``, and what was measured of the dense computation.
 
     Raises:
         UserError: cells failed; each has been told of.
@@ -211,13 +220,16 @@ def finish(
     from cocoop_fast.protocols.table import make_table
 
     if json:
-        output.print_json({"command": "run", "output_dir": str(experiment.root), **results})
+        measured = {} if dense is None else {"dense_time": dense.to_mapping()}
+        output.print_json({"command": "run", "output_dir": str(experiment.root), **results, **measured})
     else:
         entries = make_table(experiment, outcomes)
         output.say(experiment.protocol.title)
         output.print_table(*columns_and_rows(entries), left=2)
         for note in notes(entries, outcomes):
             output.say(note)
+        if dense is not None:
+            output.say(str(dense))
         output.say(f"Written: results.json, table.md, table.csv and table.tex in {experiment.root}")
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     output.warn([f"{outcome.cell} failed: {' '.join(outcome.error.split())}" for outcome in failed])
@@ -226,6 +238,18 @@ def finish(
             f"{len(failed)} of {len(outcomes)} cells failed; the same command tries them again.",
             exit_status=1,
         )
+
+
+def measured_dense_time(outcomes: Sequence[Outcome], *, silent: bool) -> DenseTime | None:
+    """Of the first CoCoOp run. Without one a line says that nothing was measured."""
+    from cocoop_fast.protocols.dense_time import dense_time
+
+    tell = output.teller("run", silent=silent)
+    tell("measuring a few steps of the dense computation")
+    found = dense_time(outcomes)
+    if found is None:
+        tell("no finished run of cocoop to measure the dense computation of")
+    return found
 
 
 def shots_of(protocol: Protocol, text: str | None) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ DEMO_CLIPS = {
     "icons": DemoClip(
         knows="icons",
         embed_dim=128,
-        vision={"layers": 4, "width": 160, "head_width": 32, "patch_size": 8, "image_size": 48},
+        vision={"layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "image_size": 64},
         text={"context_length": 77, "vocab_size": 49408, "width": 160, "heads": 5, "layers": 3},
         image_mean=0.5,
         image_std=0.3,

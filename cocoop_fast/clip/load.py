@@ -120,7 +120,11 @@ def load_clip(config: ModelConfig) -> LoadedClip:
         to_low_precision(model, _LOW_PRECISION[precision])
     model = model.to(device).eval().requires_grad_(False)
     loaded = clip_in_memory(model, name=config.name, precision=precision)
-    return replace(loaded, assumed=assumed, known_tokens=known_token_ids(config.name) if config.name in DEMO_CLIPS else None)
+    return replace(
+        loaded,
+        assumed=assumed,
+        known_tokens=known_token_ids(config.name) if config.name in DEMO_CLIPS else None,
+    )
 
 
 def clip_in_memory(model: Any, *, name: str = "", precision: str | None = None) -> LoadedClip:

@@ -1,14 +1,18 @@
-"""The script that trains the icons CLIP."""
+"""The icons CLIP, and the script that trains it."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from cocoop_fast.cli import run
+from cocoop_fast.clip.demo import DEMO_CLIPS
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -63,3 +67,16 @@ def test_the_script_draws_in_no_font_of_the_data_set_and_goes_on_where_it_was(
     assert all(torch.equal(first[name], second[name]) for name in first)
     script.main(["--evaluate", "--every", "60", "--out", str(parts)])
     assert "held-out names" in capsys.readouterr().out
+
+
+def test_it_is_small_and_knows_drawings_that_it_never_saw(tmp_path, capsys):
+    """Base and new classes, zero-shot: between a third and seven tenths, so that there is something to learn."""
+    if importlib.util.find_spec("qtawesome") is None:
+        pytest.skip("needs qtawesome")
+    assert DEMO_CLIPS["icons"].path.stat().st_size <= 6e6
+    call = ["run", "base2new", "--datasets", "icons", "--methods", "zeroshot", "--seeds", "1"]
+    assert run([*call, "-q", "--json", "-o", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"]["model.name"] == "icons"  # chosen by the data set
+    accuracy = found["cells"][0]["accuracy"]
+    assert all(35 < accuracy[subset] < 70 for subset in ("base", "new"))

@@ -224,3 +224,16 @@ def test_sweep_s_own_mistakes(tmp_path, capsys, monkeypatch, arguments, sentence
     err = capsys.readouterr().err
     assert sentence in err and len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dense_time_says_what_the_steps_would_have_taken(tmp_path, capsys, tiny):
+    call = ["run", "base2new", "--datasets", "digits", "--seeds", "1", "--dense-time", "--json", "-q", *SHORT]
+    assert cli.run([*call, "-o", str(tmp_path / "a"), "--methods", "zeroshot", "cocoop"]) == 0
+    found = result(capsys)["dense_time"]
+    assert found["steps"] == 10 and 0 < found["seconds"]  # two images of five classes, one a step
+    assert found["dense"] is None or 0 < found["engine"] < 60
+    assert (found["dense"] is None) == bool(found["why"])
+
+    assert cli.run([*call[:-6], *SHORT, "-o", str(tmp_path / "b"), "--methods", "zeroshot"]) == 0
+    out, err = capsys.readouterr()
+    assert "no finished run of cocoop" in err and "would have taken" not in out
