@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cocoop_fast.config import DataConfig, Method, ResolvedConfig, RunConfig, Subset, to_mapping
+from cocoop_fast.config import DataConfig, ResolvedConfig, RunConfig, Subset, to_mapping
 from cocoop_fast.data import Dataset
 from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.distributed.ranks import ALONE, Ranks
@@ -26,6 +26,7 @@ from cocoop_fast.runs import checkpoint, reference_checkpoint
 from cocoop_fast.runs.directory import RunDirectory, check_same_run, open_run, read_run, refuse_link
 from cocoop_fast.runs.recipe import resolve, with_data, with_method
 from cocoop_fast.training.observer import Observer
+from cocoop_fast.variants import name_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Results:
 def run(
     config: RunConfig,
     *,
-    compare: tuple[Method, ...] = (),
+    compare: tuple[str, ...] = (),
     observer: Observer | None = None,
     overwrite: bool = False,
     shared: Shared | None = None,
@@ -90,7 +91,7 @@ def run(
 
     Args:
         config: as read by :mod:`cocoop_fast.config`; what it leaves open is resolved here.
-        compare: further methods; the configured one is left out if named again.
+        compare: further methods and variants; the configured one is left out if named again.
         observer: is told about progress.
         overwrite: discard what the output directory holds.
         shared: with other experiments of this process; ``None``: everything is loaded and encoded anew.
@@ -102,7 +103,7 @@ def run(
     observer, shared = observer or Observer(), shared or Shared()
     dataset = shared.dataset(config.data)
     first = resolve(config, dataset)
-    others = [method for method in dict.fromkeys(compare) if method != config.prompt.method]
+    others = [method for method in dict.fromkeys(compare) if method != name_of(config)]
     plans = [
         first,
         *(resolve(with_method(config, method, first.output_dir / method), dataset) for method in others),
@@ -169,21 +170,21 @@ def _refuse_other_run(plan: ResolvedConfig, material: Material) -> None:
 
 
 def _run_method(config: ResolvedConfig, directory: RunDirectory, material: Material) -> Row:
-    method, ranks = config.prompt.method, material.ranks
+    method, ranks = name_of(config), material.ranks
     finished = ranks.from_first(directory.results)
     if finished is not None:
         material.observer.on_message(
             f"The {method} run in {directory.path} is finished; its results are shown."
         )
         row = finished["rows"][0]
-        return Row(**{**row, "output_dir": Path(row["output_dir"])})
+        return Row(**{**row, "method": method, "output_dir": Path(row["output_dir"])})
     training = TrainingRun(config, directory, material)
     training.begin()
     training.trainer.fit(save=training.save, save_every=config.checkpoint_steps)
     training.observer.on_training_end(training.trainer.seconds)
     learned = ranks.from_first(lambda: checkpoint.learned_parameters(training.model))
     subsets = material.tested(config.prompt)
-    metrics = material.evaluate(config.prompt, learned, str(directory.path), training.observer, subsets)
+    metrics = material.evaluate(config, learned, str(directory.path), training.observer, subsets)
     row = _row(config, metrics, training.trainer.seconds)
     if ranks.is_first:
         directory.refuse_gone()
@@ -208,7 +209,7 @@ def _row(config: ResolvedConfig, metrics: dict[Subset, Metrics], seconds: float)
         accuracy = {subset: round(value, 1) for subset, value in accuracy.items()}
     base, new = accuracy.get("base"), accuracy.get("new")
     return Row(
-        method=config.prompt.method,
+        method=name_of(config),
         seed=config.seed,
         base=base,
         new=new,
@@ -336,4 +337,4 @@ def _evaluate(
                     f"What this {prompt.method} model learned belongs to the {len(trained)} classes that it "
                     f"was trained on, so it cannot be evaluated on {one} classes of {dataset.name}."
                 )
-    return material.evaluate(prompt, parameters, where, observer, subsets, shortlist)
+    return material.evaluate(resolved, parameters, where, observer, subsets, shortlist)

@@ -22,6 +22,7 @@ from cocoop_fast.methods.linear_probe import LinearProbe
 from cocoop_fast.methods.meta_nets import MetaNetsCLIP
 from cocoop_fast.methods.zeroshot import ZeroShot, ensemble_templates
 from cocoop_fast.prompts.tokens import warn_of_unknown_words
+from cocoop_fast.variants import plain, title_of
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,12 @@ def knows_other_classes(prompt: PromptConfig) -> bool:
     return METHODS[prompt.method].knows_other_classes(prompt)
 
 
-def method_title(method: str) -> str:
-    """A method's name as people read it; any other text as it is."""
-    return METHODS[method].title if method in METHODS else method
+def record_of(variant: str) -> MethodRecord | None:
+    """Of the method of a variant; ``None``: there is none of that name."""
+    return METHODS.get(plain(variant))
+
+
+def method_title(variant: str) -> str:
+    """A variant's name as people read it; any other text as it is."""
+    record = record_of(variant)
+    return record.title + title_of(variant) if record else variant

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from cocoop_fast.clip.load import resolve_device, resolve_precision
 from cocoop_fast.config import (
     DataConfig,
-    Method,
     OptimConfig,
     PromptConfig,
     ResolvedAugment,
@@ -22,6 +21,7 @@ from cocoop_fast.config import (
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.errors import UserError
 from cocoop_fast.methods.records import METHODS
+from cocoop_fast.variants import name_of, with_variant
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
     if scale is not None and scale[0] > scale[1]:
         raise UserError(f"augment.crop_scale is {scale[0]:g} to {scale[1]:g}; give the smaller share first.")
     # Seeds lie side by side, as the reference's result parser expects them.
-    own_place = Path("output") / _data_name(config.data) / name / f"seed{config.seed}"
+    own_place = Path("output") / _data_name(config.data) / name_of(config) / f"seed{config.seed}"
     return _as(
         ResolvedConfig,
         config,
@@ -86,7 +86,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
 def in_words(config: ResolvedConfig) -> str:
     """What is learned, from what: the line that a log begins with."""
     prompt, data, optim = config.prompt, config.data, config.optim
-    parts: list[str] = [prompt.method]
+    parts: list[str] = [name_of(config)]
     if METHODS[prompt.method].epochs != 0:
         own = " for each class" if prompt.csc else ""
         start = f"from '{prompt.ctx_init}'" if prompt.ctx_init else f"of {prompt.n_ctx} random vectors"
@@ -113,11 +113,11 @@ def _data_name(data: DataConfig) -> str:
     return f"{data.name}-{place}" if place else data.name
 
 
-def with_method(config: RunConfig, method: Method, output_dir: Path) -> RunConfig:
-    """The same experiment by another method: that method's own recipe, in a directory of its own."""
-    prompt = _as(PromptConfig, config.prompt, method=method)
-    optim = _as(OptimConfig, config.optim, batch_size=None, epochs=None, consistency="none", average=None)
-    return _as(RunConfig, config, prompt=prompt, optim=optim, output_dir=output_dir)
+def with_method(config: RunConfig, method: str, output_dir: Path) -> RunConfig:
+    """The same experiment by another method or variant: its own recipe, in a directory of its own."""
+    varied = with_variant(config, method)
+    optim = _as(OptimConfig, varied.optim, batch_size=None, epochs=None, average=None)
+    return _as(RunConfig, varied, optim=optim, output_dir=output_dir)
 
 
 def with_data(config: RunConfig, data: DataConfig, template: str | None) -> RunConfig:
