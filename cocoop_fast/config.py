@@ -80,6 +80,8 @@ class PromptConfig:
     """Of the class name: after, amid or before the context."""
     ablate_image: bool = False
     """Show the Meta-Net the same random vector for every image: what is left is not due to the image."""
+    average_zero_shot: bool = False
+    """Classify by the mean of the logits and zero-shot CLIP's, on all classes alike; training is as without."""
     template: str | None = None
     """Zero-shot prompt, e.g. 'a photo of a {}.'. Default: the data set's own."""
     ensemble: Ensemble = "none"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PLUS = "+"
 _CONDITIONAL = ("cocoop", "meta-nets")
+_PROMPTS = ("coop", *_CONDITIONAL)
 
 
 @dataclass(frozen=True)
@@ -41,25 +42,22 @@ class Addition:
     methods: tuple[str, ...]
 
     def is_in(self, config: RunConfig) -> bool:
-        """Whether a configuration has it."""
+        """Whether what a configuration trains has it."""
+        return self.is_asked_of(config) and config.prompt.method in self.methods
+
+    def is_asked_of(self, config: RunConfig) -> bool:
+        """Whether its field is set, which means nothing to some methods."""
         section, _, leaf = self.field.partition(".")
-        return config.prompt.method in self.methods and bool(
-            getattr(getattr(config, section), leaf) == self.value
-        )
+        return bool(getattr(getattr(config, section), leaf) == self.value)
 
 
 # In the order of a name's parts.
 ADDITIONS: dict[str, Addition] = {
     addition.name: addition
     for addition in (
-        Addition("consistency", " + consistency", "optim.consistency", "l1", ("coop", *_CONDITIONAL)),
-        Addition(
-            "cosine-consistency",
-            " + cosine consistency",
-            "optim.consistency",
-            "cosine",
-            ("coop", *_CONDITIONAL),
-        ),
+        Addition("consistency", " + consistency", "optim.consistency", "l1", _PROMPTS),
+        Addition("cosine-consistency", " + cosine consistency", "optim.consistency", "cosine", _PROMPTS),
+        Addition("zero-shot", " + zero-shot CLIP", "prompt.average_zero_shot", True, _PROMPTS),
         Addition("no-image", ", without the image", "prompt.ablate_image", True, _CONDITIONAL),
     )
 }
@@ -116,6 +114,15 @@ def spelled(name: str, where: str, methods: tuple[str, ...]) -> str | None:
 def name_of(config: RunConfig) -> str:
     """The name of what a configuration trains."""
     return PLUS.join([config.prompt.method, *(one.name for one in ADDITIONS.values() if one.is_in(config))])
+
+
+def refuse_idle(config: RunConfig) -> None:
+    """Raises a UserError if a field of an addition is set that means nothing to the method."""
+    for one in ADDITIONS.values():
+        if one.is_asked_of(config) and not one.is_in(config):
+            raise UserError(
+                f"`{one.field}` means nothing to {config.prompt.method}; leave it out, or take one of {', '.join(one.methods)}."
+            )
 
 
 def title_of(name: str) -> str:

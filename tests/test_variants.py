@@ -92,9 +92,11 @@ class TestLayers:
         config = configuration.build(options={"optim.consistency": ("--consistency", "l1")}).config
         assert name_of(config) == "cocoop+consistency"
 
-    def test_of_a_method_that_has_no_use_for_it_nothing_is_said(self):
+    def test_what_means_nothing_to_a_method_is_not_in_its_name_and_is_refused(self):
         config = from_mapping({"prompt": {"method": "zeroshot"}, "optim": {"consistency": "l1"}})
         assert name_of(config) == "zeroshot"
+        with pytest.raises(UserError, match="ablate_image` means nothing to coop; leave it out"):
+            configuration.build(pairs=["prompt.method", "coop", "prompt.ablate_image", "true"])
 
 
 def test_a_variant_of_a_configuration_has_what_its_name_says_alone(tmp_path):

@@ -19,7 +19,7 @@ from cocoop_fast.cli import reference_config, reference_defaults
 from cocoop_fast.config import Method, RunConfig, flatten, from_mapping, load_yaml
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.parsing import ParseError, yaml_value
-from cocoop_fast.variants import plain, spelled
+from cocoop_fast.variants import plain, refuse_idle, spelled
 
 # Where and how a run computes: fields that leave its result alone, up to rounding.
 NOT_THE_EXPERIMENT = frozenset([
@@ -119,6 +119,8 @@ def build(
     if variant is not None:
         merged["prompt.method"] = variant
     config = from_mapping(_nest(merged, "the configuration"))
+    if not protocol:
+        refuse_idle(config)
     if config.optim.epochs == 0:
         from cocoop_fast.methods.records import METHODS  # needs torch
 

@@ -26,7 +26,7 @@ from cocoop_fast.runs import checkpoint, reference_checkpoint
 from cocoop_fast.runs.directory import RunDirectory, check_same_run, open_run, read_run, refuse_link
 from cocoop_fast.runs.recipe import resolve, with_data, with_method
 from cocoop_fast.training.observer import Observer
-from cocoop_fast.variants import name_of
+from cocoop_fast.variants import ADDITIONS, name_of
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,7 @@ def evaluate_run(
     data: DataConfig | None = None,
     template: str | None = None,
     shortlist: int | None = None,
+    average_zero_shot: bool = False,
     shared: Shared | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[Subset, Metrics]:
@@ -247,16 +248,19 @@ def evaluate_run(
             (:mod:`cocoop_fast.evaluation.shortlist`), and a sample of the images is compared with all classes. What a
             finished run learned, tested on its own data set, has the result noted in ``results.json`` as well. ``None``:
             among all classes, exactly.
+        average_zero_shot: classify by the mean of the logits and zero-shot CLIP's, as a run with
+            ``prompt.average_zero_shot`` does.
         shared, ranks: as for :func:`run`.
 
     Returns:
         Metrics by subset.
 
     Raises:
-        UserError: no run there, or damaged files or images.
+        UserError: no run there, damaged files or images, or averaging what learned no prompts.
     """
     config, newest = ranks.from_first(lambda: read_run(run_dir))
-    asked = config if data is None else with_data(config, data, template)
+    asked: RunConfig = config if data is None else with_data(config, data, template)
+    asked = averaging_zero_shot(asked) if average_zero_shot else asked
     if reference_checkpoint is not None:
         return evaluate_reference(
             asked, reference_checkpoint, subset=subset, shortlist=shortlist, observer=observer, ranks=ranks
@@ -265,9 +269,21 @@ def evaluate_run(
     metrics = _evaluate(
         asked, newest.parameters, str(run_dir), subset, observer, shared, trained, ranks, shortlist
     )
-    if shortlist is not None and data is None and ranks.is_first:
+    if shortlist is not None and data is None and asked == config and ranks.is_first:
         _note_shortlists(RunDirectory(run_dir), metrics, observer or Observer())
     return metrics
+
+
+def averaging_zero_shot(config: RunConfig) -> RunConfig:
+    """The same, classifying by the mean of its logits and zero-shot CLIP's.
+
+    Raises:
+        UserError: its method learns no prompts.
+    """
+    method = config.prompt.method
+    if method not in ADDITIONS["zero-shot"].methods:
+        raise UserError(f"Averaging with zero-shot CLIP is for learned prompts, and {method} has none.")
+    return replace(config, prompt=replace(config.prompt, average_zero_shot=True))
 
 
 def _note_shortlists(directory: RunDirectory, metrics: dict[Subset, Metrics], observer: Observer) -> None:

@@ -20,6 +20,7 @@ from cocoop_fast.config import (
 )
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.errors import UserError
+from cocoop_fast.methods.consistency import WEIGHTS
 from cocoop_fast.methods.records import METHODS
 from cocoop_fast.variants import name_of, with_variant
 
@@ -47,6 +48,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
     method, scale = METHODS[name], augment.crop_scale
     epochs = method.epochs if method.epochs is not None else _epochs(config.data.shots, dataset.name)
     near = optim.consistency
+    text_weight, logit_weight = WEIGHTS["cosine" if near == "none" else near]
     if epochs and optim.epochs is not None:  # what has no steps has no epochs
         epochs = optim.epochs
     if scale is not None and scale[0] > scale[1]:
@@ -74,8 +76,8 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
             optim,
             epochs=epochs,
             batch_size=_given(optim.batch_size, method.batch_size),
-            text_weight=_given(optim.text_weight, 25.0 if near == "l1" else 8.0),
-            logit_weight=_given(optim.logit_weight, 1.0 if near == "l1" else 0.0),
+            text_weight=_given(optim.text_weight, text_weight),
+            logit_weight=_given(optim.logit_weight, logit_weight),
             average=_given(optim.average, near == "l1"),
             master_weights=optim.master_weights and not config.reference_compat,
         ),
