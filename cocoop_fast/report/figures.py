@@ -40,7 +40,9 @@ def accuracy_bars(entries: Sequence[Entry], by: str, name: str) -> Picture:
     groups = list(titles)
     methods = list(dict.fromkeys(entry.method for entry in entries))
     height, published = 0.84 / len(methods), False
-    with drawing(1.1 + _BAR * (len(groups) * (len(methods) + 1) + len(methods) // 3)) as (figure, axes):
+    with drawing(
+        1.1 + _BAR * (len(groups) * (len(methods) + 1) + len(methods) // _legend_columns(methods))
+    ) as (figure, axes):
         for i, method in enumerate(methods):
             own = [entry for entry in entries if entry.method == method]
             for entry in own:
