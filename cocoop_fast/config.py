@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.parsing import ParseError, yaml_value
+from cocoop_fast.variants import PLUS, additions, plain, spelled
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -76,7 +77,7 @@ class PromptConfig:
     """The learned context (paper, section 3.2)."""
 
     method: Method = "cocoop"
-    """What to train."""
+    """What to train; a plus adds to it, as in cocoop+consistency+no-image."""
     ctx_init: str = "a photo of a"
     """Words the context begins from; empty: random vectors."""
     n_ctx: AtLeastOne = 4
@@ -87,6 +88,8 @@ class PromptConfig:
     """Of the class name: after, amid or before the context."""
     ablate_image: bool = False
     """Show the Meta-Net the same random vector for every image: what is left is not due to the image."""
+    average_zero_shot: bool = False
+    """Classify by the mean of the logits and zero-shot CLIP's, on all classes alike; training is as without."""
     template: str | None = None
     """Zero-shot prompt, e.g. 'a photo of a {}.'. Default: the data set's own."""
     ensemble: Ensemble = "none"
@@ -232,7 +235,7 @@ _Config = TypeVar("_Config", bound=RunConfig)
 
 
 def from_mapping(values: dict[str, Any], where: str = "the configuration") -> RunConfig:
-    """Build a :class:`RunConfig` from nested plain values.
+    """Build a :class:`RunConfig` from nested plain values; the method's name may be that of a variant.
 
     Raises:
         UserError: an unknown field or a value of the wrong type, named by its dotted path.
@@ -246,8 +249,14 @@ def resolved_from_mapping(values: dict[str, Any], where: str = "the configuratio
 
 
 def _validated(kind: type[_Config], values: dict[str, Any], where: str) -> _Config:
+    variant = None
+    match values:
+        case {"prompt": {"method": str(name)}} if PLUS in name and (
+            variant := spelled(name, where, get_args(Method))
+        ):
+            values = _with_additions(values, variant, where)
     try:
-        return TypeAdapter(kind).validate_python(values)
+        config = TypeAdapter(kind).validate_python(values)
     except (RecursionError, OverflowError) as error:
         raise UserError(f"{where} is nested too deeply or has a number that is too large.") from error
     except ValidationError as error:
@@ -255,6 +264,23 @@ def _validated(kind: type[_Config], values: dict[str, Any], where: str) -> _Conf
         first = min(error.errors(), key=lambda one: one["type"] == "missing")
         path = ".".join(str(part) for part in first["loc"]) or "(top level)"
         raise UserError(f"{where}: `{path}` {_explain(first)}.") from error
+    for one in additions(variant or "", where):
+        if not one.is_in(config):
+            raise UserError(
+                f"{where}: {variant} has `{one.field}` {one.value}, but that is said to be otherwise; say one of the two."
+            )
+    return config
+
+
+def _with_additions(values: dict[str, Any], variant: str, where: str) -> dict[str, Any]:
+    """The same with the plain method, and the fields that a variant adds where nothing else is said of them."""
+    filled = {**values, "prompt": {**values["prompt"], "method": plain(variant)}}
+    for one in additions(variant, where):
+        section, _, leaf = one.field.partition(".")
+        own = filled.get(section, {})
+        if isinstance(own, dict):
+            filled[section] = {leaf: one.value, **own}
+    return filled
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:

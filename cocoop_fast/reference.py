@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import open_clip
@@ -117,6 +118,33 @@ class DenseLearner(nn.Module):
         return self.ctx
 
 
+@dataclass(frozen=True)
+class DenseConsistency:
+    """What keeps text features g near those of hand-written prompts, g0: text_weight d(g, g0) + logit_weight times the mean
+    over classes of softmax(z0) (log softmax(z0) - log softmax(z)).
+
+    Args:
+        features: (K, E) g0, of unit length.
+        distance: "l1", the mean of ``|g - g0|`` (PromptSRC); or "cosine", that of 1 - g . g0 (KgCoOp).
+        text_weight, logit_weight: of the two terms.
+    """
+
+    features: Tensor
+    distance: str
+    text_weight: float
+    logit_weight: float
+
+    def loss(self, x: Tensor, text: Tensor, logits: Tensor, scale: Tensor) -> Tensor:
+        """Of one image: x (E,) and text (K, E) of unit length, logits (K,)."""
+        if self.distance == "l1":
+            distance = (text - self.features).abs().mean()
+        else:
+            distance = (1 - (text * self.features).sum(dim=-1)).mean()
+        told = (scale * x @ self.features.T).log_softmax(dim=-1)
+        divergence = (told.exp() * (told - logits.log_softmax(dim=-1))).mean()
+        return self.text_weight * distance + self.logit_weight * divergence
+
+
 class DensePromptedCLIP(nn.Module):
     """Dense CoCoOp (``conditional=True``) or CoOp (``conditional=False``).
 
@@ -160,6 +188,7 @@ class DensePromptedCLIP(nn.Module):
             ctx = 0.02 * torch.randn(*classes, n_ctx, self.embedding.shape[2])
         embed_dim = clip_model.text_projection.shape[1] if conditional else None
         self.prompt_learner = DenseLearner(ctx.to(dtype), embed_dim, n_ctx if meta_nets else 1)
+        self.consistency: DenseConsistency | None = None
         self.image_encoder: nn.Module = clip_model.visual
         self.logit_scale: nn.Parameter = clip_model.logit_scale
         self.dtype: torch.dtype = dtype
@@ -176,21 +205,42 @@ class DensePromptedCLIP(nn.Module):
         return self.logits(image_features)
 
     def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The cross-entropy loss, and the logits (B, K) behind it."""
-        logits = self.logits(image_features)
-        return F.cross_entropy(logits, label), logits.detach()
+        """The cross-entropy loss, with the consistency if there is one, and the logits (B, K) behind it."""
+        unit = image_features / image_features.norm(dim=-1, keepdim=True)
+        scale = self.logit_scale.exp()
+        texts = [self.text(x) for x in unit]
+        logits = torch.stack([scale * x @ text.T for x, text in zip(unit, texts, strict=True)])
+        loss = F.cross_entropy(logits, label)
+        if self.consistency is not None:
+            near = [self.consistency.loss(*one, scale) for one in zip(unit, texts, logits, strict=True)]
+            loss = loss + torch.stack(near).mean()
+        return loss, logits.detach()
 
     def logits(self, image_features: Tensor) -> Tensor:
         """logit_k(x) = exp(s) cos(f(x), g(t_k(x))), t_k(x) = {v_1(x), .., v_M(x), c_k}, v_m(x) = v_m + h(x)."""
         image_features = image_features / image_features.norm(dim=-1, keepdim=True)
-        rows = []
-        for x in image_features:
-            ctx = self.prompt_learner.context(x).expand(len(self.tokens), -1, -1)
-            prompts = place_contexts(self.embedding, ctx, self.name_lens, self.class_position)
-            text = encode_prompts(self.clip_model, prompts, self.tokens)
-            text = text / text.norm(dim=-1, keepdim=True)
-            rows.append(self.logit_scale.exp() * x @ text.T)
-        return torch.stack(rows)
+        return torch.stack([self.logit_scale.exp() * x @ self.text(x).T for x in image_features])
+
+    def text(self, x: Tensor) -> Tensor:
+        """The text features (K, E), of unit length, of one image feature (E,)."""
+        ctx = self.prompt_learner.context(x).expand(len(self.tokens), -1, -1)
+        prompts = place_contexts(self.embedding, ctx, self.name_lens, self.class_position)
+        text = encode_prompts(self.clip_model, prompts, self.tokens)
+        return text / text.norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def ensemble_features(clip_model: Any, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """The normalised mean (K, E) of the unit text features of hand-written prompts, a class at a time."""
+    weight = clip_model.token_embedding.weight
+    features = []
+    for name in prompt_names(classnames):
+        tokens = open_clip.tokenize([template.format(name) for template in templates]).to(weight.device)
+        prompts = clip_model.token_embedding(tokens).to(clip_model.ln_final.weight.dtype)
+        text = encode_prompts(clip_model, prompts, tokens)
+        features.append((text / text.norm(dim=-1, keepdim=True)).mean(dim=0))
+    mean = torch.stack(features)
+    return mean / mean.norm(dim=-1, keepdim=True)
 
 
 def zero_shot_logits(

@@ -19,7 +19,7 @@ from cocoop_fast.cli import reference_config, reference_defaults
 from cocoop_fast.config import Method, RunConfig, embedded_clip, flatten, from_mapping, load_yaml
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.parsing import ParseError, yaml_value
-from cocoop_fast.spelling import meant
+from cocoop_fast.variants import plain, refuse_idle, spelled
 
 # Where and how a run computes: fields that leave its result alone, up to rounding.
 NOT_THE_EXPERIMENT = frozenset([
@@ -85,7 +85,9 @@ def build(
         "data.name": pair_values.get("data.name", given.get("data.name", (None, None))[1]),
     }
     _known_spellings(chosen)
+    chosen["prompt.method"] = chosen["prompt.method"] and plain(chosen["prompt.method"])
     merged: dict[str, Any] = {}  # by dotted name
+    variant = None  # the method with what is added to it, where it was said last
     warnings: list[str] = []
     for where, values in layers:
         theirs = {key: value for key, value in values.items() if reference_config.is_reference_key(str(key))}
@@ -99,6 +101,9 @@ def build(
         if fields.get("model.name", merged.get("model.name")) != merged.get("model.name"):
             merged.pop("model.pretrained", None)  # those were the weights of another architecture
         merged.update(fields)
+        if "prompt.method" in fields:
+            variant = merged["prompt.method"]
+            merged["prompt.method"] = plain(str(variant))
     if keys and method is None and not protocol:
         raise reference_defaults.ask_for_trainer(keys)
     _expand_home(merged)
@@ -111,9 +116,13 @@ def build(
         warnings += reference_defaults.fill_in(merged, experiment=not protocol)
     if files_keys and not protocol:
         warnings += reference_defaults.recipe_instead(merged, keys)
+    if variant is not None:
+        merged["prompt.method"] = variant
     config = from_mapping(_nest(merged, "the configuration"))
-    if "model.name" not in merged and not protocol:
-        config = with_embedded_clip(config, config.data.name)
+    if not protocol:
+        refuse_idle(config)
+        if "model.name" not in merged:
+            config = with_embedded_clip(config, config.data.name)
     if config.optim.epochs == 0:
         from cocoop_fast.methods.records import METHODS  # needs torch
 
@@ -188,7 +197,7 @@ def _known_spellings(fields: dict[str, Any]) -> None:
     """``CoCoOp`` is a method; ``ViT-B/16`` is OpenAI's own name of an open_clip architecture, and of its weights."""
     method = fields.get("prompt.method")
     if isinstance(method, str):
-        fields["prompt.method"] = meant(method, get_args(Method)) or method
+        fields["prompt.method"] = spelled(method, "the method", get_args(Method)) or method
     found = reference_config.open_clip_name(str(fields.get("model.name", "")))
     if found is not None:
         fields["model.name"] = found[0]

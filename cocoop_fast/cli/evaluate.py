@@ -24,6 +24,7 @@ def command(
     subset: Subset | None = None,
     reference_checkpoint: Path | None = None,
     shortlist: int | None = None,
+    average_zero_shot: bool = False,
     json: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -37,6 +38,8 @@ def command(
             own.
         shortlist: Choose among so many classes, each image's likeliest by the context without the image. Not exact: the
             result says how a sample of the images differs. Default: among all classes.
+        average_zero_shot: Classify by the mean of the logits and zero-shot CLIP's, on all classes alike. The run's own
+            results stay as they are.
 
     Examples:
         What the run was evaluated on: eval output/digits/cocoop/seed1
@@ -66,12 +69,14 @@ def command(
                 subset=subset,
                 reference_checkpoint=reference_checkpoint,
                 shortlist=shortlist,
+                average_zero_shot=average_zero_shot,
                 observer=observer,
                 ranks=ranks,
             )
         else:
             assert reference_checkpoint is not None
             asked = config_of(reference_checkpoint, config, given, warn=ranks.is_first)
+            asked = experiment.averaging_zero_shot(asked) if average_zero_shot else asked
             results = experiment.evaluate_reference(
                 asked,
                 reference_checkpoint,
@@ -92,6 +97,7 @@ def command(
             {
                 "command": "eval",
                 "run_dir": None if run_dir is None else str(run_dir),
+                "average_zero_shot": average_zero_shot,
                 "results": {
                     name: {key: value for key, value in metrics.summary().items() if key in kept}
                     for name, metrics in results.items()

@@ -27,7 +27,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -35,7 +35,8 @@ from cocoop_fast.cli import configuration
 from cocoop_fast.cli.reference_config import is_reference_key, open_clip_name
 from cocoop_fast.config import Method, RunConfig
 from cocoop_fast.errors import UserError
-from cocoop_fast.spelling import meant, near
+from cocoop_fast.spelling import near
+from cocoop_fast.variants import plain, spelled
 
 if TYPE_CHECKING:
     from cocoop_fast.measure.problem import ProblemSpec
@@ -306,22 +307,22 @@ def list_of(text: str, option: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def methods_of(text: str, option: str) -> tuple[Method, ...]:
-    """The methods that it names, in any spelling.
+def methods_of(text: str, option: str) -> tuple[str, ...]:
+    """The methods and variants of methods that it names, in any spelling.
 
     Raises:
         UserError: one that does not exist.
     """
     found = []
     for name in list_of(text, option):
-        method = meant(name, METHODS)
+        method = spelled(name, option, METHODS)
         if method is None:
-            alike = [f"did you mean {one}? The methods are" for one in near(name, METHODS)]
+            alike = [f"did you mean {one}? The methods are" for one in near(plain(name), METHODS)]
             raise UserError(
                 f"{option}: there is no method {name!r}; {(*alike, 'choose from')[0]} {', '.join(METHODS)}."
             )
         found.append(method)
-    return cast("tuple[Method, ...]", tuple(dict.fromkeys(found)))
+    return tuple(dict.fromkeys(found))
 
 
 def class_names(texts: list[str] | None, k: int | None, otherwise: int) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from cocoop_fast.readable import classes_in_and_out, printable
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Observer, RunInfo, StepInfo
+from cocoop_fast.variants import name_of
 
 PLAIN_LINES = 10  # of a method's training, at most
 
@@ -52,7 +53,7 @@ class _Shown(Observer):
         self._print(text)
 
     def on_run_start(self, info: RunInfo) -> None:
-        self._method = info.config.prompt.method
+        self._method = name_of(info.config)
         classes = classes_in_and_out(info.classnames, info.other_classes)
         if classes != self._classes:  # the methods of one experiment have the same
             self._print(classes)

@@ -13,6 +13,7 @@ from cocoop_fast.cli import configuration, options, output
 from cocoop_fast.cli.options import AtLeastOne, Given
 from cocoop_fast.errors import UserError
 from cocoop_fast.spelling import meant
+from cocoop_fast.variants import set_fields
 
 if TYPE_CHECKING:
     from cocoop_fast.config import DataConfig
@@ -58,7 +59,7 @@ def run(
     Args:
         protocol: base2new, cross-dataset, domain-generalization or few-shot.
         datasets: Of `cocoop-fast datasets`, or NAME=PATH for your own. Default: the paper's; without --root, digits.
-        methods: Those of the table.
+        methods: Those of the table, each a row; a plus makes a variant, as in cocoop+consistency+no-image.
         seeds: Each draws its own shots.
         source: Data set to train on; for cross-dataset and domain-generalization. Default: imagenet, the paper's.
         all_classes: base2new: test on base and new classes together, too.
@@ -76,6 +77,8 @@ def run(
 
     Examples:
         Table 1 on the embedded digits: run base2new --seeds 1 2 3
+        What consistency and the image add to CoCoOp: run base2new --methods zeroshot cocoop cocoop+consistency
+            cocoop+consistency+no-image
         Table 1 on the paper's data sets: run base2new --root DATA --model ViT-B/16 --seeds 1 2 3
         On two GPUs, two cells at a time on each: run base2new --devices cuda:0 cuda:1 --jobs 2 --root DATA
             --model ViT-B/16
@@ -185,6 +188,10 @@ def data_sets(
     if decided:
         raise UserError(
             f"`{min(decided)}` is decided cell by cell; use the options of `cocoop-fast run --help`."
+        )
+    if added := set_fields(built.config):
+        raise UserError(
+            f"`{added[0]}` makes a row of its own of the table; name that in --methods, as in cocoop+consistency."
         )
     if source is not None and protocol.source is None:
         raise UserError(f"--source is not for {protocol.name}, which trains on each data set.")

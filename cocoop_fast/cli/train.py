@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from cocoop_fast.cli import configuration, options, output
 from cocoop_fast.cli.options import Given
 from cocoop_fast.errors import UserError
+from cocoop_fast.variants import name_of, plain
 
 if TYPE_CHECKING:
-    from cocoop_fast.config import Method
     from cocoop_fast.experiments.experiment import Results
 
 FIELDS = """
@@ -98,7 +98,7 @@ def trainer_pair(trainer: str | None) -> list[str]:
 
 def methods_to_compare(
     compare: str | None, no_compare: bool, built: configuration.Configuration
-) -> tuple[Method, ...]:
+) -> tuple[str, ...]:
     """The methods to run besides the configured one.
 
     Raises:
@@ -110,22 +110,24 @@ def methods_to_compare(
         return ()
     text = compare or "all"
     named = options.PAPER_METHODS if text == "all" else options.methods_of(text, "--compare")
-    return tuple(name for name in named if name != built.config.prompt.method)
+    return tuple(name for name in named if name != name_of(built.config))
 
 
 def _print(results: Results) -> None:
-    from cocoop_fast.methods.records import METHODS as records  # needs torch, as a run does
+    from cocoop_fast.methods.records import METHODS, method_title  # needs torch, as a run does
 
     output.print_table(
         ["Method", "Base", "New", "H", "All", "Seed", "Trained in"],
         [
             [
-                records[row.method].title,
+                method_title(row.method),
                 *(output.shown(value) for value in (row.base, row.new, row.h, row.all)),
                 str(row.seed),
                 output.shown(row.train_seconds or None, "{:.1f} s".format),
             ]
-            for row in sorted(results.rows, key=lambda row: list(records).index(row.method))
+            for row in sorted(
+                results.rows, key=lambda row: (list(METHODS).index(plain(row.method)), row.method)
+            )
         ],
     )
     if any(row.h is not None for row in results.rows):

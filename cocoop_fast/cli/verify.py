@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
@@ -39,6 +39,7 @@ def command(
     device: str = "auto",
     precision: list[Literal["fp64", "fp32", "fp16", "bf16"]] | None = None,
     backend: list[Literal["torch", "cpu", "triton", "cuda", "triton-gemm"]] | None = None,
+    consistency: Literal["none", "l1", "cosine"] = "none",
     prune_mass: float = 0.0,
     json: bool = False,
     quiet: bool = False,
@@ -54,11 +55,14 @@ def command(
         steps: Training steps to compare.
         precision: May be repeated. Default: all that the device is used in.
         backend: May be repeated. Default: all that can be used.
+        consistency: Of the loss, too: what keeps text features near those of hand-written prompts, by their l1 distance as
+            PromptSRC, or cosine as KgCoOp, with their weights.
         prune_mass: Also measure the error of the gradient that tail pruning makes; 0: do not.
 
     Examples:
         A text tower of ViT-B/16's size, 20 ImageNet names: verify
         Your model and classes, on your GPU: verify --model ViT-B/16 --classes names.txt --device cuda
+        The loss of --method cocoop+consistency: verify --model demo --k 10 --consistency l1
         What pruning would cost: verify --model demo --k 10 --prune-mass 0.01
         One backend, for a program to read: verify --model demo --k 10 --backend torch --json
     """
@@ -70,8 +74,13 @@ def command(
         from cocoop_fast.measure.verify import contestants, distance, measure_pruning, verify
     if not 0 <= prune_mass < 1:
         raise UserError(f"--prune-mass is {prune_mass:g}, but it must be at least 0 and below 1.")
+    if prune_mass and consistency != "none":
+        raise UserError(
+            "--prune-mass and --consistency exclude each other, as in training; give one of them."
+        )
     names = options.class_names(classes, k, 20)
     spec = options.problem_spec(names, batch_size, model, pretrained, ctx_init)
+    spec = replace(spec, consistency=consistency)
 
     where = resolve_device(device)
     for name in precision or ():
@@ -109,6 +118,7 @@ def command(
         "classes": len(names),
         "batch": batch_size,
         "steps": steps,
+        "consistency": consistency,
         "device": str(where),
         "torch": torch.__version__,
         "activation": problem.weights.activation,
@@ -148,7 +158,10 @@ def _print(found: dict[str, Any], verdicts: list[Verdict], others: list[Verdict]
     images = readable_images(found["batch"])
     activation = ACTIVATIONS[found["activation"]]
     said = f"{activation}, which is assumed" if found["activation_assumed"] else activation
-    output.say(f"{found['model']}: {said}; {found['classes']} classes, {images} a step, {found['device']}.")
+    near = "" if found["consistency"] == "none" else f", with consistency {found['consistency']} in the loss"
+    output.say(
+        f"{found['model']}: {said}; {found['classes']} classes, {images} a step{near}, {found['device']}."
+    )
     _print_verdicts(verdicts)
     if others:
         other = found["other_activation"]

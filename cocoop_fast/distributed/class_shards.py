@@ -1,11 +1,13 @@
 """The classes of a model shared out among ranks: each encodes its own part of the class tree.
 
 The logits of all classes are gathered, so every rank has the loss and its gradient by every logit. Each goes backward
-through the classes that it encoded: the gradient is the sum over the ranks. They exchange B x K logits a step.
+through the classes that it encoded: the gradient is the sum over the ranks. They exchange B x K logits a step; with a
+consistency loss, also the distances of the classes' features from their anchor, which enter it as a mean.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,6 +18,7 @@ from cocoop_fast.distributed.ranks import Group
 from cocoop_fast.engine.pruning import Pruned, backward_through, choose_classes
 from cocoop_fast.errors import UserError
 from cocoop_fast.methods.base import ImageClassifier, LearnedPromptCLIP
+from cocoop_fast.ops.consistency import distances_ref, weighed
 from cocoop_fast.ops.head import cosine_logits_ref
 from cocoop_fast.prompts.tree import ClassTree
 
@@ -41,11 +44,6 @@ class ClassShards:
     """
 
     def __init__(self, model: LearnedPromptCLIP, group: Group) -> None:
-        if model.anchor is not None:
-            raise UserError(
-                "Consistency with hand-written prompts compares all classes on each rank, so they cannot be shared out; use "
-                "--shard images with a larger batch."
-            )
         self._model = model
         self._group = group
         self._shares = balanced_shares(model.tree_encoder.tree, group.size)
@@ -59,8 +57,14 @@ class ClassShards:
         image_features = self._model.checked(image_features, label)
         if self._model.prune_mass and torch.is_grad_enabled():
             return self._pruned(image_features, label)
-        logits = self._logits(image_features)
-        return F.cross_entropy(logits, label), logits.detach()
+        own, distances = self._group.all_or_none(partial(self._own_part, image_features))
+        logits = self._of_all(own)
+        loss = F.cross_entropy(logits, label)
+        anchor = self._model.anchor
+        if anchor is not None and distances is not None:
+            scale = self._model.logit_scale.exp()
+            loss = loss + weighed(self._of_all(distances), logits, image_features, scale, anchor)
+        return loss, logits.detach()
 
     def lower_memory(self, batch: int) -> None:
         """As the model has it, by the size of this rank's part."""
@@ -70,7 +74,7 @@ class ClassShards:
         """Every rank chooses the same classes, and goes backward through those of them that are its own."""
         model = self._model
         with torch.no_grad():
-            logits = self._logits(image_features)
+            logits = self._of_all(self._group.all_or_none(partial(self._own_part, image_features))[0])
             loss = F.cross_entropy(logits, label)
             kept = choose_classes(logits, label, model.prune_mass)
             mine = torch.isin(kept.classes, self._own.to(kept.classes.device))
@@ -86,20 +90,24 @@ class ClassShards:
         )
         return loss, logits
 
-    def _logits(self, image_features: Tensor) -> Tensor:
-        """(B, K) of all classes, in float32 at least. Those of other ranks' classes are numbers without a gradient."""
-        own = self._group.all_or_none(partial(self._own_logits, image_features))
+    def _of_all(self, own: Tensor) -> Tensor:
+        """(B, K) of all classes from (B, n) of this rank's. Those of others are numbers without a gradient."""
         sizes = [len(share) for share in self._shares]
         parts = self._group.gather(F.pad(own.detach(), (0, max(sizes) - own.shape[1])))
         columns = torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
         return columns[:, self._place.to(own.device)].index_copy(1, self._own.to(own.device), own)
 
-    def _own_logits(self, image_features: Tensor) -> Tensor:
-        """(B, n) of this rank's classes."""
+    def _own_part(self, image_features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, n) logits of this rank's classes, in float32 at least, and their distances from the anchor, if there is one."""
         text = self._encode(self._model.prompt_learner.contexts(image_features))
         text = text if text.ndim == 3 else text[None]
         own = cosine_logits_ref(image_features, text, self._model.logit_scale)
-        return own.to(torch.promote_types(own.dtype, torch.float32))
+        wide = torch.promote_types(own.dtype, torch.float32)
+        anchor = self._model.anchor
+        if anchor is None:
+            return own.to(wide), None
+        part = replace(anchor, features=anchor.features[self._own.to(anchor.features.device)])
+        return own.to(wide), distances_ref(text, part).to(wide)
 
 
 def balanced_shares(tree: ClassTree, parts: int) -> list[Tensor]:

@@ -65,13 +65,14 @@ class ShortlistClassifier:
         """(B, E) to logits (B, K): the model's own, and minus infinity beyond the shortlists."""
         model = self.model
         image = model.checked(image_features)
-        likely = cosine_logits_ref(image, self._without_image, model.logit_scale)
+        likely = model.averaged(cosine_logits_ref(image, self._without_image, model.logit_scale), image)
         chosen = likely.topk(self.n, dim=1).indices
         contexts = model.prompt_learner.contexts(image)
         assert isinstance(contexts, ShiftedContext)
         text = model.tree_encoder.encode_own_classes(contexts, chosen)
         logits = cosine_logits_ref(image, text, model.logit_scale)
-        return torch.full_like(likely, -torch.inf, dtype=logits.dtype).scatter(1, chosen, logits)
+        of_all = torch.full_like(likely, -torch.inf, dtype=logits.dtype).scatter(1, chosen, logits)
+        return model.averaged(of_all, image)
 
     @cached_property
     def _without_image(self) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cocoop_fast.config import DataConfig, Method, ResolvedConfig, RunConfig, Subset, to_mapping
+from cocoop_fast.config import DataConfig, ResolvedConfig, RunConfig, Subset, to_mapping
 from cocoop_fast.data import Dataset
 from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.distributed.ranks import ALONE, Ranks
@@ -26,6 +26,7 @@ from cocoop_fast.runs import checkpoint, reference_checkpoint
 from cocoop_fast.runs.directory import RunDirectory, check_same_run, open_run, read_run, refuse_link
 from cocoop_fast.runs.recipe import resolve, with_data, with_method
 from cocoop_fast.training.observer import Observer
+from cocoop_fast.variants import ADDITIONS, name_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Results:
 def run(
     config: RunConfig,
     *,
-    compare: tuple[Method, ...] = (),
+    compare: tuple[str, ...] = (),
     observer: Observer | None = None,
     overwrite: bool = False,
     shared: Shared | None = None,
@@ -90,7 +91,7 @@ def run(
 
     Args:
         config: as read by :mod:`cocoop_fast.config`; what it leaves open is resolved here.
-        compare: further methods; the configured one is left out if named again.
+        compare: further methods and variants; the configured one is left out if named again.
         observer: is told about progress.
         overwrite: discard what the output directory holds.
         shared: with other experiments of this process; ``None``: everything is loaded and encoded anew.
@@ -102,7 +103,7 @@ def run(
     observer, shared = observer or Observer(), shared or Shared()
     dataset = shared.dataset(config.data)
     first = resolve(config, dataset)
-    others = [method for method in dict.fromkeys(compare) if method != config.prompt.method]
+    others = [method for method in dict.fromkeys(compare) if method != name_of(config)]
     plans = [
         first,
         *(resolve(with_method(config, method, first.output_dir / method), dataset) for method in others),
@@ -169,21 +170,21 @@ def _refuse_other_run(plan: ResolvedConfig, material: Material) -> None:
 
 
 def _run_method(config: ResolvedConfig, directory: RunDirectory, material: Material) -> Row:
-    method, ranks = config.prompt.method, material.ranks
+    method, ranks = name_of(config), material.ranks
     finished = ranks.from_first(directory.results)
     if finished is not None:
         material.observer.on_message(
             f"The {method} run in {directory.path} is finished; its results are shown."
         )
         row = finished["rows"][0]
-        return Row(**{**row, "output_dir": Path(row["output_dir"])})
+        return Row(**{**row, "method": method, "output_dir": Path(row["output_dir"])})
     training = TrainingRun(config, directory, material)
     training.begin()
     training.trainer.fit(save=training.save, save_every=config.checkpoint_steps)
     training.observer.on_training_end(training.trainer.seconds)
     learned = ranks.from_first(lambda: checkpoint.learned_parameters(training.model))
     subsets = material.tested(config.prompt)
-    metrics = material.evaluate(config.prompt, learned, str(directory.path), training.observer, subsets)
+    metrics = material.evaluate(config, learned, str(directory.path), training.observer, subsets)
     row = _row(config, metrics, training.trainer.seconds)
     if ranks.is_first:
         directory.refuse_gone()
@@ -208,7 +209,7 @@ def _row(config: ResolvedConfig, metrics: dict[Subset, Metrics], seconds: float)
         accuracy = {subset: round(value, 1) for subset, value in accuracy.items()}
     base, new = accuracy.get("base"), accuracy.get("new")
     return Row(
-        method=config.prompt.method,
+        method=name_of(config),
         seed=config.seed,
         base=base,
         new=new,
@@ -228,6 +229,7 @@ def evaluate_run(
     data: DataConfig | None = None,
     template: str | None = None,
     shortlist: int | None = None,
+    average_zero_shot: bool = False,
     shared: Shared | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[Subset, Metrics]:
@@ -246,16 +248,19 @@ def evaluate_run(
             (:mod:`cocoop_fast.evaluation.shortlist`), and a sample of the images is compared with all classes. What a
             finished run learned, tested on its own data set, has the result noted in ``results.json`` as well. ``None``:
             among all classes, exactly.
+        average_zero_shot: classify by the mean of the logits and zero-shot CLIP's, as a run with
+            ``prompt.average_zero_shot`` does.
         shared, ranks: as for :func:`run`.
 
     Returns:
         Metrics by subset.
 
     Raises:
-        UserError: no run there, or damaged files or images.
+        UserError: no run there, damaged files or images, or averaging what learned no prompts.
     """
     config, newest = ranks.from_first(lambda: read_run(run_dir))
-    asked = config if data is None else with_data(config, data, template)
+    asked: RunConfig = config if data is None else with_data(config, data, template)
+    asked = averaging_zero_shot(asked) if average_zero_shot else asked
     if reference_checkpoint is not None:
         return evaluate_reference(
             asked, reference_checkpoint, subset=subset, shortlist=shortlist, observer=observer, ranks=ranks
@@ -264,9 +269,21 @@ def evaluate_run(
     metrics = _evaluate(
         asked, newest.parameters, str(run_dir), subset, observer, shared, trained, ranks, shortlist
     )
-    if shortlist is not None and data is None and ranks.is_first:
+    if shortlist is not None and data is None and asked == config and ranks.is_first:
         _note_shortlists(RunDirectory(run_dir), metrics, observer or Observer())
     return metrics
+
+
+def averaging_zero_shot(config: RunConfig) -> RunConfig:
+    """The same, classifying by the mean of its logits and zero-shot CLIP's.
+
+    Raises:
+        UserError: its method learns no prompts.
+    """
+    method = config.prompt.method
+    if method not in ADDITIONS["zero-shot"].methods:
+        raise UserError(f"Averaging with zero-shot CLIP is for learned prompts, and {method} has none.")
+    return replace(config, prompt=replace(config.prompt, average_zero_shot=True))
 
 
 def _note_shortlists(directory: RunDirectory, metrics: dict[Subset, Metrics], observer: Observer) -> None:
@@ -336,4 +353,4 @@ def _evaluate(
                     f"What this {prompt.method} model learned belongs to the {len(trained)} classes that it "
                     f"was trained on, so it cannot be evaluated on {one} classes of {dataset.name}."
                 )
-    return material.evaluate(prompt, parameters, where, observer, subsets, shortlist)
+    return material.evaluate(resolved, parameters, where, observer, subsets, shortlist)

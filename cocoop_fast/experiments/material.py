@@ -27,6 +27,7 @@ from cocoop_fast.methods import knows_other_classes
 from cocoop_fast.methods.base import ImageClassifier, PromptedCLIP
 from cocoop_fast.runs.checkpoint import load_parameters
 from cocoop_fast.training.observer import EvaluationInfo, Observer
+from cocoop_fast.variants import name_of
 
 
 class Material:
@@ -145,7 +146,7 @@ class Material:
 
     def evaluate(
         self,
-        prompt: ResolvedPrompt,
+        of: ResolvedConfig,
         parameters: dict[str, Tensor],
         where: str,
         observer: Observer,
@@ -153,13 +154,14 @@ class Material:
         shortlist: int | None = None,
     ) -> dict[Subset, Metrics]:
         """Carry what a method learned, parameters by name from ``where``, over to each set of classes; evaluate there, by
-        shortlists of so many classes or among all."""
+        shortlists of so many classes or among all. ``of`` is the method's own configuration."""
+        method = name_of(of)
         metrics: dict[Subset, Metrics] = {}
         for subset in subsets:
-            model = self.model(prompt, subset)
+            model = self.model(of.prompt, subset)
             load_parameters(model, parameters, where)
             shortlisted = None if shortlist is None else ShortlistClassifier(model, shortlist)
-            observer.on_evaluation_start(prompt.method, subset, len(self.classes(subset).test))
+            observer.on_evaluation_start(method, subset, len(self.classes(subset).test))
             start = time.perf_counter()
             # Encoding images and classifying them are one job of two halves to an observer.
             features = self._features_of(
@@ -177,7 +179,7 @@ class Material:
                 seed = self.config.seed
                 metrics[subset] = evaluate_by_shortlist(shortlisted, features, seed=seed, **how)
             seconds = time.perf_counter() - start
-            observer.on_evaluation_end(EvaluationInfo(prompt.method, subset, metrics[subset], seconds))
+            observer.on_evaluation_end(EvaluationInfo(method, subset, metrics[subset], seconds))
         return metrics
 
     def _features_of(self, subset: Subset, model: ImageClassifier, progress: Progress) -> Features:

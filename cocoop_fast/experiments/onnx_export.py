@@ -24,6 +24,7 @@ from cocoop_fast.methods import LinearProbe, ZeroShot
 from cocoop_fast.methods.base import LearnedPromptCLIP, PromptedCLIP
 from cocoop_fast.methods.learner import Learner
 from cocoop_fast.runs.directory import read_run
+from cocoop_fast.variants import name_of
 
 # Cosines of unit vectors in float32, each the end of two towers whose sums are taken in another order.
 COSINE_BOUND = 2e-5
@@ -62,6 +63,7 @@ class _Classifier(nn.Module):
         self.learner: Learner | None = None
         self.tower: TorchTower | None = None
         fixed: Tensor | None = None  # unit length
+        beside = model.averaged_with if isinstance(model, LearnedPromptCLIP) else None
         if isinstance(model, LearnedPromptCLIP):
             some = torch.ones(2, model.embed_dim) / model.embed_dim**0.5
             contexts = model.prompt_learner.contexts(some)
@@ -77,7 +79,10 @@ class _Classifier(nn.Module):
             fixed = model.mean_features
         if fixed is not None:
             fixed = fixed / fixed.norm(dim=-1, keepdim=True)
+        if beside is not None:
+            beside = beside / beside.norm(dim=-1, keepdim=True)
         self.register_buffer("fixed", fixed)
+        self.register_buffer("beside", beside)
 
     def forward(self, image: Tensor) -> Tensor:
         features = self.image_encoder(image)
@@ -85,6 +90,10 @@ class _Classifier(nn.Module):
             return self.probe(features)
         features = features / features.norm(dim=-1, keepdim=True)
         scaled = features * self.logit_scale.exp()
+        own = self._own(features, scaled)
+        return own if self.beside is None else (own + scaled @ self.beside.T) / 2
+
+    def _own(self, features: Tensor, scaled: Tensor) -> Tensor:
         if self.fixed is not None:
             return scaled @ self.fixed.T
         assert self.tower is not None and self.learner is not None
@@ -135,7 +144,7 @@ def export_onnx(run_dir: Path | str, file: Path, *, classnames: Sequence[str] | 
         "std": list(clip.std),
         "image_size": clip.image_size,
         "model": clip.name,
-        "method": config.prompt.method,
+        "method": name_of(config),
     }
     content = _to_onnx(classifier, images[:2], about)
     difference = float((_by_onnxruntime(content, images) - expected).abs().max())

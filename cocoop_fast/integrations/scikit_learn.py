@@ -54,7 +54,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     Args:
         classnames: what the classes are called. A sequence of K names: labels are 0 to K - 1, or the names themselves. A
             mapping from labels to names. ``None``: each label is its class's name.
-        method: "cocoop", "coop", "meta-nets", "zeroshot" or "linear-probe".
+        method: "cocoop", "coop", "meta-nets", "zeroshot" or "linear-probe"; or a variant, "cocoop+consistency".
         model: open_clip's name of a CLIP, OpenAI's such as "ViT-B/16", "hf-hub:OWNER/NAME", or "demo"; or an open_clip or
             OpenAI CLIP itself, which is frozen. Estimators with the same name share one.
         pretrained: open_clip's tag of the weights, or a file.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import FrozenCLIP, TextWeights
 from cocoop_fast.clip.load import load_clip
-from cocoop_fast.config import ModelConfig
+from cocoop_fast.config import ConsistencyKind, ModelConfig
 from cocoop_fast.errors import UserError
 from cocoop_fast.methods.cocoop import PromptLearner, reference_cfg
 from cocoop_fast.prompts.tree import ClassTree
@@ -33,6 +33,7 @@ class ProblemSpec:
     pretrained: str | None = None
     ctx_init: str = "a photo of a"
     seed: int = 0
+    consistency: ConsistencyKind = "none"  # that verification adds to the loss
 
     @property
     def model_name(self) -> str:

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,16 @@ from cocoop_fast.measure import devices
 from cocoop_fast.measure.compare import TOLERANCE, relative_error
 from cocoop_fast.measure.problem import Problem
 from cocoop_fast.methods.cocoop import CustomCLIP
+from cocoop_fast.methods.consistency import WEIGHTS, Consistency
+from cocoop_fast.methods.zeroshot import ensemble_templates
 from cocoop_fast.ops.table import BACKENDS
-from cocoop_fast.reference import DensePromptedCLIP, encode_prompts, place_contexts
+from cocoop_fast.reference import (
+    DenseConsistency,
+    DensePromptedCLIP,
+    encode_prompts,
+    ensemble_features,
+    place_contexts,
+)
 from cocoop_fast.training.optimizer import build_optimizer
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
 from cocoop_fast.training.step import Step, loss_and_gradients
@@ -214,13 +223,32 @@ def build_dense(problem: Problem, prompts_at_once: int = 64) -> DensePromptedCLI
     model.dtype, model.embedding = dtype, model.embedding.to(device, dtype)
     model.prompt_learner.to(dtype)
     model.prompts_at_once = prompts_at_once
+    near = _consistency(problem)
+    if near is not None:
+        features = ensemble_features(clip_model, problem.spec.classes, near.templates)
+        model.consistency = DenseConsistency(features, near.distance, near.text_weight, near.logit_weight)
     return _start(model, problem)
 
 
 def _fast(backend: str) -> Callable[[Problem], CustomCLIP]:
-    return lambda problem: _start(
-        CustomCLIP(problem.cfg, problem.spec.classes, problem.clip_model, backend=backend), problem
-    )
+    def build(problem: Problem) -> CustomCLIP:
+        names, clip_model = problem.spec.classes, problem.clip_model
+        model = CustomCLIP(problem.cfg, names, clip_model, backend=backend)
+        near = _consistency(problem)
+        if near is not None:
+            model.keep_near(partial(near.anchor, clip_model=clip_model), names)
+        started: CustomCLIP = _start(model, problem)
+        return started
+
+    return build
+
+
+def _consistency(problem: Problem) -> Consistency | None:
+    """What a run has by default: the published weights, the reference's seven templates."""
+    distance = problem.spec.consistency
+    if distance == "none":
+        return None
+    return Consistency(distance, *WEIGHTS[distance], ensemble_templates("select", ""))
 
 
 def _start(model: Any, problem: Problem) -> Any:
@@ -234,18 +262,13 @@ class _DenseByParts(DensePromptedCLIP):
 
     prompts_at_once: int
 
-    def logits(self, image_features: Tensor) -> Tensor:
-        image_features = image_features / image_features.norm(dim=-1, keepdim=True)
-        rows = []
-        for x in image_features:
-            ctx = self.prompt_learner.context(x)
-            firsts = range(0, len(self.tokens), self.prompts_at_once)
-            text = torch.cat([checkpoint(self._text, ctx, first, use_reentrant=False) for first in firsts])
-            text = text / text.norm(dim=-1, keepdim=True)
-            rows.append(self.logit_scale.exp() * x @ text.T)
-        return torch.stack(rows)
+    def text(self, x: Tensor) -> Tensor:
+        ctx = self.prompt_learner.context(x)
+        firsts = range(0, len(self.tokens), self.prompts_at_once)
+        text = torch.cat([checkpoint(self._part, ctx, first, use_reentrant=False) for first in firsts])
+        return text / text.norm(dim=-1, keepdim=True)
 
-    def _text(self, ctx: Tensor, first: int) -> Tensor:
+    def _part(self, ctx: Tensor, first: int) -> Tensor:
         part = slice(first, first + self.prompts_at_once)
         tokens = self.tokens[part]
         ctx = ctx.expand(len(tokens), -1, -1)

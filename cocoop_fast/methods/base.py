@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, Generic, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -234,6 +234,28 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(getattr(value, "shape", ()))
 
 
+Made = TypeVar("Made")
+
+
+class _OfClasses(Generic[Made]):
+    """What belongs to the class names there are, made when it is first asked for."""
+
+    def __init__(self, make: Callable[[Sequence[str]], Made], classnames: Sequence[str]) -> None:
+        self._make, self._classnames = make, classnames
+        self._made: Made | None = None
+
+    def get(self) -> Made:
+        if self._made is None:
+            self._made = self._make(self._classnames)
+        return self._made
+
+    def forget(self, classnames: Sequence[str] | None = None) -> None:
+        """It is made again, of other class names if they are given."""
+        self._made = None
+        if classnames is not None:
+            self._classnames = classnames
+
+
 class LearnedPromptCLIP(PromptedCLIP):
     """A frozen CLIP whose prompts hold a learned context: any method whose learner has the :class:`Learner` interface.
 
@@ -267,8 +289,8 @@ class LearnedPromptCLIP(PromptedCLIP):
         super().__init__(clip_model, len(learner.layout.symbols), backend=backend)
         self.prompt_learner = learner
         self.prune_mass = check_prune_mass(prune_mass)
-        self._near: tuple[Callable[[Sequence[str]], Anchor], Sequence[str]] | None = None
-        self._anchor: Anchor | None = None
+        self._anchor: _OfClasses[Anchor] | None = None
+        self._zero_shot: _OfClasses[Tensor] | None = None
         self.tree_encoder = TreeTextEncoder(
             clip_model,
             ClassTree.from_layout(learner.layout),
@@ -278,7 +300,9 @@ class LearnedPromptCLIP(PromptedCLIP):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._anchor = None  # of the CLIP as it was
+        for one in (self._anchor, self._zero_shot):
+            if one is not None:
+                one.forget()  # of the CLIP as it was
         return super()._apply(fn, recurse)
 
     def keep_near(self, anchor_of: Callable[[Sequence[str]], Anchor], classnames: Sequence[str]) -> None:
@@ -296,15 +320,40 @@ class LearnedPromptCLIP(PromptedCLIP):
                 "Pruning leaves classes out of backward, and consistency keeps the text features of all of them near; "
                 "use one or the other."
             )
-        self._near, self._anchor = (anchor_of, classnames), None
+        self._anchor = _OfClasses(anchor_of, classnames)
+
+    def average_with(
+        self, text_features_of: Callable[[Sequence[str]], Tensor], classnames: Sequence[str]
+    ) -> None:
+        """Classify by the mean of these logits and those with other text features. Training is as it was.
+
+        Args:
+            text_features_of: to (K, E), of any length, for K class names; asked for at the first evaluation with them.
+            classnames: those there are now.
+        """
+        self._zero_shot = _OfClasses(text_features_of, classnames)
+
+    @property
+    def averaged_with(self) -> Tensor | None:
+        """(K, E) text features whose logits take part in classification; ``None``: none do."""
+        return None if self._zero_shot is None else self._zero_shot.get()
+
+    def averaged(self, logits: Tensor, image_features: Tensor) -> Tensor:
+        """The mean of logits (B, K) and those with :attr:`averaged_with`, for unit-length image features (B, E)."""
+        other = self.averaged_with
+        if other is None:
+            return logits
+        beside = cosine_logits_ref(image_features, other[None].to(image_features.dtype), self.logit_scale)
+        return (logits + beside) / 2
+
+    def logits(self, image_features: Tensor) -> Tensor:
+        own = super().logits(image_features)
+        return own if self._zero_shot is None else self.averaged(own, self.checked(image_features))
 
     @property
     def anchor(self) -> Anchor | None:
         """What text features are kept near; ``None``: nothing."""
-        if self._anchor is None and self._near is not None:
-            anchor_of, classnames = self._near
-            self._anchor = anchor_of(classnames)
-        return self._anchor
+        return None if self._anchor is None else self._anchor.get()
 
     def loss_and_logits(self, image_features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         if not (self.prune_mass and torch.is_grad_enabled()):
@@ -338,8 +387,9 @@ class LearnedPromptCLIP(PromptedCLIP):
         return features if features.ndim == 3 else features[None]
 
     def set_classnames(self, classnames: Sequence[str]) -> None:
-        if self._near is not None:
-            self.keep_near(self._near[0], classnames)
+        for one in (self._anchor, self._zero_shot):
+            if one is not None:
+                one.forget(classnames)
         self.prompt_learner.set_classnames(classnames)
         self.tree_encoder.set_tree(ClassTree.from_layout(self.prompt_learner.layout))
         self.n_classes = len(self.prompt_learner.layout.symbols)

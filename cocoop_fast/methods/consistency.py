@@ -10,6 +10,9 @@ from cocoop_fast.methods.cocoop import TextEncoder
 from cocoop_fast.methods.zeroshot import mean_text_features
 from cocoop_fast.ops.consistency import Anchor, Distance
 
+# By distance: of text features and of logits, as published.
+WEIGHTS: dict[str, tuple[float, float]] = {"l1": (25.0, 1.0), "cosine": (8.0, 0.0)}
+
 
 @dataclass(frozen=True)
 class Consistency:

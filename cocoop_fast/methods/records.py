@@ -15,13 +15,14 @@ from typing_extensions import Unpack
 from cocoop_fast.clip.load import LoadedClip
 from cocoop_fast.config import PromptConfig
 from cocoop_fast.methods.base import EngineOptions, LearnedPromptCLIP, PromptedCLIP
-from cocoop_fast.methods.cocoop import CustomCLIP, reference_cfg
+from cocoop_fast.methods.cocoop import CustomCLIP, TextEncoder, reference_cfg
 from cocoop_fast.methods.consistency import Consistency
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.methods.linear_probe import LinearProbe
 from cocoop_fast.methods.meta_nets import MetaNetsCLIP
-from cocoop_fast.methods.zeroshot import ZeroShot, ensemble_templates
+from cocoop_fast.methods.zeroshot import ZeroShot, ensemble_templates, mean_text_features
 from cocoop_fast.prompts.tokens import warn_of_unknown_words
+from cocoop_fast.variants import plain, title_of
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,13 @@ def _context_model(
 def _zero_shot(
     prompt: PromptConfig, classnames: Sequence[str], clip: LoadedClip, _: EngineOptions
 ) -> PromptedCLIP:
+    return ZeroShot(zero_shot_templates(prompt), classnames, clip.model)
+
+
+def zero_shot_templates(prompt: PromptConfig) -> tuple[str, ...]:
+    """The prompts of zero-shot CLIP."""
     template = "a photo of a {}." if prompt.template is None else prompt.template
-    return ZeroShot(ensemble_templates(prompt.ensemble, template), classnames, clip.model)
+    return ensemble_templates(prompt.ensemble, template)
 
 
 METHODS: dict[str, MethodRecord] = {
@@ -113,6 +119,11 @@ def build_model(
     model = METHODS[prompt.method].build(prompt, classnames, clip, engine)
     if consistency is not None and isinstance(model, LearnedPromptCLIP):
         model.keep_near(partial(consistency.anchor, clip_model=clip.model), classnames)
+    if prompt.average_zero_shot and isinstance(model, LearnedPromptCLIP):
+        encode = partial(
+            mean_text_features, zero_shot_templates(prompt), text_encoder=TextEncoder(clip.model)
+        )
+        model.average_with(encode, classnames)
     if clip.known_tokens is not None:
         warn_of_unknown_words(classnames, clip.known_tokens)
     return model
@@ -123,6 +134,12 @@ def knows_other_classes(prompt: PromptConfig) -> bool:
     return METHODS[prompt.method].knows_other_classes(prompt)
 
 
-def method_title(method: str) -> str:
-    """A method's name as people read it; any other text as it is."""
-    return METHODS[method].title if method in METHODS else method
+def record_of(variant: str) -> MethodRecord | None:
+    """Of the method of a variant; ``None``: there is none of that name."""
+    return METHODS.get(plain(variant))
+
+
+def method_title(variant: str) -> str:
+    """A variant's name as people read it; any other text as it is."""
+    record = record_of(variant)
+    return record.title + title_of(variant) if record else variant

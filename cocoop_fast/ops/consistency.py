@@ -50,15 +50,35 @@ def consistency_ref(
     Returns:
         A scalar of the logits' dtype.
     """
+    return weighed(distances_ref(text_features, anchor), logits, image_features, scale, anchor)
+
+
+def distances_ref(text_features: Tensor, anchor: Anchor) -> Tensor:
+    """(B, K) or (1, K), differentiable: d of each class, whose mean over images and classes is d(g, g0).
+
+    Args:
+        text_features: (B, K, E) or (1, K, E), of any length.
+        anchor: of these classes, with features of this dtype.
+    """
     unit = text_features / text_features.norm(dim=-1, keepdim=True)
     if anchor.distance == "l1":
-        distance = (unit - anchor.features).abs().mean()
-    else:
-        distance = 1 - (unit * anchor.features).sum(dim=-1).mean()
+        return (unit - anchor.features).abs().mean(dim=-1)
+    return 1 - (unit * anchor.features).sum(dim=-1)
+
+
+def weighed(
+    distances: Tensor, logits: Tensor, image_features: Tensor, scale: Tensor, anchor: Anchor
+) -> Tensor:
+    """R, differentiable, of the distances of all classes.
+
+    Args:
+        distances: (B, K) or (1, K).
+        logits, image_features, scale, anchor: as for :func:`consistency_ref`, of all classes.
+    """
     told = anchor_logits(image_features, scale, anchor).to(logits.dtype)
     wanted = told.log_softmax(dim=1)
     divergence = (wanted.exp() * (wanted - logits.log_softmax(dim=1))).mean()
-    return anchor.text_weight * distance.to(logits.dtype) + anchor.logit_weight * divergence
+    return anchor.text_weight * distances.to(logits.dtype).mean() + anchor.logit_weight * divergence
 
 
 def anchor_logits(image_features: Tensor, scale: Tensor, anchor: Anchor) -> Tensor:

@@ -8,13 +8,14 @@ from itertools import product
 from pathlib import Path
 from typing import TypeVar, cast
 
-from cocoop_fast.config import DataConfig, Method, RunConfig, load_yaml, to_mapping
+from cocoop_fast.config import DataConfig, RunConfig, load_yaml, to_mapping
 from cocoop_fast.data import REGISTRY, Dataset
 from cocoop_fast.errors import UserError
 from cocoop_fast.methods.records import METHODS, knows_other_classes
 from cocoop_fast.protocols.protocol import Protocol, in_shots
 from cocoop_fast.runs.directory import check_same_run
 from cocoop_fast.runs.recipe import resolve
+from cocoop_fast.variants import plain, with_variant
 
 _SHOWN = 5
 
@@ -29,7 +30,7 @@ class Experiment:
             numbers of them, seed and directory are set by cell.
         data: where each data set is, by the name it has in tables and directories.
         datasets: names of those to test on, and to train on unless there is a source.
-        methods, seeds: every one with every data set.
+        methods, seeds: every one with every data set; methods by the names of their variants.
         root: of everything that is written.
         source: name of the data set that is trained on; ``None`` for base-to-new.
         all_classes: base-to-new models are also tested on base and new classes together.
@@ -40,7 +41,7 @@ class Experiment:
     config: RunConfig
     data: Mapping[str, DataConfig]
     datasets: tuple[str, ...]
-    methods: tuple[Method, ...]
+    methods: tuple[str, ...]
     seeds: tuple[int, ...]
     root: Path
     source: str | None = None
@@ -66,7 +67,7 @@ class Cell:
     """
 
     dataset: str
-    method: Method
+    method: str
     seed: int
     config: RunConfig
     tests: tuple[tuple[str, DataConfig], ...]
@@ -107,12 +108,12 @@ def make_cells(experiment: Experiment) -> tuple[Cell, ...]:
             elsewhere = {name: experiment.data[name] for name in experiment.datasets if name != source}
         tests = tuple((name, replace(there, subset="all")) for name, there in elsewhere.items())
         for method in experiment.methods:
-            numbers = experiment.shots if METHODS[method].learns else experiment.shots[:1]
+            numbers = experiment.shots if METHODS[plain(method)].learns else experiment.shots[:1]
+            of_method = with_variant(config, method)
             for shots, seed in product(numbers or (None,), experiment.seeds):
                 of_shots = "" if shots is None else f"shots_{shots}"
                 own = replace(
-                    config,
-                    prompt=replace(config.prompt, method=method),
+                    of_method,
                     data=data if shots is None else replace(data, shots=shots),
                     seed=seed,
                     output_dir=experiment.root / dataset / method / of_shots / f"seed{seed}",

@@ -17,10 +17,11 @@ from cocoop_fast.protocols.cells import Experiment
 from cocoop_fast.protocols.published import UNCHECKED, published_setting
 from cocoop_fast.protocols.run_cell import Outcome
 from cocoop_fast.protocols.table import Entry, by_row, make_table, metrics_of
+from cocoop_fast.variants import FIELDS
 
 FORMAT, VERSION = "cocoop_fast protocol results", 1
 NOTHING = "-"
-_BY_CELL = {"seed", "output_dir", "prompt.method", "data.name", "data.root", "data.subset"}  # fields
+_BY_CELL = {"seed", "output_dir", "prompt.method", "data.name", "data.root", "data.subset", *FIELDS}
 
 
 def write_outputs(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -45,10 +46,11 @@ def columns_and_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str
     rows = []
     for dataset, methods in by_row(entries).items():
         for method, row in methods.items():
-            rows.append([dataset, method, *(str(row.get(metric, NOTHING)) for metric in metrics)])
+            title = method_title(method)
+            rows.append([dataset, title, *(str(row.get(metric, NOTHING)) for metric in metrics)])
             paper = [row[metric].published if metric in row else None for metric in metrics]
             if any(paper):
-                rows.append(["", f"{method}, paper", *(str(number or NOTHING) for number in paper)])
+                rows.append(["", f"{title}, paper", *(str(number or NOTHING) for number in paper)])
     return ["Data set", "Method", *metrics.values()], rows
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cocoop_fast.evaluation.metrics import harmonic_mean
-from cocoop_fast.methods.records import METHODS
+from cocoop_fast.methods.records import record_of
 from cocoop_fast.protocols.cells import Experiment
 from cocoop_fast.protocols.protocol import in_shots
 from cocoop_fast.protocols.published import Published, published_results
@@ -36,7 +36,7 @@ class Entry:
 
     Args:
         dataset: tested on, or "average".
-        method: by its short name.
+        method: by its short name, or that of a variant.
         metric: "base", "new", "h", "all", "accuracy" or "shots_N".
         mean: percent.
         std: over seeds; ``None`` for a single one, and for a method that learns nothing, which has no seeds.
@@ -63,8 +63,7 @@ class Entry:
     @property
     def one_seed(self) -> bool:
         """Whether another seed might give another number, and how far from this one is not known."""
-        record = METHODS.get(self.method.split(" ")[0])
-        return self.std is None and (record is None or record.learns)
+        return self.std is None and _learns(self.method.split(" ")[0])
 
     def __str__(self) -> str:
         return f"{self.mean:.2f}" if self.std is None else f"{self.mean:.2f}±{self.std:.2f}"
@@ -81,7 +80,7 @@ def make_table(experiment: Experiment, outcomes: Sequence[Outcome]) -> tuple[Ent
         cell = outcome.cell
         for tested_on, value in outcome.accuracy.items():
             if experiment.shots:
-                for shots in (cell.shots,) if METHODS[cell.method].learns else experiment.shots:
+                for shots in (cell.shots,) if _learns(cell.method) else experiment.shots:
                     accuracy[cell.dataset, cell.method][f"{_SHOTS}{shots}"][cell.seed] = value
             elif experiment.source is None:  # on some classes of the data set trained on
                 accuracy[cell.dataset, cell.method][tested_on][cell.seed] = value
@@ -102,6 +101,11 @@ def make_table(experiment: Experiment, outcomes: Sequence[Outcome]) -> tuple[Ent
                 dataset, method, accuracy[dataset, method], protocol.name if as_published else None
             )
     return tuple(entries)
+
+
+def _learns(method: str) -> bool:
+    record = record_of(method)
+    return record is None or record.learns
 
 
 def _average(measured: Sequence[Mapping[str, BySeed]], seeds: Sequence[int]) -> dict[str, BySeed]:
@@ -126,7 +130,7 @@ def entries_of(
         protocol: whose published numbers stand beside them; ``None``: none do.
     """
     by_seed = dict(accuracy)
-    learns = method not in METHODS or METHODS[method].learns
+    learns = _learns(method)
     means = {metric: float(np.mean(list(values.values()))) for metric, values in accuracy.items()}
     if "base" in accuracy and "new" in accuracy:
         means["h"] = harmonic_mean(means["base"], means["new"])

@@ -22,6 +22,7 @@ MOST_CELLS = 60  # classes of a confusion matrix that can be looked at
 MOST_POINTS = 800
 MOST_NAMED = len(style.MARKERS)  # classes named among points
 _BAR = 0.2  # inches
+_NARROW, _WIDE = 20, 31  # characters of a name of which three, or two, stand beside each other
 _END = 114  # percent: there is room for a number beside a bar
 
 
@@ -39,7 +40,9 @@ def accuracy_bars(entries: Sequence[Entry], by: str, name: str) -> Picture:
     groups = list(titles)
     methods = list(dict.fromkeys(entry.method for entry in entries))
     height, published = 0.84 / len(methods), False
-    with drawing(1.1 + _BAR * (len(groups) * (len(methods) + 1) + len(methods) // 3)) as (figure, axes):
+    with drawing(
+        1.1 + _BAR * (len(groups) * (len(methods) + 1) + len(methods) // _legend_columns(methods))
+    ) as (figure, axes):
         for i, method in enumerate(methods):
             own = [entry for entry in entries if entry.method == method]
             for entry in own:
@@ -47,7 +50,7 @@ def accuracy_bars(entries: Sequence[Entry], by: str, name: str) -> Picture:
                 axes.barh(
                     y, entry.mean, height * 0.92, xerr=entry.std, color=method_colour(method),
                     hatch=style.HATCHES[i % len(style.HATCHES)], ecolor=style.INK, capsize=2,
-                    label=method_name(shorten(method, 30)) if entry is own[0] else None,
+                    label=shorten(method_name(method), 40) if entry is own[0] else None,
                 )  # fmt: skip
                 if entry.published is not None:
                     mark = entry.published.value
@@ -59,7 +62,7 @@ def accuracy_bars(entries: Sequence[Entry], by: str, name: str) -> Picture:
                 # In a column of their own, where no mark goes through them.
                 axes.text(_END, y, f"{entry.mean:.1f}", ha="right", va="center", fontsize=8)
         _horizontal(axes, [titles[group] for group in groups])
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=_legend_columns(methods))
         if by == "metric":
             axes.set_title(data_name(entries[0].dataset))
         where = "each data set" if by == "dataset" else data_name(entries[0].dataset)
@@ -94,13 +97,13 @@ def shot_curves(entries: Sequence[Entry], name: str) -> Picture:
                 [numbers.index(shots_of(entry.metric)) for entry in own], [entry.mean for entry in own],
                 yerr=[entry.std or 0 for entry in own] if any(entry.std for entry in own) else None,
                 color=method_colour(method), linestyle=line, marker=marker, markersize=4, linewidth=1.4, capsize=2,
-                label=method_name(shorten(method, 30)),
+                label=shorten(method_name(method), 40),
             )  # fmt: skip
         axes.set_xticks(range(len(numbers)), list(map(str, numbers)))
         axes.set_xlabel("Training images a class")
         axes.set_ylabel("Accuracy (%)")
         axes.set_title(data_name(entries[0].dataset))
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=_legend_columns(methods))
         titles = metrics_of(entries)
         values = "; ".join(f"{method_name(one.method)}, {titles[one.metric]} {one}" for one in entries)
         return picture(
@@ -157,6 +160,12 @@ def learning_curves(runs: Sequence[Run], name: str) -> Picture | None:
             alt=f"Curves of loss, accuracy and learning rate by epoch. {'; '.join(ends)}.",
             caption="Means over each epoch's training images, augmented as they are in training, and its learning rate.",
         )
+
+
+def _legend_columns(methods: Sequence[str]) -> int:
+    """As many as are readable beside each other in a plot as wide as a phone."""
+    longest = max(len(shorten(method_name(method), 40)) for method in methods)
+    return 3 if longest <= _NARROW else 2 if longest <= _WIDE else 1
 
 
 def class_bars(tested: Tested, method: str, name: str) -> Picture:

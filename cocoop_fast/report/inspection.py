@@ -165,7 +165,7 @@ class Inspector:
         own = config.data.subset
         both = own == "base" and knows_other_classes(config.prompt)
         subsets: tuple[Subset, ...] = ("base", "new") if both else (own,)
-        learns = METHODS[run.method].learns
+        learns = METHODS[config.prompt.method].learns
         tested: list[Tested] = []
         images: list[Tensor] = []
         labels: list[Tensor] = []  # into `names`, those of all subsets

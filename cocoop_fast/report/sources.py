@@ -15,6 +15,7 @@ from cocoop_fast.protocols.protocol import find_protocol, in_shots
 from cocoop_fast.protocols.table import BySeed, Entry, entries_of
 from cocoop_fast.report.history import History, read_history
 from cocoop_fast.report.words import SUBSETS
+from cocoop_fast.variants import name_of
 
 _BESIDE = ("seed", "output_dir")  # what may differ between runs that are averaged
 _DEEPEST = 3  # levels below a directory at which runs are looked for: DATA/METHOD/seedN
@@ -44,7 +45,8 @@ class Run:
 
     @property
     def method(self) -> str:
-        return self.config.prompt.method
+        """With what is added to it."""
+        return name_of(self.config)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def _read_run(path: Path, dataset: str | None = None, features: Path | None = No
     run = Run(
         path=path,
         dataset=dataset or own,
-        label=config.prompt.method,
+        label=name_of(config),
         config=config,
         results=_read_json(file) if file.is_file() else None,
         history=history,

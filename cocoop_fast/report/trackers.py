@@ -17,6 +17,7 @@ from cocoop_fast.config import flatten, to_mapping
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import write_atomically
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Observer, RunInfo, StepInfo
+from cocoop_fast.variants import name_of
 
 PROJECT = "cocoop_fast"
 
@@ -62,7 +63,7 @@ class Tracker(Observer):
     def on_run_start(self, info: RunInfo) -> None:
         note = info.output_dir / f"{self.package}.id"
         known = note.read_text(encoding="utf-8").strip() if info.first_step and note.is_file() else None
-        name = f"{info.config.data.name}-{info.config.prompt.method}-seed{info.config.seed}"
+        name = f"{info.config.data.name}-{name_of(info.config)}-seed{info.config.seed}"
         try:
             run = self.begin(name, info.output_dir, dict(flatten(to_mapping(info.config))), known)
         except Exception as error:  # of the tracker's own kind: no login, no server, no such run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from cocoop_fast.methods.records import METHODS, method_title
+from cocoop_fast.methods.records import method_title, record_of
 from cocoop_fast.readable import printable
 from cocoop_fast.report.style import INK, PALETTE
 
@@ -12,7 +12,7 @@ SUBSETS = {"base": "base classes", "new": "new classes", "all": "all classes"}
 
 
 def method_name(label: str) -> str:
-    """``cocoop (lr 0.1)`` as ``CoCoOp (lr 0.1)``."""
+    """``cocoop+consistency (lr 0.1)`` as ``CoCoOp + consistency (lr 0.1)``."""
     method, space, rest = label.partition(" ")
     title = method_title(method)
     return title[:1].upper() + title[1:] + space + rest
@@ -20,7 +20,7 @@ def method_name(label: str) -> str:
 
 def method_colour(label: str) -> str:
     """A method's own colour, whatever else is in its label."""
-    record = METHODS.get(label.split(" ")[0])
+    record = record_of(label.split(" ")[0])
     return PALETTE[record.colour] if record else INK
 
 

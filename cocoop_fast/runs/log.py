@@ -18,6 +18,7 @@ from cocoop_fast.readable import classes_in_and_out, printable
 from cocoop_fast.runs.directory import DELETION_SECONDS
 from cocoop_fast.runs.recipe import in_words
 from cocoop_fast.training.observer import EpochInfo, EvaluationInfo, Means, Observer, RunInfo, StepInfo
+from cocoop_fast.variants import name_of
 
 
 class RunLog(Observer):
@@ -72,7 +73,7 @@ class RunLog(Observer):
             self._text(f"Resumed after step {info.first_step}")
         self._record(
             "run",
-            method=info.config.prompt.method,
+            method=name_of(info.config),
             model=info.config.model.name,
             pretrained=info.config.model.pretrained,
             seed=info.config.seed,

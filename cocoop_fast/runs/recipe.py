@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from cocoop_fast.clip.load import resolve_device, resolve_precision
 from cocoop_fast.config import (
     DataConfig,
-    Method,
     OptimConfig,
     PromptConfig,
     ResolvedAugment,
@@ -21,7 +20,9 @@ from cocoop_fast.config import (
 )
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.errors import UserError
+from cocoop_fast.methods.consistency import WEIGHTS
 from cocoop_fast.methods.records import METHODS
+from cocoop_fast.variants import name_of, with_variant
 
 T = TypeVar("T")
 
@@ -47,12 +48,13 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
     method, scale = METHODS[name], augment.crop_scale
     epochs = method.epochs if method.epochs is not None else _epochs(config.data.shots, dataset.name)
     near = optim.consistency
+    text_weight, logit_weight = WEIGHTS["cosine" if near == "none" else near]
     if epochs and optim.epochs is not None:  # what has no steps has no epochs
         epochs = optim.epochs
     if scale is not None and scale[0] > scale[1]:
         raise UserError(f"augment.crop_scale is {scale[0]:g} to {scale[1]:g}; give the smaller share first.")
     # Seeds lie side by side, as the reference's result parser expects them.
-    own_place = Path("output") / _data_name(config.data) / name / f"seed{config.seed}"
+    own_place = Path("output") / _data_name(config.data) / name_of(config) / f"seed{config.seed}"
     return _as(
         ResolvedConfig,
         config,
@@ -74,8 +76,8 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
             optim,
             epochs=epochs,
             batch_size=_given(optim.batch_size, method.batch_size),
-            text_weight=_given(optim.text_weight, 25.0 if near == "l1" else 8.0),
-            logit_weight=_given(optim.logit_weight, 1.0 if near == "l1" else 0.0),
+            text_weight=_given(optim.text_weight, text_weight),
+            logit_weight=_given(optim.logit_weight, logit_weight),
             average=_given(optim.average, near == "l1"),
             master_weights=optim.master_weights and not config.reference_compat,
         ),
@@ -86,7 +88,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
 def in_words(config: ResolvedConfig) -> str:
     """What is learned, from what: the line that a log begins with."""
     prompt, data, optim = config.prompt, config.data, config.optim
-    parts: list[str] = [prompt.method]
+    parts: list[str] = [name_of(config)]
     if METHODS[prompt.method].epochs != 0:
         own = " for each class" if prompt.csc else ""
         start = f"from '{prompt.ctx_init}'" if prompt.ctx_init else f"of {prompt.n_ctx} random vectors"
@@ -113,11 +115,11 @@ def _data_name(data: DataConfig) -> str:
     return f"{data.name}-{place}" if place else data.name
 
 
-def with_method(config: RunConfig, method: Method, output_dir: Path) -> RunConfig:
-    """The same experiment by another method: that method's own recipe, in a directory of its own."""
-    prompt = _as(PromptConfig, config.prompt, method=method)
-    optim = _as(OptimConfig, config.optim, batch_size=None, epochs=None, consistency="none", average=None)
-    return _as(RunConfig, config, prompt=prompt, optim=optim, output_dir=output_dir)
+def with_method(config: RunConfig, method: str, output_dir: Path) -> RunConfig:
+    """The same experiment by another method or variant: its own recipe, in a directory of its own."""
+    varied = with_variant(config, method)
+    optim = _as(OptimConfig, varied.optim, batch_size=None, epochs=None, average=None)
+    return _as(RunConfig, varied, optim=optim, output_dir=output_dir)
 
 
 def with_data(config: RunConfig, data: DataConfig, template: str | None) -> RunConfig:

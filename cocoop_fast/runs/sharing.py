@@ -103,6 +103,10 @@ def learned_by(
     if not parameters:
         raise UserError("Zero-shot CLIP learns nothing, so there is nothing to share.")
     if isinstance(learner, ContextLearner):
+        if prompt is None and getattr(model, "averaged_with", None) is not None:
+            raise UserError(
+                "The model's logits are averaged with zero-shot CLIP's, whose prompts it does not name; share its run instead."
+            )
         prompt = prompt or _prompt_of(model, learner)
         classnames = classnames or learner.classnames
     pretrained = None if clip is None else clip.pretrained

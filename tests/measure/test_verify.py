@@ -70,6 +70,20 @@ def test_the_oracle_by_parts_is_the_oracle(problem):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("distance", ["l1", "cosine"])
+def test_consistency_is_verified(problem, distance):
+    """And an engine without it, or with another weight, is not equivalent."""
+    near = replace(problem, spec=replace(problem.spec, consistency=distance))
+    asked = list(contestants(CPU, ("fp64", "fp32"), ("torch", "cpu")))
+    verdicts = verify.verify(near, asked, device=CPU, steps=1)
+    assert len(verdicts) == 4 and all(verdict.within for verdict in verdicts)
+    assert max(asdict(verdicts[0].errors).values()) < 1e-10
+    [plain] = contestants(CPU, ("fp64",), ("torch",))
+    without = replace(plain, build=lambda given: plain.build(replace(given, spec=problem.spec)))
+    [verdict] = verify.verify(near, [without], device=CPU, steps=1)
+    assert {"loss", "gradients"} <= {name for name, _, _ in verdict.outside()}
+
+
 class _Wrong:
     """A contestant that is wrong in one way."""
 
@@ -165,6 +179,7 @@ def test_the_command(tiny_model, capsys):
     )
     out, err = capsys.readouterr()
     found = json.loads(out)
+    assert found["consistency"] == "none"
     assert err == "" and found["within"] is True and found["classes"] == 5 and found["steps"] == 2
     assert [(row["name"], row["precision"]) for row in found["rows"]] == [
         ("torch", "fp64"),
@@ -234,6 +249,8 @@ def test_the_command_fails_when_it_should(tiny_model, monkeypatch, capsys, tmp_p
         (["--backend", "fast"], "--backend is 'fast', but it must be one of"),
         (["--precision", "fp16"], "--precision is 'fp16', but on cpu it must be one of fp64, fp32"),
         (["--backend", "cuda"], "No backend asked for computes in these precisions on cpu"),
+        (["--prune-mass", "0.1", "--consistency", "l1"], "exclude each other, as in training"),
+        (["--consistency", "l2"], "--consistency is 'l2', but it must be one of none, l1, cosine"),
         (["--ctx-init", " "], "--ctx-init is empty"),
         (["--ctx-init", "uncharacteristically a"], "some word has several tokens"),
     ],

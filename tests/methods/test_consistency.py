@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tiny_models import IMAGE_SIZE, tiny_clip
 
 from cocoop_fast import CustomCLIP, UserError
 from cocoop_fast.distributed.class_shards import ClassShards
+from cocoop_fast.distributed.ranks import Group
 from cocoop_fast.methods import CoOp, ZeroShot
 from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.methods.consistency import Consistency
@@ -157,9 +160,46 @@ def test_what_was_unfrozen_on_purpose_stays_so():
 def test_what_leaves_classes_out_is_refused():
     with pytest.raises(UserError, match="Pruning leaves classes out"):
         models(L1, prune_mass=0.01)
-    fast, _ = models(L1)
-    with pytest.raises(UserError, match="cannot be shared out"):
-        ClassShards(fast, SimpleNamespace(size=2, index=0))
+
+
+@dataclass(frozen=True)
+class _Pair(Group):
+    """Two ranks that are threads."""
+
+    meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
+    said: dict = field(default_factory=dict)
+
+    def gather(self, tensor):
+        self.said[self.index] = tensor
+        self.meeting.wait()
+        values = [self.said[0], self.said[1]]
+        self.meeting.wait()
+        return values
+
+
+@pytest.mark.parametrize("kind", [CustomCLIP, CoOp])
+@pytest.mark.parametrize("consistency", [L1, COSINE], ids=["l1", "cosine"])
+def test_classes_shared_out_among_ranks(consistency, kind):
+    """The loss on each rank is the whole one, and the gradient the sum of the ranks' own."""
+    features, label = inputs(3, torch.float64)
+    pair = _Pair(0, 2)
+    ranks = [models(consistency, kind, torch.float64, backend="torch") for _ in range(2)]
+
+    def rank(index):
+        fast, _ = ranks[index]
+        loss, logits = ClassShards(fast, replace(pair, index=index)).loss_and_logits(features, label)
+        return loss.detach(), logits, torch.autograd.grad(loss, list(learned(fast).values()))
+
+    with ThreadPoolExecutor(2) as threads:
+        parts = list(threads.map(rank, range(2)))
+    _, dense = ranks[0]
+    expected = oracle_loss(dense, consistency, features, label)
+    wanted = torch.autograd.grad(expected, list(learned(dense).values()))
+    for loss, _, gradients in parts:
+        assert_close(loss, expected.detach(), 1e-10, "loss")
+        assert any((one - whole).abs().max() > 1e-6 for one, whole in zip(gradients, wanted, strict=True))
+    for name, one, other, whole in zip(learned(dense), parts[0][2], parts[1][2], wanted, strict=True):
+        assert_close(one + other, whole, 1e-10, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("meta_nets", [1, 3])

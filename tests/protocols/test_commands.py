@@ -119,7 +119,7 @@ def test_failures_are_listed_at_the_end(tmp_path, capsys, monkeypatch, tiny):
         "warning: digits, coop, seed 1 failed: RuntimeError: no luck",
         "error: 1 of 2 cells failed; the same command tries them again.",
     ]
-    assert "zeroshot" in out and "1 of 2 cells are missing." in out
+    assert "zero-shot CLIP" in out and "1 of 2 cells are missing." in out
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert [(cell["status"], cell["error"]) for cell in cells] == [
         ("finished", None),

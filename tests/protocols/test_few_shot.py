@@ -46,12 +46,12 @@ def test_a_column_for_each_number_of_shots(tmp_path):
     columns, rows = columns_and_rows(entries)
     assert columns == ["Data set", "Method", "1 shot", "2 shots", "4 shots"]
     assert rows == [
-        ["pets", "zeroshot", *["12.00"] * 3],
-        ["pets", "cocoop", "12.00±1.00", "22.00±1.00", "42.00±1.00"],
-        ["cars", "zeroshot", *["62.00"] * 3],
-        ["cars", "cocoop", "62.00±1.00", "72.00±1.00", "92.00±1.00"],
-        ["average", "zeroshot", *["37.00"] * 3],
-        ["average", "cocoop", "37.00±1.00", "47.00±1.00", "67.00±1.00"],
+        ["pets", "zero-shot CLIP", *["12.00"] * 3],
+        ["pets", "CoCoOp", "12.00±1.00", "22.00±1.00", "42.00±1.00"],
+        ["cars", "zero-shot CLIP", *["62.00"] * 3],
+        ["cars", "CoCoOp", "62.00±1.00", "72.00±1.00", "92.00±1.00"],
+        ["average", "zero-shot CLIP", *["37.00"] * 3],
+        ["average", "CoCoOp", "37.00±1.00", "47.00±1.00", "67.00±1.00"],
     ]
     assert "1, 2, 4 shots." in markdown(experiment, outcomes)
     without = make_table(experiment, outcomes[:-1])  # one seed of cars with 4 shots

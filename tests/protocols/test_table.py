@@ -108,8 +108,8 @@ def test_published_numbers_stand_beside_ours(tmp_path):
     assert entries["average", "cocoop", "h"].published.value == 75.83
     columns, rows = columns_and_rows(make_table(experiment, outcomes))
     assert columns == ["Data set", "Method", "Base", "New", "H"]
-    at = rows.index(["average", "cocoop", "80.00", "70.00", "74.67"])
-    assert rows[at + 1] == ["", "cocoop, paper", "80.47", "71.69", "75.83"]
+    at = rows.index(["average", "CoCoOp", "80.00", "70.00", "74.67"])
+    assert rows[at + 1] == ["", "CoCoOp, paper", "80.47", "71.69", "75.83"]
     text = markdown(experiment, outcomes)
     assert "Zhou et al." in text and "†" not in text
 
@@ -127,7 +127,7 @@ def test_numbers_without_a_check_are_marked(tmp_path):
     names = ("imagenet", *PROTOCOLS["domain-generalization"].datasets)
     outcomes = [finished(cell, **dict.fromkeys(names, 60.0)) for cell in make_cells(experiment)]
     text = markdown(experiment, outcomes)
-    assert "| imagenet_r | cocoop | 60.00 |" in text and "|  | cocoop, paper | 76.18† |" in text
+    assert "| imagenet_r | CoCoOp | 60.00 |" in text and "|  | CoCoOp, paper | 76.18† |" in text
     assert "† not checked" in text
 
 
@@ -171,7 +171,7 @@ def test_files(two_sets):
         rows = list(csv.DictReader(file))
     assert len(rows) == len(results["table"]) == 9
     assert float(rows[0]["mean"]) == 93.0 and rows[0]["published"] == ""
-    assert "| pets | cocoop | 93.00±2.45 | 60.00±4.90 |" in (experiment.root / "table.md").read_text()
+    assert "| pets | CoCoOp | 93.00±2.45 | 60.00±4.90 |" in (experiment.root / "table.md").read_text()
     tex = (experiment.root / "table.tex").read_text()
     assert r"\begin{tabular}{llrrr}" in tex and r"Data set & Method & Base & New & H \\" in tex
     assert r"pets & CoCoOp & 93.00$\pm$2.45 & 60.00$\pm$4.90 &" in tex
