@@ -14,7 +14,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cocoop_fast.errors import UserError
@@ -30,6 +30,16 @@ Subset = Literal["base", "new", "all"]
 ShardBy = Literal["auto", "images", "classes", "both"]
 OnNonfinite = Literal["stop", "skip"]
 ConsistencyKind = Literal["none", "l1", "cosine"]
+
+
+def as_words(value: Any) -> Any:
+    """``color, shape`` as the words that it lists; nothing as none; a list as it is."""
+    return (
+        tuple(word.strip() for word in value.split(",")) if isinstance(value, str) and value else value or ()
+    )
+
+
+Attributes = Annotated[tuple[str, ...], BeforeValidator(as_words)]
 
 # Bounds that no use reaches, and beyond which arithmetic overflows in one library or another.
 Count = Annotated[int, Field(ge=0, le=10**9)]
@@ -77,6 +87,8 @@ class PromptConfig:
     """A context for each class, from random vectors; it knows no class but those trained on."""
     class_position: ClassPosition = "end"
     """Of the class name: after, amid or before the context."""
+    attributes: Attributes = ()
+    """Words between learned contexts (ATPrompt), e.g. color,shape, or published, the data set's; implies an empty --ctx-init."""
     ablate_image: bool = False
     """Show the Meta-Net the same random vector for every image: what is left is not due to the image."""
     template: str | None = None

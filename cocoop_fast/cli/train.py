@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FIELDS = """
 prompt.method data.name data.root data.class_names data.shots data.subset model.name model.pretrained prompt.ctx_init prompt.n_ctx prompt.csc
-prompt.class_position prompt.ensemble prompt.ablate_image seed
+prompt.class_position prompt.ensemble prompt.attributes prompt.ablate_image seed
 optim.epochs optim.batch_size optim.lr optim.consistency optim.average optim.prune_mass reference_compat
 model.precision model.backend model.memory_budget model.device model.shard data.workers data.skip_bad_images
 data.cache_views optim.on_nonfinite
@@ -114,13 +114,14 @@ def methods_to_compare(
 
 
 def _print(results: Results) -> None:
-    from cocoop_fast.methods.records import METHODS as records  # needs torch, as a run does
+    from cocoop_fast.methods.records import METHODS as records  # needs torch
+    from cocoop_fast.methods.records import label_of, method_title
 
     output.print_table(
         ["Method", "Base", "New", "H", "All", "Seed", "Trained in"],
         [
             [
-                records[row.method].title,
+                method_title(label_of(row.method, row.attributes)),
                 *(output.shown(value) for value in (row.base, row.new, row.h, row.all)),
                 str(row.seed),
                 output.shown(row.train_seconds or None, "{:.1f} s".format),

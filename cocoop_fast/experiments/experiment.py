@@ -21,6 +21,7 @@ from cocoop_fast.experiments.material import Material
 from cocoop_fast.experiments.shared import Shared
 from cocoop_fast.experiments.training_run import TrainingRun, refuse_other_images
 from cocoop_fast.methods import knows_other_classes
+from cocoop_fast.methods.records import label_of
 from cocoop_fast.readable import html_table
 from cocoop_fast.runs import checkpoint, reference_checkpoint
 from cocoop_fast.runs.directory import RunDirectory, check_same_run, open_run, read_run, refuse_link
@@ -40,10 +41,17 @@ class Row:
     all: float | None
     train_seconds: float
     output_dir: Path
+    attributes: tuple[str, ...] = ()  # between learned contexts
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**self.__dict__, "output_dir": str(self.output_dir)}
+        return {**self.__dict__, "output_dir": str(self.output_dir), "attributes": list(self.attributes)}
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any]) -> Row:
+        """The inverse."""
+        own = {"output_dir": Path(values["output_dir"]), "attributes": tuple(values.get("attributes", ()))}
+        return cls(**{**values, **own})
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Results:
         ]
         rows = [
             [
-                f"{row.method}, seed {row.seed}",
+                f"{label_of(row.method, row.attributes)}, seed {row.seed}",
                 *("-" if (value := getattr(row, name)) is None else f"{value:.2f}" for name in measured),
                 f"{row.train_seconds:.1f}",
             ]
@@ -175,8 +183,7 @@ def _run_method(config: ResolvedConfig, directory: RunDirectory, material: Mater
         material.observer.on_message(
             f"The {method} run in {directory.path} is finished; its results are shown."
         )
-        row = finished["rows"][0]
-        return Row(**{**row, "output_dir": Path(row["output_dir"])})
+        return Row.from_mapping(finished["rows"][0])
     training = TrainingRun(config, directory, material)
     training.begin()
     training.trainer.fit(save=training.save, save_every=config.checkpoint_steps)
@@ -216,6 +223,7 @@ def _row(config: ResolvedConfig, metrics: dict[Subset, Metrics], seconds: float)
         all=accuracy.get("all"),
         train_seconds=seconds,
         output_dir=config.output_dir,
+        attributes=config.prompt.attributes,
     )
 
 

@@ -6,6 +6,7 @@ A new method is a file here, a record below, its name in :data:`cocoop_fast.conf
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,9 @@ from functools import partial
 from typing_extensions import Unpack
 
 from cocoop_fast.clip.load import LoadedClip
+from cocoop_fast.clip.tokenizer import encode
 from cocoop_fast.config import PromptConfig
+from cocoop_fast.methods.attributes import LAYOUT
 from cocoop_fast.methods.base import EngineOptions, LearnedPromptCLIP, PromptedCLIP
 from cocoop_fast.methods.cocoop import CustomCLIP, reference_cfg
 from cocoop_fast.methods.consistency import Consistency
@@ -61,6 +64,7 @@ def _context_model(
         image_size=clip.image_size,
         csc=prompt.csc,
         class_position=prompt.class_position,
+        attributes=prompt.attributes,
         ablate_image=prompt.ablate_image,
     )
     return model(cfg, classnames, clip.model, **engine)
@@ -115,6 +119,12 @@ def build_model(
         model.keep_near(partial(consistency.anchor, clip_model=clip.model), classnames)
     if clip.known_tokens is not None:
         warn_of_unknown_words(classnames, clip.known_tokens)
+        unknown = [word for word in prompt.attributes if not clip.known_tokens.issuperset(encode(word))]
+        if unknown:
+            warnings.warn(
+                f"The model never saw the attribute {', '.join(unknown)}: it is no anchor, but a vector like any other.",
+                stacklevel=2,
+            )
     return model
 
 
@@ -123,6 +133,17 @@ def knows_other_classes(prompt: PromptConfig) -> bool:
     return METHODS[prompt.method].knows_other_classes(prompt)
 
 
-def method_title(method: str) -> str:
-    """A method's name as people read it; any other text as it is."""
-    return METHODS[method].title if method in METHODS else method
+def has_context(method: str) -> bool:
+    """Whether the method learns a context, by steps of training."""
+    return METHODS[method].epochs != 0
+
+
+def label_of(method: str, attributes: Sequence[str]) -> str:
+    """A method with its layout, if it has attributes, as tables tell rows apart: ``cocoop + ATPrompt``."""
+    return f"{method} + {LAYOUT}" if attributes and has_context(method) else method
+
+
+def method_title(label: str) -> str:
+    """``cocoop (lr 0.1)`` as ``CoCoOp (lr 0.1)``, as people read it; any other text as it is."""
+    method, space, rest = label.partition(" ")
+    return METHODS[method].title + space + rest if method in METHODS else label

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 from cocoop_fast.config import DataConfig, Method, RunConfig, load_yaml, to_mapping
 from cocoop_fast.data import REGISTRY, Dataset
 from cocoop_fast.errors import UserError
-from cocoop_fast.methods.records import METHODS, knows_other_classes
+from cocoop_fast.methods.records import METHODS, has_context, knows_other_classes
 from cocoop_fast.protocols.protocol import Protocol, in_shots
 from cocoop_fast.runs.directory import check_same_run
 from cocoop_fast.runs.recipe import resolve
@@ -108,11 +108,12 @@ def make_cells(experiment: Experiment) -> tuple[Cell, ...]:
         tests = tuple((name, replace(there, subset="all")) for name, there in elsewhere.items())
         for method in experiment.methods:
             numbers = experiment.shots if METHODS[method].learns else experiment.shots[:1]
+            attributes = config.prompt.attributes if has_context(method) else ()
             for shots, seed in product(numbers or (None,), experiment.seeds):
                 of_shots = "" if shots is None else f"shots_{shots}"
                 own = replace(
                     config,
-                    prompt=replace(config.prompt, method=method),
+                    prompt=replace(config.prompt, method=method, attributes=attributes),
                     data=data if shots is None else replace(data, shots=shots),
                     seed=seed,
                     output_dir=experiment.root / dataset / method / of_shots / f"seed{seed}",

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from cocoop_fast.evaluation.metrics import harmonic_mean
-from cocoop_fast.methods.records import METHODS
+from cocoop_fast.methods.records import METHODS, label_of
 from cocoop_fast.protocols.cells import Experiment
 from cocoop_fast.protocols.protocol import in_shots
 from cocoop_fast.protocols.published import Published, published_results
@@ -36,7 +36,7 @@ class Entry:
 
     Args:
         dataset: tested on, or "average".
-        method: by its short name.
+        method: by its short name, with that of its layout: "cocoop", "cocoop + ATPrompt".
         metric: "base", "new", "h", "all", "accuracy" or "shots_N".
         mean: percent.
         std: over seeds; ``None`` for a single one, and for a method that learns nothing, which has no seeds.
@@ -98,9 +98,10 @@ def make_table(experiment: Experiment, outcomes: Sequence[Outcome]) -> tuple[Ent
             dataset != AVERAGE or set(experiment.datasets) == set(protocol.datasets)
         )
         for method in experiment.methods:
-            entries += entries_of(
-                dataset, method, accuracy[dataset, method], protocol.name if as_published else None
-            )
+            label = label_of(method, experiment.config.prompt.attributes)
+            name = protocol.name if as_published and label == method else None
+            own = entries_of(dataset, method, accuracy[dataset, method], name)
+            entries += [replace(entry, method=label) for entry in own]
     return tuple(entries)
 
 

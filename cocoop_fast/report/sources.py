@@ -10,6 +10,7 @@ from typing import Any
 from cocoop_fast.config import PromptConfig, RunConfig, flatten, from_mapping, load_yaml, to_mapping
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.parsing import ParseError, json_value, refusing_damage
+from cocoop_fast.methods.records import label_of
 from cocoop_fast.protocols.outputs import FORMAT, VERSION
 from cocoop_fast.protocols.protocol import find_protocol, in_shots
 from cocoop_fast.protocols.table import BySeed, Entry, entries_of
@@ -45,6 +46,11 @@ class Run:
     @property
     def method(self) -> str:
         return self.config.prompt.method
+
+    @property
+    def name(self) -> str:
+        """The method, with that of its layout if it has attributes."""
+        return label_of(self.method, self.config.prompt.attributes)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -170,7 +176,7 @@ def _read_protocol(path: Path) -> Source:
             runs=tuple(runs),
             missing=tuple(missing),
             setting=_setting(results["config"], results.get("shots") or ()),
-            focus=_focus([run.method for run in runs]),
+            focus=_focus([run.name for run in runs]),
         )
 
 
@@ -184,7 +190,7 @@ def _read_run(path: Path, dataset: str | None = None, features: Path | None = No
     run = Run(
         path=path,
         dataset=dataset or own,
-        label=config.prompt.method,
+        label="",
         config=config,
         results=_read_json(file) if file.is_file() else None,
         history=history,
@@ -195,7 +201,7 @@ def _read_run(path: Path, dataset: str | None = None, features: Path | None = No
         run.classes_tested()
     with refusing_damage(log):
         run.short_classes()
-    return run
+    return replace(run, label=run.name)
 
 
 def _source_of_runs(runs: Sequence[Run]) -> Source:
@@ -226,8 +232,9 @@ def _entries(group: Sequence[Run]) -> list[Entry]:
     for run in group:
         for metric, value in run.accuracy().items():
             accuracy.setdefault(metric, {})[run.config.seed] = value
-    # What was trained on other classes than the paper's is not the paper's experiment.
-    protocol = "base2new" if one.config.data.subset == "base" else None
+    # What was trained on other classes than the paper's, or with other prompts, is not the paper's experiment.
+    as_published = one.config.data.subset == "base" and one.name == one.method
+    protocol = "base2new" if as_published else None
     return [
         replace(entry, method=one.label) for entry in entries_of(one.dataset, one.method, accuracy, protocol)
     ]
@@ -236,7 +243,7 @@ def _entries(group: Sequence[Run]) -> list[Entry]:
 def _labelled(group: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
     """The same with what sets them apart from other runs of their method on the same data."""
     one = group[0]
-    alike = [run for run in runs if (run.dataset, run.method) == (one.dataset, one.method)]
+    alike = [run for run in runs if (run.dataset, run.name) == (one.dataset, one.name)]
     theirs = [dict(_decides(run.config)) for run in alike]
     different = [
         f"{name.rsplit('.', 1)[-1]} {value}"
@@ -245,14 +252,14 @@ def _labelled(group: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
     ]
     if not different and len(alike) > len(group):
         different = [str(one.path)]
-    label = f"{one.method} ({', '.join(different)})" if different else one.method
+    label = f"{one.name} ({', '.join(different)})" if different else one.name
     return [replace(run, label=label) for run in group]
 
 
 def _focus(methods: Sequence[str]) -> str:
     """Of a protocol, which has no method of its own: CoCoOp, or else the last, since tables begin with zero-shot CLIP."""
     own = PromptConfig().method
-    return own if own in methods or not methods else methods[-1]
+    return next((name for name in methods if name.split(" ")[0] == own), methods[-1] if methods else own)
 
 
 def _decides(config: RunConfig) -> tuple[tuple[str, str], ...]:

@@ -13,9 +13,8 @@ SUBSETS = {"base": "base classes", "new": "new classes", "all": "all classes"}
 
 def method_name(label: str) -> str:
     """``cocoop (lr 0.1)`` as ``CoCoOp (lr 0.1)``."""
-    method, space, rest = label.partition(" ")
-    title = method_title(method)
-    return title[:1].upper() + title[1:] + space + rest
+    title = method_title(label)
+    return title[:1].upper() + title[1:]
 
 
 def method_colour(label: str) -> str:

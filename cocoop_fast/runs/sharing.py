@@ -33,7 +33,7 @@ from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.methods.meta_nets import MetaNetsCLIP
-from cocoop_fast.methods.records import METHODS, knows_other_classes
+from cocoop_fast.methods.records import knows_other_classes, label_of, method_title
 from cocoop_fast.readable import listed
 from cocoop_fast.runs.checkpoint import load_parameters
 
@@ -71,7 +71,11 @@ class SharedLearner:
     @property
     def title(self) -> str:
         """The method, as people read it."""
-        return "A learned prompt" if self.prompt is None else METHODS[self.prompt.method].title
+        return (
+            "A learned prompt"
+            if self.prompt is None
+            else method_title(label_of(self.prompt.method, self.prompt.attributes))
+        )
 
     @property
     def clip_title(self) -> str:
@@ -206,7 +210,7 @@ def load_pretrained(model: PromptedCLIP, place: Path | str) -> None:
     if shared.prompt is not None and isinstance(learner, ContextLearner):
         check_classes(shared, learner.classnames, str(place))
         here, there = learner.options(), asdict(shared.prompt)
-        for name in ("csc", "class_position", "ablate_image"):
+        for name in ("csc", "class_position", "attributes", "ablate_image"):
             if here[name] != there[name]:
                 raise UserError(
                     f"{place} was learned with {name} {there[name]!r}, and this model has {here[name]!r}; make it with the same.",
