@@ -33,10 +33,10 @@ ConsistencyKind = Literal["none", "l1", "cosine"]
 
 
 def as_words(value: Any) -> Any:
-    """``color, shape`` as the words that it lists; nothing as none; a list as it is."""
-    return (
-        tuple(word.strip() for word in value.split(",")) if isinstance(value, str) and value else value or ()
-    )
+    """``color, shape`` as the words that it lists, and nothing as none; a list as it is."""
+    if value is None or value == "":
+        return ()
+    return tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else value
 
 
 Attributes = Annotated[tuple[str, ...], BeforeValidator(as_words)]

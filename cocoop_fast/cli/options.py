@@ -263,7 +263,7 @@ def _option(name: str, kind: Any, default: Any, text: str, field: str = "") -> i
 
 
 def _with_default(text: str, default: Any) -> str:
-    if default is None or isinstance(default, bool):
+    if default in (None, ()) or isinstance(default, bool):
         return text
     return f"{text} Default: {default:g}." if isinstance(default, float) else f"{text} Default: {default}."
 

@@ -75,7 +75,9 @@ def command(
     names = options.class_names(classes, k, 20)
     words = () if attributes is None else tuple(options.list_of(attributes, "--attributes"))
     if "published" in words:
-        raise UserError("verify knows no data set whose attributes are published; list them: --attributes color,shape.")
+        raise UserError(
+            "verify knows no data set whose attributes are published; list them: --attributes color,shape."
+        )
     spec = options.problem_spec(names, batch_size, model, pretrained, ctx_init, words)
 
     where = resolve_device(device)
@@ -155,7 +157,9 @@ def _print(found: dict[str, Any], verdicts: list[Verdict], others: list[Verdict]
     activation = ACTIVATIONS[found["activation"]]
     said = f"{activation}, which is assumed" if found["activation_assumed"] else activation
     prompts = f"attributes {', '.join(found['attributes'])}, " if found["attributes"] else ""
-    output.say(f"{found['model']}: {said}; {found['classes']} classes, {prompts}{images} a step, {found['device']}.")
+    output.say(
+        f"{found['model']}: {said}; {found['classes']} classes, {prompts}{images} a step, {found['device']}."
+    )
     _print_verdicts(verdicts)
     if others:
         other = found["other_activation"]
