@@ -14,7 +14,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cocoop_fast.errors import UserError
@@ -34,6 +34,16 @@ ConsistencyKind = Literal["none", "l1", "cosine"]
 
 # The CLIPs inside the package, and how the names of the data sets begin that each was made for.
 EMBEDDED_CLIPS = {"demo": "digits", "icons": "icons"}
+
+
+def as_words(value: Any) -> Any:
+    """``color, shape`` as the words that it lists, and nothing as none; a list as it is."""
+    if value is None or value == "":
+        return ()
+    return tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else value
+
+
+Attributes = Annotated[tuple[str, ...], BeforeValidator(as_words)]
 
 # Bounds that no use reaches, and beyond which arithmetic overflows in one library or another.
 Count = Annotated[int, Field(ge=0, le=10**9)]
@@ -86,6 +96,8 @@ class PromptConfig:
     """A context for each class, from random vectors; it knows no class but those trained on."""
     class_position: ClassPosition = "end"
     """Of the class name: after, amid or before the context."""
+    attributes: Attributes = ()
+    """Words between learned contexts (ATPrompt), e.g. color,shape, or published, the data set's; implies an empty --ctx-init."""
     ablate_image: bool = False
     """Show the Meta-Net the same random vector for every image: what is left is not due to the image."""
     average_zero_shot: bool = False
@@ -276,10 +288,11 @@ def _with_additions(values: dict[str, Any], variant: str, where: str) -> dict[st
     """The same with the plain method, and the fields that a variant adds where nothing else is said of them."""
     filled = {**values, "prompt": {**values["prompt"], "method": plain(variant)}}
     for one in additions(variant, where):
-        section, _, leaf = one.field.partition(".")
-        own = filled.get(section, {})
-        if isinstance(own, dict):
-            filled[section] = {leaf: one.value, **own}
+        for field_name, value in ((one.field, one.value), *one.also):
+            section, _, leaf = field_name.partition(".")
+            own = filled.get(section, {})
+            if isinstance(own, dict):
+                filled[section] = {leaf: value, **own}
     return filled
 
 

@@ -99,23 +99,36 @@ class DenseLearner(nn.Module):
         ctx: (M, d), or (K, M, d) if each class has its own.
         embed_dim: E, the width of the Meta-Net's input; None: there is none.
         nets: 1, or M Meta-Nets, each of which shifts one context vector.
+        attributes: (n, d) embeddings of each word that M more learned vectors, `ctx_att1` and so on, stand before.
     """
 
-    def __init__(self, ctx: Tensor, embed_dim: int | None, nets: int = 1) -> None:
+    def __init__(
+        self, ctx: Tensor, embed_dim: int | None, nets: int = 1, attributes: Sequence[Tensor] = ()
+    ) -> None:
         super().__init__()
         self.ctx = nn.Parameter(ctx.clone())
+        for n, word in enumerate(attributes, start=1):
+            self.register_buffer(f"attribute{n}", word, persistent=False)
+            self.register_parameter(f"ctx_att{n}", nn.Parameter(0.01 * torch.randn_like(ctx)))
+        self.n_attributes = len(attributes)
         if embed_dim is not None and nets == 1:
             self.meta_net = meta_net(embed_dim, ctx.shape[-1]).to(ctx)
         elif embed_dim is not None:
             self.meta_nets = nn.ModuleList(meta_net(embed_dim, ctx.shape[-1]) for _ in range(nets)).to(ctx)
 
     def context(self, x: Tensor) -> Tensor:
-        """The context of one image feature (E,)."""
+        """The context of one image feature (E,): all that stands between SOS and the class name, if that is at the end."""
+        ahead = [
+            part for n in range(1, 1 + self.n_attributes)
+            for part in (getattr(self, f"ctx_att{n}"), getattr(self, f"attribute{n}"))
+        ]  # fmt: skip
         if hasattr(self, "meta_net"):
-            return self.ctx + self.meta_net(x)
-        if hasattr(self, "meta_nets"):
-            return self.ctx + torch.stack([h(x) for h in self.meta_nets])
-        return self.ctx
+            own = self.ctx + self.meta_net(x)
+        elif hasattr(self, "meta_nets"):
+            own = self.ctx + torch.stack([h(x) for h in self.meta_nets])
+        else:
+            own = self.ctx
+        return torch.cat([*ahead, own]) if ahead else own
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,8 @@ class DensePromptedCLIP(nn.Module):
         meta_nets: one Meta-Net for each context vector instead of one for all.
         class_specific: a context for each class (random).
         class_position: "end", "middle" or "front".
+        attributes: words that stand before the context, each after M learned vectors of its own (ATPrompt, ICCV 2025):
+            [SOS] [M] color [M] shape [M, shifted by the image] name "." [EOT]. For `class_position` "end".
     """
 
     def __init__(
@@ -169,25 +184,34 @@ class DensePromptedCLIP(nn.Module):
         meta_nets: bool = False,
         class_specific: bool = False,
         class_position: str = "end",
+        attributes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.clip_model: Any = clip_model
         n_ctx = len(ctx_init.split()) if ctx_init else n_ctx
         words = ctx_init or " ".join(["X"] * n_ctx)
         names = prompt_names(classnames)
-        self.tokens = open_clip.tokenize([f"{words} {name}." for name in names])
+        ahead = "".join(f"{'X ' * n_ctx}{attribute} " for attribute in attributes)
+        self.tokens = open_clip.tokenize([f"{ahead}{words} {name}." for name in names])
         self.name_lens = [int(row.argmax()) - 1 for row in open_clip.tokenize(names)]
         self.class_position = class_position
         dtype = clip_model.ln_final.weight.dtype
         with torch.no_grad():
             self.embedding = clip_model.token_embedding(self.tokens).to(dtype)  # (K, L, d)
+        of_attributes = []
+        first = 1  # of the placeholders that come next
+        for attribute in attributes:
+            length = int(open_clip.tokenize([attribute]).argmax()) - 1
+            of_attributes.append(self.embedding[0, first + n_ctx : first + n_ctx + length])
+            first += n_ctx + length
         if ctx_init:
-            ctx = self.embedding[0, 1 : 1 + n_ctx]
+            ctx = self.embedding[0, first : first + n_ctx]
         else:
             classes = (len(names),) if class_specific else ()
             ctx = 0.02 * torch.randn(*classes, n_ctx, self.embedding.shape[2])
         embed_dim = clip_model.text_projection.shape[1] if conditional else None
-        self.prompt_learner = DenseLearner(ctx.to(dtype), embed_dim, n_ctx if meta_nets else 1)
+        nets = n_ctx if meta_nets else 1
+        self.prompt_learner = DenseLearner(ctx.to(dtype), embed_dim, nets, of_attributes)
         self.consistency: DenseConsistency | None = None
         self.image_encoder: nn.Module = clip_model.visual
         self.logit_scale: nn.Parameter = clip_model.logit_scale

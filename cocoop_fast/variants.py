@@ -6,7 +6,7 @@ sets one field of the configuration, which is what a run records.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +33,8 @@ class Addition:
         field: of the configuration, dotted; its default stands for the method without it.
         value: that the field has with it.
         methods: to which it means something.
+        any_value: whether the field says more than that it is there: any value but the default is it.
+        also: other fields with the values that go with it, unless something else is said.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Addition:
     field: str
     value: Any
     methods: tuple[str, ...]
+    any_value: bool = False
+    also: tuple[tuple[str, Any], ...] = ()
 
     def is_in(self, config: RunConfig) -> bool:
         """Whether what a configuration trains has it."""
@@ -48,13 +52,23 @@ class Addition:
     def is_asked_of(self, config: RunConfig) -> bool:
         """Whether its field is set, which means nothing to some methods."""
         section, _, leaf = self.field.partition(".")
-        return bool(getattr(getattr(config, section), leaf) == self.value)
+        value = getattr(getattr(config, section), leaf)
+        return bool(value) if self.any_value else bool(value == self.value)
 
 
 # In the order of a name's parts.
 ADDITIONS: dict[str, Addition] = {
     addition.name: addition
     for addition in (
+        Addition(
+            "attributes",
+            " + ATPrompt",
+            "prompt.attributes",
+            ("published",),
+            _PROMPTS,
+            any_value=True,
+            also=(("prompt.ctx_init", ""),),  # random vectors, as published
+        ),
         Addition("consistency", " + consistency", "optim.consistency", "l1", _PROMPTS),
         Addition("cosine-consistency", " + cosine consistency", "optim.consistency", "cosine", _PROMPTS),
         Addition("zero-shot", " + zero-shot CLIP", "prompt.average_zero_shot", True, _PROMPTS),
@@ -131,23 +145,38 @@ def title_of(name: str) -> str:
 
 
 def with_variant(config: Config, name: str) -> Config:
-    """The same experiment by a variant, whatever was added before."""
+    """The same experiment by a variant, whatever was added before; of an addition with values of its own, with that which is
+    there."""
     values: dict[str, dict[str, Any]] = {"prompt": {"method": plain(name)}}
-    added = {one.field: one.value for one in additions(name, "the method")}
+    added = {one.field: one for one in additions(name, "the method")}
     for field, section, leaf in _places():
-        default = getattr(type(getattr(config, section)), leaf)
-        values.setdefault(section, {})[leaf] = added.get(field, default)
+        there, one = getattr(getattr(config, section), leaf), added.get(field)
+        if one is None:
+            there = getattr(type(getattr(config, section)), leaf)
+        elif not (one.any_value and there):
+            there = one.value
+            for other, value in one.also:
+                section_of, _, leaf_of = other.partition(".")
+                values.setdefault(section_of, {})[leaf_of] = value
+        values.setdefault(section, {})[leaf] = there
     sections = {section: replace(getattr(config, section), **own) for section, own in values.items()}
     return replace(config, **sections)
 
 
-def set_fields(config: RunConfig) -> tuple[str, ...]:
-    """The fields that additions set and that a configuration has not left at their defaults."""
-    return tuple(
-        field
-        for field, section, leaf in _places()
-        if getattr(getattr(config, section), leaf) != getattr(type(getattr(config, section)), leaf)
-    )
+def refuse_common(config: RunConfig, names: Sequence[str]) -> None:
+    """Raises a UserError if what all rows of a table have in common would make variants of methods that are not named so.
+
+    Args:
+        config: of all rows; with attributes, say, for those that are named as having some.
+        names: of the rows.
+    """
+    for one in ADDITIONS.values():
+        named = one.any_value and any(one in additions(name, "the methods") for name in names)
+        if one.is_asked_of(config) and not named:
+            raise UserError(
+                f"`{one.field}` makes a row of its own of the table; name that in --methods, as in {_CONDITIONAL[0]}{PLUS}"
+                f"{one.name}."
+            )
 
 
 def _places() -> Iterator[tuple[str, str, str]]:

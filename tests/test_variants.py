@@ -20,7 +20,7 @@ from cocoop_fast.protocols.table import make_table
 from cocoop_fast.report.sources import read_sources
 from cocoop_fast.report.words import method_colour, method_name
 from cocoop_fast.runs.recipe import resolve, with_method
-from cocoop_fast.variants import ADDITIONS, FIELDS, name_of, set_fields, with_variant
+from cocoop_fast.variants import ADDITIONS, FIELDS, name_of, refuse_common, with_variant
 
 BOTH = "cocoop+consistency+no-image"
 
@@ -28,6 +28,7 @@ BOTH = "cocoop+consistency+no-image"
 @pytest.mark.parametrize(
     "typed, known, title",
     [
+        ("cocoop+consistency+attributes", "cocoop+attributes+consistency", "CoCoOp + ATPrompt + consistency"),
         ("zeroshot", "zeroshot", "Zero-shot CLIP"),
         ("CoCoOp+Consistency", "cocoop+consistency", "CoCoOp + consistency"),
         ("CoCoOp + no_image + consistency", BOTH, "CoCoOp + consistency, without the image"),
@@ -101,7 +102,9 @@ class TestLayers:
 
 def test_a_variant_of_a_configuration_has_what_its_name_says_alone(tmp_path):
     start = tiny_config(tmp_path, prompt__ablate_image=True, optim__consistency="cosine")
-    assert set_fields(start) and not set_fields(RunConfig())
+    refuse_common(RunConfig(), [BOTH])
+    with pytest.raises(UserError, match="makes a row of its own"):
+        refuse_common(start, [BOTH])
     for name in ("coop", "cocoop+consistency", BOTH):
         made = with_variant(start, name)
         assert name_of(made) == name and made.data == start.data
@@ -109,6 +112,28 @@ def test_a_variant_of_a_configuration_has_what_its_name_says_alone(tmp_path):
     digits = resolve(start, make_dataset())
     assert resolve(replace(start, output_dir=None), make_dataset()).output_dir.parent.name == name_of(start)
     assert name_of(with_variant(digits, "cocoop")) == "cocoop"
+
+
+def test_attributes_are_those_published_or_those_that_are_given(tmp_path):
+    def attributes_of(config):
+        return config.prompt.attributes, config.prompt.ctx_init
+
+    named = configuration.build(options={"prompt.method": ("--method", "coop+attributes")}).config
+    assert attributes_of(named) == (("published",), "")
+    given = configuration.build(
+        options={
+            "prompt.method": ("--method", "cocoop+attributes"),
+            "prompt.attributes": ("--attributes", "color,shape"),
+        }
+    ).config
+    assert attributes_of(given) == (("color", "shape"), "") and name_of(given) == "cocoop+attributes"
+    plain = tiny_config(tmp_path)
+    assert attributes_of(with_variant(plain, "cocoop+attributes")) == (("published",), "")
+    assert attributes_of(with_variant(given, "coop+attributes")) == (("color", "shape"), "")
+    assert with_variant(given, "coop").prompt.attributes == ()
+    refuse_common(given, ["cocoop", "cocoop+attributes"])
+    with pytest.raises(UserError, match=r"as in cocoop\+attributes"):
+        refuse_common(given, ["cocoop"])
 
 
 def make_dataset():

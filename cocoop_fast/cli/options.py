@@ -54,7 +54,7 @@ LETTERS = {
     "output_dir": "-o", "quiet": "-q", "run": "-r", "workers": "-w",
 }  # fmt: skip
 METAVARS = {
-    "batch_size": "N", "class_names": "FILE", "classes": "NAMES|FILE", "compare": "[METHOD,...]", "config": "FILE",
+    "attributes": "WORD ...", "batch_size": "N", "class_names": "FILE", "classes": "NAMES|FILE", "compare": "[METHOD,...]", "config": "FILE",
     "dataset": "NAME", "datasets": "NAME ...", "device": "DEVICE", "devices": "DEVICE ...", "images": "IMAGE",
     "methods": "METHOD ...", "model": "NAME", "onnx": "FILE", "pairs": "KEY=VALUE", "plot": "FILE",
     "pretrained": "TAG|FILE", "resources": "NAME=VALUE ...", "runs": "RUN", "seeds": "N ...", "shot_counts": "N ...",
@@ -69,6 +69,7 @@ OF_TYPE: dict[Any, str] = {
 WIDEST = 24  # characters that choices may have to stand beside their option
 # Options that take several values, `--seeds 1 2 3`, and what they are without one.
 LISTS = {
+    "--attributes": "published",
     "--compare": "all",
     "--datasets": "",
     "--devices": "all",
@@ -236,6 +237,8 @@ def _option(name: str, kind: Any, default: Any, text: str, field: str = "") -> i
         kind = get_args(kind)[0]
     if get_origin(kind) is Annotated:
         kind, check = get_args(kind)
+    if get_origin(kind) is tuple:
+        kind = str  # of words, see LISTS
     one = get_args(kind)[0] if get_origin(kind) is list else kind
     metavar = METAVARS.get(name, OF_TYPE.get(one))
     if get_origin(one) is Literal:
@@ -261,7 +264,7 @@ def _option(name: str, kind: Any, default: Any, text: str, field: str = "") -> i
 
 
 def _with_default(text: str, default: Any) -> str:
-    if default is None or isinstance(default, bool):
+    if default in (None, ()) or isinstance(default, bool):
         return text
     return f"{text} Default: {default:g}." if isinstance(default, float) else f"{text} Default: {default}."
 
@@ -385,6 +388,7 @@ def problem_spec(
     model: str | None,
     pretrained: str | None,
     ctx_init: str = "a photo of a",
+    attributes: tuple[str, ...] = (),
 ) -> ProblemSpec:
     """The problem that the options of ``bench`` and ``verify`` ask for.
 
@@ -398,4 +402,11 @@ def problem_spec(
     spelled = open_clip_name(model or "")
     if spelled is not None:
         model, pretrained = spelled[0], pretrained or spelled[1]
-    return ProblemSpec(classes=names, batch=batch, model=model, pretrained=pretrained, ctx_init=ctx_init)
+    return ProblemSpec(
+        classes=names,
+        batch=batch,
+        model=model,
+        pretrained=pretrained,
+        ctx_init=ctx_init,
+        attributes=attributes,
+    )

@@ -13,7 +13,7 @@ from cocoop_fast.cli import configuration, options, output
 from cocoop_fast.cli.options import AtLeastOne, Given
 from cocoop_fast.errors import UserError
 from cocoop_fast.spelling import meant
-from cocoop_fast.variants import set_fields
+from cocoop_fast.variants import refuse_common
 
 if TYPE_CHECKING:
     from cocoop_fast.config import DataConfig
@@ -129,6 +129,7 @@ def run(
         all_classes=all_classes,
         shots=shots_of(setting, shot_counts),
     )
+    refuse_common(asked.config, asked.methods)
     check_present(asked)
 
     launch, asked, device = choose_launcher(launcher, asked, devices, jobs, resources)
@@ -188,10 +189,6 @@ def data_sets(
     if decided:
         raise UserError(
             f"`{min(decided)}` is decided cell by cell; use the options of `cocoop-fast run --help`."
-        )
-    if added := set_fields(built.config):
-        raise UserError(
-            f"`{added[0]}` makes a row of its own of the table; name that in --methods, as in cocoop+consistency."
         )
     if source is not None and protocol.source is None:
         raise UserError(f"--source is not for {protocol.name}, which trains on each data set.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FIELDS = """
 prompt.method data.name data.root data.class_names data.shots data.subset model.name model.pretrained prompt.ctx_init prompt.n_ctx prompt.csc
-prompt.class_position prompt.ensemble prompt.ablate_image seed
+prompt.class_position prompt.ensemble prompt.attributes prompt.ablate_image seed
 optim.epochs optim.batch_size optim.lr optim.consistency optim.average optim.prune_mass reference_compat
 model.precision model.backend model.memory_budget model.device model.shard data.workers data.skip_bad_images
 data.cache_views optim.on_nonfinite

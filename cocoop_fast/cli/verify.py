@@ -34,6 +34,7 @@ def command(
     model: str | None = None,
     pretrained: str | None = None,
     ctx_init: Words = "a photo of a",
+    attributes: str | None = None,
     batch_size: Positive = 1,
     steps: Positive = 3,
     device: str = "auto",
@@ -51,6 +52,7 @@ def command(
 
     Args:
         k: Only the first so many classes. Default: 20 of ImageNet's.
+        attributes: Between learned contexts (ATPrompt), as in color,shape.
         model: open_clip architecture, OpenAI's name, or demo. Default: ViT-B/16's text tower with random weights.
         steps: Training steps to compare.
         precision: May be repeated. Default: all that the device is used in.
@@ -79,7 +81,12 @@ def command(
             "--prune-mass and --consistency exclude each other, as in training; give one of them."
         )
     names = options.class_names(classes, k, 20)
-    spec = options.problem_spec(names, batch_size, model, pretrained, ctx_init)
+    words = () if attributes is None else tuple(options.list_of(attributes, "--attributes"))
+    if "published" in words:
+        raise UserError(
+            "verify knows no data set whose attributes are published; list them: --attributes color,shape."
+        )
+    spec = options.problem_spec(names, batch_size, model, pretrained, ctx_init, words)
     spec = replace(spec, consistency=consistency)
 
     where = resolve_device(device)
@@ -116,6 +123,7 @@ def command(
         "model": spec.model_name,
         "pretrained": spec.pretrained,
         "classes": len(names),
+        "attributes": list(words),
         "batch": batch_size,
         "steps": steps,
         "consistency": consistency,
@@ -158,9 +166,10 @@ def _print(found: dict[str, Any], verdicts: list[Verdict], others: list[Verdict]
     images = readable_images(found["batch"])
     activation = ACTIVATIONS[found["activation"]]
     said = f"{activation}, which is assumed" if found["activation_assumed"] else activation
+    prompts = f"attributes {', '.join(found['attributes'])}, " if found["attributes"] else ""
     near = "" if found["consistency"] == "none" else f", with consistency {found['consistency']} in the loss"
     output.say(
-        f"{found['model']}: {said}; {found['classes']} classes, {images} a step{near}, {found['device']}."
+        f"{found['model']}: {said}; {found['classes']} classes, {prompts}{images} a step{near}, {found['device']}."
     )
     _print_verdicts(verdicts)
     if others:

@@ -178,6 +178,14 @@ class FrozenCLIP:
     def dtype(self) -> torch.dtype:
         return self._resblocks[0].attn.in_proj_weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self._resblocks[0].attn.in_proj_weight.device
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """(n, d) embeddings of (n,) tokens on the model's device, in the dtype that the transformer computes in."""
+        return self._text.token_embedding.weight.detach()[tokens].to(self.dtype)
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the weights are read again, from the copied model."""
         return {**self.__dict__, "_last_read": None}

@@ -22,7 +22,7 @@ from cocoop_fast.experiments.predict import Predictor
 from cocoop_fast.files.atomic import write_atomically
 from cocoop_fast.methods import LinearProbe, ZeroShot
 from cocoop_fast.methods.base import LearnedPromptCLIP, PromptedCLIP
-from cocoop_fast.methods.learner import Learner
+from cocoop_fast.methods.learner import ContextLearner, Learner
 from cocoop_fast.runs.directory import read_run
 from cocoop_fast.variants import name_of
 
@@ -54,6 +54,7 @@ class _Classifier(nn.Module):
     """The model in traceable operations: (B, 3, H, W) images to (B, K) logits."""
 
     fixed: Tensor | None
+    vectors: Tensor | None
 
     def __init__(self, model: PromptedCLIP) -> None:
         super().__init__()
@@ -64,6 +65,7 @@ class _Classifier(nn.Module):
         self.tower: TorchTower | None = None
         fixed: Tensor | None = None  # unit length
         beside = model.averaged_with if isinstance(model, LearnedPromptCLIP) else None
+        vectors: Tensor | None = None
         if isinstance(model, LearnedPromptCLIP):
             some = torch.ones(2, model.embed_dim) / model.embed_dim**0.5
             contexts = model.prompt_learner.contexts(some)
@@ -71,6 +73,8 @@ class _Classifier(nn.Module):
                 fixed = model.text_features(some)[0]
             else:
                 self.learner = model.prompt_learner
+                if isinstance(self.learner, ContextLearner):
+                    vectors = self.learner.vectors().detach()  # without the table of words that some are from
                 self.tower = TorchTower(
                     compute_constants(model.tree_encoder.frozen.text_weights(), model.tree_encoder.tree)
                 )
@@ -83,6 +87,7 @@ class _Classifier(nn.Module):
             beside = beside / beside.norm(dim=-1, keepdim=True)
         self.register_buffer("fixed", fixed)
         self.register_buffer("beside", beside)
+        self.register_buffer("vectors", vectors)
 
     def forward(self, image: Tensor) -> Tensor:
         features = self.image_encoder(image)
@@ -97,7 +102,10 @@ class _Classifier(nn.Module):
         if self.fixed is not None:
             return scaled @ self.fixed.T
         assert self.tower is not None and self.learner is not None
-        contexts = dense_contexts(self.learner.contexts(features))
+        if isinstance(self.learner, ContextLearner) and self.vectors is not None:
+            contexts = dense_contexts(self.learner.shifted(self.vectors, features))
+        else:
+            contexts = dense_contexts(self.learner.contexts(features))
         if self.own_context:
             contexts = contexts.flatten(-3, -2)
         text = self.tower.encode(ContextRows(None, contexts))[:, self.tower.constants.leaf_of_class]

@@ -32,6 +32,7 @@ class ProblemSpec:
     model: str | None = None  # None: DEFAULT_MODEL; else as `cocoop-fast train --model`
     pretrained: str | None = None
     ctx_init: str = "a photo of a"
+    attributes: tuple[str, ...] = ()
     seed: int = 0
     consistency: ConsistencyKind = "none"  # that verification adds to the loss
 
@@ -140,7 +141,13 @@ def build_problem(spec: ProblemSpec, clip_model: nn.Module | None = None) -> Pro
     model, assumed = load_model(spec) if clip_model is None else (clip_model, False)
     frozen = FrozenCLIP(model)
     generator = torch.Generator().manual_seed(spec.seed)
-    cfg = reference_cfg(ctx_init=spec.ctx_init, n_ctx=4, precision="fp32", image_size=frozen.image_size)
+    cfg = reference_cfg(
+        ctx_init=spec.ctx_init,
+        n_ctx=4,
+        precision="fp32",
+        image_size=frozen.image_size,
+        attributes=spec.attributes,
+    )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(spec.seed)
         learner = PromptLearner(cfg, spec.classes, model)
@@ -153,7 +160,7 @@ def build_problem(spec: ProblemSpec, clip_model: nn.Module | None = None) -> Pro
         labels=torch.randint(learner.n_cls, (spec.batch,), generator=generator),
         tokens=tokens,
         lengths=tokens.argmax(dim=1) + 1,
-        tree=ClassTree(tokens, learner.n_ctx),
+        tree=ClassTree.from_layout(learner.layout),
         weights=frozen.text_weights(),
         learned={name: value.detach().clone() for name, value in learner.named_parameters()},
         activation_assumed=assumed,

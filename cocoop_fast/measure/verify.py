@@ -219,7 +219,10 @@ def build_dense(problem: Problem, prompts_at_once: int = 64) -> DensePromptedCLI
     """
     device, dtype = problem.features.device, FrozenCLIP(problem.clip_model).dtype
     clip_model = problem.clip_model.cpu()  # the oracle embeds its tokens there
-    model = _DenseByParts(clip_model, problem.spec.classes, ctx_init=problem.spec.ctx_init).to(device)
+    spec = problem.spec
+    model = _DenseByParts(clip_model, spec.classes, ctx_init=spec.ctx_init, attributes=spec.attributes).to(
+        device
+    )
     model.dtype, model.embedding = dtype, model.embedding.to(device, dtype)
     model.prompt_learner.to(dtype)
     model.prompts_at_once = prompts_at_once

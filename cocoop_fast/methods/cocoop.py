@@ -80,7 +80,7 @@ class PromptLearner(ContextLearner):
         load = select_backend(prefix.device, prefix.dtype).load
         if load is None or context.requires_grad:  # the operation has no backward
             return assemble_dense_ref(context, prefix, suffix)
-        k, length, d = len(prefix), 1 + self.n_ctx + suffix.shape[1], prefix.shape[1]
+        k, length, d = len(prefix), 1 + context.shape[1] + suffix.shape[1], prefix.shape[1]
         prompts = prefix.new_empty(len(context), k, length, d)
         load().assemble_dense(context.contiguous(), prefix.contiguous(), suffix.contiguous(), prompts)
         return prompts
@@ -172,6 +172,7 @@ def reference_cfg(
     image_size: int,
     csc: bool = False,
     class_position: ClassPosition = "end",
+    attributes: Sequence[str] = (),
     ablate_image: bool = False,
 ) -> SimpleNamespace:
     """A cfg of the reference's form, for those who have none."""
@@ -181,6 +182,7 @@ def reference_cfg(
         PREC=precision,
         CSC=csc,
         CLASS_TOKEN_POSITION=class_position,
+        ATTRIBUTES=tuple(attributes),
         ABLATE_IMAGE=ablate_image,
     )
     return SimpleNamespace(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
-from cocoop_fast.config import ClassPosition
+from cocoop_fast.config import ClassPosition, as_words
 from cocoop_fast.engine.contexts import Contexts, ShiftedContext
 from cocoop_fast.errors import UserError
 from cocoop_fast.prompts.layout import PromptLayout, layout_at
@@ -75,23 +76,25 @@ class ContextLearner(Learner):
     Args:
         cfg: any object, or nested dicts, with ``INPUT.SIZE`` and, in ``TRAINER.<section>``, ``N_CTX`` and ``CTX_INIT``
             (words, or "" or False for random vectors). If there, ``CSC`` (a context for each class),
-            ``CLASS_TOKEN_POSITION`` ("end", "middle", "front") and ``ABLATE_IMAGE`` (what shifts the context is shown the
-            same random vector for every image) are read.
+            ``CLASS_TOKEN_POSITION`` ("end", "middle", "front"), ``ABLATE_IMAGE`` (what shifts the context is shown the
+            same random vector for every image) and ``ATTRIBUTES`` are read: words, each after M learned vectors of its own,
+            which stand before the context and are not shifted (Li et al., ATPrompt, ICCV 2025).
         classnames: K names; an underscore counts as a space.
         clip_model: an open_clip or OpenAI CLIP.
 
     Attributes: the parameter ``ctx``, (M, d) or (K, M, d) if each class has its own, in float32 for a float16 or
-    bfloat16 model too; ``classnames``, ``n_cls``, ``n_ctx``, ``tokenized_prompts`` (K, L), ``name_lens`` and ``layout``.
-    ``token_prefix`` (K, 1, d) and ``token_suffix`` (K, L - 1 - M, d), which the reference keeps as buffers, are made
-    when they are asked for.
+    bfloat16 model too, and ``ctx_att1``, ``ctx_att2``, ..., (M, d) each, before the attributes; ``classnames``, ``n_cls``,
+    ``n_ctx``, ``attributes``, ``tokenized_prompts`` (K, L), ``name_lens`` and ``layout``. ``token_prefix`` (K, 1, d) and
+    ``token_suffix`` (K, L - 1 - M, d), which the reference keeps as buffers, are made when they are asked for.
 
     Raises:
-        UserError: a cfg without one of these, a CTX_INIT that is no text, an empty class list or name, a prompt longer than
-            the context length, class-specific contexts that are to begin from words, or a cfg whose image size is not the
-            model's.
+        UserError: a cfg without one of these, a CTX_INIT that is no text, an empty class list, name or attribute, a prompt
+            longer than the context length, class-specific contexts that are to begin from words, attributes with such
+            contexts or another class position than "end", or a cfg whose image size is not the model's.
     """
 
     _stand_in: Tensor | None
+    _attribute_tokens: Tensor
     section = "COOP"
     saves_tokens = (
         False  # `token_prefix` and `token_suffix` in state dicts; they are loaded without them, too
@@ -104,6 +107,7 @@ class ContextLearner(Learner):
         self._ctx_init = _words(_option(cfg, f"{options}.CTX_INIT"))
         self._class_specific = bool(_option(cfg, f"{options}.CSC", False))
         self._class_position: ClassPosition = _option(cfg, f"{options}.CLASS_TOKEN_POSITION", "end")
+        self.attributes: tuple[str, ...] = tuple(as_words(_option(cfg, f"{options}.ATTRIBUTES", ())))
         drawn = None
         if _option(cfg, f"{options}.ABLATE_IMAGE", False):
             drawn = torch.randn(self._frozen.embed_dim, generator=torch.Generator().manual_seed(0))
@@ -114,15 +118,44 @@ class ContextLearner(Learner):
         self.n_ctx: int = _option(cfg, f"{options}.N_CTX")
         self._read(classnames)
         self.ctx = nn.Parameter(self._first_context())
+        for name in self._attribute_contexts():
+            first = nn.init.normal_(torch.empty(self.n_ctx, self._frozen.width), std=0.01)
+            self.register_parameter(name, nn.Parameter(first.to(self.ctx)))
 
     def contexts(self, image_features: Tensor) -> Contexts:
-        """v_m(x) = v_m + h_m(x), in these two parts; with class-specific contexts the sum, (B, K, M, d)."""
+        """v_m(x) = v_m + h_m(x), in these two parts; with class-specific contexts the sum, (B, K, M, d).
+
+        With attributes, (M', d) for all M' rows before the class name; the words among them are CLIP's embeddings, and only
+        the last M are shifted.
+        """
+        return self.shifted(self.vectors(), image_features)
+
+    def vectors(self) -> Tensor:
+        """What all images share: ``ctx``; with attributes, (M', d), what stands before it as well."""
+        return torch.cat([*self._ahead(), self.ctx]) if self.attributes else self.ctx
+
+    def shifted(self, vectors: Tensor, image_features: Tensor) -> Contexts:
+        """:meth:`contexts` from these vectors."""
         shift = self.shift(image_features.to(self.ctx.dtype))
         if shift is None:
-            return self.ctx
+            return vectors
+        if self.attributes:
+            own = shift if shift.ndim == 3 else shift[:, None].expand(-1, self.n_ctx, -1)
+            return ShiftedContext(vectors, F.pad(own, (0, 0, len(vectors) - self.n_ctx, 0)))
         if not self._class_specific:
-            return ShiftedContext(self.ctx, shift)
-        return self.ctx + (shift[:, None] if shift.ndim == 3 else shift[:, None, None])
+            return ShiftedContext(vectors, shift)
+        return vectors + (shift[:, None] if shift.ndim == 3 else shift[:, None, None])
+
+    def _ahead(self) -> Iterator[Tensor]:
+        """The learned vectors before each attribute, (M, d), and its own, in turn."""
+        words = self._frozen.embedded(self._attribute_tokens).to(self.ctx.dtype)
+        for name, word in zip(self._attribute_contexts(), words.split(self._attribute_lens), strict=True):
+            yield getattr(self, name)
+            yield word
+
+    def _attribute_contexts(self) -> list[str]:
+        """The names of ATPrompt's own state dicts."""
+        return [f"ctx_att{n}" for n in range(1, 1 + len(self.attributes))]
 
     def shift(self, image_features: Tensor) -> Tensor | None:
         """h_m(x): from (B, E) features to (B, d), or (B, M, d) where each vector has its own; None: there is none."""
@@ -149,6 +182,7 @@ class ContextLearner(Learner):
             "n_ctx": self.n_ctx,
             "csc": self._class_specific,
             "class_position": self._class_position,
+            "attributes": self.attributes,
             "ablate_image": self._stand_in is not None,
         }
 
@@ -157,17 +191,22 @@ class ContextLearner(Learner):
             classnames,
             ctx_init=self._ctx_init,
             n_ctx=self.n_ctx,
+            attributes=self.attributes,
             context_length=self._frozen.context_length,
         )
         self.n_cls, self.n_ctx = len(prompts.name_lens), prompts.n_ctx
         self.tokenized_prompts, self.name_lens = prompts.tokens, prompts.name_lens
+        self._attribute_lens = [len(word) for word in prompts.attributes]
+        tokens = torch.tensor(sum(prompts.attributes, ()), dtype=torch.int64)
+        self.register_buffer("_attribute_tokens", tokens.to(self._frozen.device), persistent=False)
         self.classnames = tuple(classnames)
         self.layout = layout_at(prompts, self._class_position, class_specific=self._class_specific)
 
     def _first_context(self) -> Tensor:
         weights = self._frozen.text_weights()
         if self._ctx_init:
-            words = self.tokenized_prompts[0, 1 : 1 + self.n_ctx].to(weights.device)
+            before_name = self.tokenized_prompts[0, 1 : 1 + self.layout.n_slots]
+            words = before_name[-self.n_ctx :].to(weights.device)
             # Through the model's own type, as in the reference: its values are then those of the model's words.
             ctx = weights.token_embedding[words].to(weights.dtype)
         else:  # drawn on the CPU in float32, so that a seed means the same context on every device
@@ -199,7 +238,7 @@ class ContextLearner(Learner):
     @property
     def token_suffix(self) -> Tensor:
         """(K, L - 1 - M, d) embeddings of the class names, full stop, end-of-text token and padding."""
-        return self._embedded(slice(1 + self.n_ctx, None))
+        return self._embedded(slice(1 + self.layout.n_slots, None))
 
     @torch.no_grad()
     def _embedded(self, places: slice) -> Tensor:

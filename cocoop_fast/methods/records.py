@@ -6,6 +6,7 @@ A new method is a file here, a record below, its name in :data:`cocoop_fast.conf
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from functools import partial
 from typing_extensions import Unpack
 
 from cocoop_fast.clip.load import LoadedClip
+from cocoop_fast.clip.tokenizer import encode
 from cocoop_fast.config import PromptConfig
 from cocoop_fast.methods.base import EngineOptions, LearnedPromptCLIP, PromptedCLIP
 from cocoop_fast.methods.cocoop import CustomCLIP, TextEncoder, reference_cfg
@@ -62,6 +64,7 @@ def _context_model(
         image_size=clip.image_size,
         csc=prompt.csc,
         class_position=prompt.class_position,
+        attributes=prompt.attributes,
         ablate_image=prompt.ablate_image,
     )
     return model(cfg, classnames, clip.model, **engine)
@@ -120,18 +123,27 @@ def build_model(
     if consistency is not None and isinstance(model, LearnedPromptCLIP):
         model.keep_near(partial(consistency.anchor, clip_model=clip.model), classnames)
     if prompt.average_zero_shot and isinstance(model, LearnedPromptCLIP):
-        encode = partial(
-            mean_text_features, zero_shot_templates(prompt), text_encoder=TextEncoder(clip.model)
-        )
-        model.average_with(encode, classnames)
+        templates, text_encoder = zero_shot_templates(prompt), TextEncoder(clip.model)
+        model.average_with(partial(mean_text_features, templates, text_encoder=text_encoder), classnames)
     if clip.known_tokens is not None:
         warn_of_unknown_words(classnames, clip.known_tokens)
+        unknown = [word for word in prompt.attributes if not clip.known_tokens.issuperset(encode(word))]
+        if unknown:
+            warnings.warn(
+                f"The model never saw the attribute {', '.join(unknown)}: it is no anchor, but a vector like any other.",
+                stacklevel=2,
+            )
     return model
 
 
 def knows_other_classes(prompt: PromptConfig) -> bool:
     """Whether what the method learns on some classes can be used on others."""
     return METHODS[prompt.method].knows_other_classes(prompt)
+
+
+def has_context(method: str) -> bool:
+    """Whether the method learns a context, by steps of training."""
+    return METHODS[method].epochs != 0
 
 
 def record_of(variant: str) -> MethodRecord | None:

@@ -58,11 +58,20 @@ def layout_at(
     "middle" puts M // 2 context vectors before the name and the rest after it. The full stop stays at the end.
 
     Args:
-        prompts: "<context> <name>." tokenized.
+        prompts: "<context> <name>." tokenized. With attributes all tokens before the name are slots, the attributes' own
+            too, so that the tree has the standard shape that every backend computes.
         position: where the name goes.
         class_specific: as in :class:`PromptLayout`.
+
+    Raises:
+        UserError: attributes in prompts whose name is not at the end, or with a context for each class.
     """
-    m, symbols = prompts.n_ctx, prompts.tokens.clone()
+    if prompts.attributes and (position != "end" or class_specific):
+        raise UserError(
+            "Attributes stand before a context that all classes share, with the class name at its end (ATPrompt); leave out "
+            f"{'csc' if class_specific else f'the class position {position}'}, or the attributes."
+        )
+    m, symbols = prompts.n_before_name, prompts.tokens.clone()
     symbols[:, 1 : 1 + m] = -1 - torch.arange(m)
     ahead = {"end": m, "middle": m // 2, "front": 0}[position]
     column = torch.arange(symbols.shape[1])

@@ -16,11 +16,17 @@ from cocoop_fast.errors import UserError
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """K prompts "<context> <name>." as token ids."""
+    """K prompts "<context> <name>." as token ids; before the context there may be attributes with contexts of their own."""
 
-    tokens: Tensor  # (K, L) int64: SOS, context, name, ".", EOT, padded with 0
+    tokens: Tensor  # (K, L) int64: SOS, what is ahead, context, name, ".", EOT, padded with 0
     n_ctx: int  # M
     name_lens: list[int]  # tokens of each name alone
+    attributes: tuple[tuple[int, ...], ...] = ()  # tokens of each word that M others stand before
+
+    @property
+    def n_before_name(self) -> int:
+        """Tokens between SOS and the name."""
+        return self.n_ctx + sum(self.n_ctx + len(word) for word in self.attributes)
 
 
 def spell_names(classnames: Sequence[str]) -> list[str]:
@@ -42,16 +48,23 @@ def spell_names(classnames: Sequence[str]) -> list[str]:
 
 
 def tokenize_prompts(
-    classnames: Sequence[str], *, ctx_init: str = "", n_ctx: int = 16, context_length: int = 77
+    classnames: Sequence[str],
+    *,
+    ctx_init: str = "",
+    n_ctx: int = 16,
+    attributes: Sequence[str] = (),
+    context_length: int = 77,
 ) -> TokenizedPrompts:
     """Tokenize "<ctx_init> <name>." for each class, or "X X .. X <name>." with `n_ctx` placeholders.
 
     With `ctx_init`, M is the number of its *tokens*. (The reference counts its words, and so cuts the context
-    short when a word has several tokens.)
+    short when a word has several tokens.) Before it stand M placeholders and a word for each attribute:
+    "X X color X X shape X X <name>.".
 
     Raises:
-        UserError: no classes, an empty name, or a prompt that does not fit the context length.
+        UserError: no classes, an empty name or attribute, or a prompt that does not fit the context length.
     """
+    words = spell_attributes(attributes)
     prefix = prompt_name(ctx_init)
     if prefix:
         n_ctx = len(encode(prefix))
@@ -59,8 +72,26 @@ def tokenize_prompts(
         raise UserError(f"The number of context tokens must be at least 1, got {n_ctx}.")
     else:
         prefix = " ".join(["X"] * n_ctx)
-    tokens = tokenize_names(classnames, before=f"{prefix} ", after=".", context_length=context_length)
-    return TokenizedPrompts(tokens, n_ctx, [len(encode(name)) for name in spell_names(classnames)])
+    ahead = "".join(f"{'X ' * n_ctx}{word} " for word in words)
+    tokens = tokenize_names(classnames, before=f"{ahead}{prefix} ", after=".", context_length=context_length)
+    name_lens = [len(encode(name)) for name in spell_names(classnames)]
+    return TokenizedPrompts(tokens, n_ctx, name_lens, tuple(map(encode, words)))
+
+
+def spell_attributes(attributes: Sequence[str]) -> list[str]:
+    """Attributes as they stand in a prompt.
+
+    Raises:
+        UserError: one that is empty, or the same one twice.
+    """
+    words = [prompt_name(word) for word in attributes]
+    for given, word in zip(attributes, words, strict=True):
+        if not encode(word):
+            raise UserError(f"An attribute must have letters, got {given!r}; list them as in color,shape.")
+    twice = next((word for n, word in enumerate(words) if word in words[:n]), None)
+    if twice is not None:
+        raise UserError(f"The attribute {twice!r} is listed twice; list each once.")
+    return words
 
 
 def tokenize_names(classnames: Sequence[str], *, before: str, after: str, context_length: int = 77) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class ContextToken:
     """One learned context vector.
 
     Args:
-        place: "1", or "class name, 1" if each class has its own.
+        place: "1", or "class name, 1" if each class has its own, or "before color, 1" if it belongs to an attribute.
         length: of the vector.
         nearest: words of the vocabulary with the Euclidean distance of their embedding, nearest first.
         typical: the mean distance to all words, which tells whether the nearest one is near.
@@ -90,6 +90,15 @@ def nearest_words(
     )
 
 
+def learned_words(learner: ContextLearner, clip: LoadedClip, first_class: str) -> tuple[ContextToken, ...]:
+    """:func:`nearest_words` of all that a learner has, in the order of the prompt."""
+    found: list[ContextToken] = []
+    for n, attribute in enumerate(learner.attributes, 1):
+        own = nearest_words(getattr(learner, f"ctx_att{n}"), clip, first_class)
+        found += [replace(token, place=f"before {attribute}, {token.place}") for token in own]
+    return (*found, *nearest_words(learner.ctx, clip, first_class))
+
+
 @torch.no_grad()
 def shifts_of(
     learner: ContextLearner,
@@ -112,7 +121,7 @@ def shifts_of(
     ctx = learner.ctx.detach()
     if moved.ndim == ctx.ndim or len(unit) < 3:
         return None
-    shift = (moved - ctx).double().cpu()  # (n, M, d)
+    shift = (moved[..., -learner.n_ctx :, :] - ctx).double().cpu()  # (n, M, d)
     if shift.ndim == 4:  # class-specific contexts are all moved alike
         shift = shift[:, 0]
     points, explained = principal_components(shift.flatten(1))

@@ -29,7 +29,7 @@ from cocoop_fast.methods.base import PromptedCLIP
 from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.methods.records import METHODS
 from cocoop_fast.prompts.tokens import about_unknown_words
-from cocoop_fast.report.contexts import ContextToken, Shifts, nearest_words, shifts_of
+from cocoop_fast.report.contexts import ContextToken, Shifts, learned_words, nearest_words, shifts_of
 from cocoop_fast.report.sources import Run
 from cocoop_fast.runs.checkpoint import load_parameters
 from cocoop_fast.runs.directory import read_run
@@ -201,7 +201,7 @@ class Inspector:
         learner = trained.prompt_learner
         if isinstance(learner, ContextLearner):
             first_class = newest.classnames[0]
-            words = nearest_words(learner.ctx, clip, first_class)
+            words = learned_words(learner, clip, first_class)
             features = torch.cat(images).to(learner.ctx.device)
             trained_on = len(tested[0].classnames)  # the first subset is what was trained on
             shifts = shifts_of(learner, features, torch.cat(labels), names, trained_on)

@@ -15,7 +15,7 @@ from cocoop_fast.protocols.protocol import find_protocol, in_shots
 from cocoop_fast.protocols.table import BySeed, Entry, entries_of
 from cocoop_fast.report.history import History, read_history
 from cocoop_fast.report.words import SUBSETS
-from cocoop_fast.variants import name_of
+from cocoop_fast.variants import name_of, plain
 
 _BESIDE = ("seed", "output_dir")  # what may differ between runs that are averaged
 _DEEPEST = 3  # levels below a directory at which runs are looked for: DATA/METHOD/seedN
@@ -254,7 +254,7 @@ def _labelled(group: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
 def _focus(methods: Sequence[str]) -> str:
     """Of a protocol, which has no method of its own: CoCoOp, or else the last, since tables begin with zero-shot CLIP."""
     own = PromptConfig().method
-    return own if own in methods or not methods else methods[-1]
+    return next((name for name in methods if plain(name) == own), methods[-1] if methods else own)
 
 
 def _decides(config: RunConfig) -> tuple[tuple[str, str], ...]:

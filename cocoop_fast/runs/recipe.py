@@ -20,8 +20,9 @@ from cocoop_fast.config import (
 )
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.errors import UserError
+from cocoop_fast.methods.attributes import LAYOUT, attributes_for
 from cocoop_fast.methods.consistency import WEIGHTS
-from cocoop_fast.methods.records import METHODS
+from cocoop_fast.methods.records import METHODS, has_context
 from cocoop_fast.variants import name_of, with_variant
 
 T = TypeVar("T")
@@ -37,12 +38,15 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
     Zero-shot CLIP learns nothing, and a linear probe is fitted without steps: 0 epochs.
     Both learners keep the configuration's ``ctx_init``, as the reference does in the base-to-new setting.
 
+    Attributes that are "published" become those of the data set (ATPrompt).
+
     Args:
         config: as written by a user.
         dataset: its defaults for the classes trained on, the transform and the zero-shot template are used.
 
     Raises:
-        UserError: bounds of the crop in the wrong order, or a device that is not there.
+        UserError: bounds of the crop in the wrong order, a device that is not there, or attributes for what has no learned
+            context or of a data set for which none are published.
     """
     name, model, augment, optim = config.prompt.method, config.model, config.augment, config.optim
     method, scale = METHODS[name], augment.crop_scale
@@ -53,6 +57,10 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
         epochs = optim.epochs
     if scale is not None and scale[0] > scale[1]:
         raise UserError(f"augment.crop_scale is {scale[0]:g} to {scale[1]:g}; give the smaller share first.")
+    if config.prompt.attributes and not has_context(name):
+        raise UserError(
+            f"Attributes stand between learned contexts, and {name} has none; leave them out, or use --method cocoop or coop."
+        )
     # Seeds lie side by side, as the reference's result parser expects them.
     own_place = Path("output") / _data_name(config.data) / name_of(config) / f"seed{config.seed}"
     return _as(
@@ -63,6 +71,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> ResolvedConfig:
             ResolvedPrompt,
             config.prompt,
             template=_given(config.prompt.template, _template(config.prompt, dataset)),
+            attributes=attributes_for(config.prompt.attributes, dataset.name),
         ),
         data=_as(ResolvedData, config.data, subset=_given(config.data.subset, dataset.subset)),
         augment=_as(
@@ -89,11 +98,13 @@ def in_words(config: ResolvedConfig) -> str:
     """What is learned, from what: the line that a log begins with."""
     prompt, data, optim = config.prompt, config.data, config.optim
     parts: list[str] = [name_of(config)]
-    if METHODS[prompt.method].epochs != 0:
+    if has_context(prompt.method):
         own = " for each class" if prompt.csc else ""
         start = f"from '{prompt.ctx_init}'" if prompt.ctx_init else f"of {prompt.n_ctx} random vectors"
         place = "" if prompt.class_position == "end" else f", class name in {prompt.class_position}"
         parts.append(f"context{own} {start}{place}")
+        if prompt.attributes:
+            parts.append(f"attributes {', '.join(prompt.attributes)} ({LAYOUT})")
     else:
         parts.append(
             f"prompt '{prompt.template}'" if prompt.ensemble == "none" else f"ensemble {prompt.ensemble}"

@@ -24,7 +24,7 @@ from torch import Tensor
 from cocoop_fast.clip.fingerprint import fingerprint
 from cocoop_fast.clip.hub import hub_file, unreachable
 from cocoop_fast.clip.weights import HUB
-from cocoop_fast.config import ModelConfig, PromptConfig
+from cocoop_fast.config import ModelConfig, PromptConfig, RunConfig
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.atomic import write_atomically, write_json
 from cocoop_fast.files.parsing import json_value
@@ -33,9 +33,10 @@ from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.methods.meta_nets import MetaNetsCLIP
-from cocoop_fast.methods.records import METHODS, knows_other_classes
+from cocoop_fast.methods.records import knows_other_classes, method_title
 from cocoop_fast.readable import listed
 from cocoop_fast.runs.checkpoint import load_parameters
+from cocoop_fast.variants import name_of
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _FORMAT, _VERSION = "cocoop_fast prompt learner", 1
@@ -71,7 +72,9 @@ class SharedLearner:
     @property
     def title(self) -> str:
         """The method, as people read it."""
-        return "A learned prompt" if self.prompt is None else METHODS[self.prompt.method].title
+        if self.prompt is None:
+            return "A learned prompt"
+        return method_title(name_of(RunConfig(prompt=self.prompt)))
 
     @property
     def clip_title(self) -> str:
@@ -210,7 +213,7 @@ def load_pretrained(model: PromptedCLIP, place: Path | str) -> None:
     if shared.prompt is not None and isinstance(learner, ContextLearner):
         check_classes(shared, learner.classnames, str(place))
         here, there = learner.options(), asdict(shared.prompt)
-        for name in ("csc", "class_position", "ablate_image"):
+        for name in ("csc", "class_position", "attributes", "ablate_image"):
             if here[name] != there[name]:
                 raise UserError(
                     f"{place} was learned with {name} {there[name]!r}, and this model has {here[name]!r}; make it with the same.",
