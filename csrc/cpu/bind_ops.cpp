@@ -519,7 +519,7 @@ double multiply_add_loop(int64_t rounds) {
     std::vector<float> out(a.threads);
     a.out = out.data();
     run(&Kernels::multiply_add_loop, a);
-    return 2.0 * kPeakChains * kernels().lanes * (double)rounds * a.threads;
+    return 2.0 * kernels().peak_chains * kernels().lanes * (double)rounds * a.threads;
 }
 
 double read_loop(const py::array& data) {

@@ -15,6 +15,9 @@ extern const Kernels kernels_avx2;
 #ifdef COCOOP_FAST_HAVE_AVX512
 extern const Kernels kernels_avx512;
 #endif
+#ifdef COCOOP_FAST_HAVE_NEON
+extern const Kernels kernels_neon;
+#endif
 
 static std::vector<const Kernels*> runnable() {
     std::vector<const Kernels*> tables{&kernels_portable};
@@ -23,6 +26,9 @@ static std::vector<const Kernels*> runnable() {
 #endif
 #ifdef COCOOP_FAST_HAVE_AVX512
     if (cpu_features().runs_avx512()) tables.push_back(&kernels_avx512);
+#endif
+#ifdef COCOOP_FAST_HAVE_NEON
+    if (cpu_features().runs_neon()) tables.push_back(&kernels_neon);
 #endif
     return tables;
 }

@@ -230,9 +230,6 @@ struct MoveRows {
     int threads;
 };
 
-// Chains of multiply-adds of a register that do not wait for each other.
-constexpr int kPeakChains = 12;
-
 struct PeakLoop {
     const float* data;  // read_loop: n floats
     int64_t n;
@@ -244,7 +241,8 @@ struct PeakLoop {
 
 struct Kernels {
     const char* name;
-    int lanes;  // floats of a register
+    int lanes;        // floats of a register
+    int peak_chains;  // multiply-adds of a register in a round of multiply_add_loop
     void (*layer_norm_fwd)(const LayerNormFwd&);
     void (*layer_norm_bwd)(const LayerNormBwd&);
     void (*activation_fwd)(const ActivationFwd&);

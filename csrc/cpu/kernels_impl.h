@@ -10,6 +10,9 @@
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#ifdef COCOOP_FAST_NEON
+#include <arm_neon.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -31,7 +34,7 @@ namespace cocoop_fast {
 
 extern const Kernels COCOOP_FAST_TABLE;
 const Kernels COCOOP_FAST_TABLE = {
-    COCOOP_FAST_ISA,      kLanes,               layer_norm_fwd,       layer_norm_bwd, activation_fwd,    activation_bwd,
+    COCOOP_FAST_ISA,      kLanes,               kPeakChains,    layer_norm_fwd,       layer_norm_bwd, activation_fwd,    activation_bwd,
     linear,               pack_weight,          tree_attention_fwd,   tree_attention_bwd,
     assemble_prompts_fwd, assemble_prompts_bwd, assemble_dense,       head_fwd,       head_bwd,       cross_entropy,
     gather_rows,          add_rows,             multiply_add_loop,    read_loop,

@@ -15,6 +15,12 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
+#if defined(__AVX512F__) || defined(COCOOP_FAST_NEON)
+constexpr int kRegisters = 32;  // of Vecs
+#else
+constexpr int kRegisters = 16;
+#endif
+
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
@@ -37,6 +43,13 @@ inline Vec load_first(const float* p, int64_t n) {
     return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
 #elif defined(__AVX2__)
     return (Vec)_mm256_maskload_ps(p, (__m256i)(lane_index() < (int32_t)n));
+#elif defined(COCOOP_FAST_NEON)
+    if (n >= kLanes) return load(p);
+    float32x4_t v = vdupq_n_f32(0.0f);
+    if (n & 2) v = vcombine_f32(vld1_f32(p), vget_low_f32(v));
+    if (n == 1) v = vld1q_lane_f32(p, v, 0);
+    if (n == 3) v = vld1q_lane_f32(p + 2, v, 2);
+    return (Vec)v;
 #else
     Vec v{};
     for (int i = 0; i < n; i++) v[i] = p[i];
@@ -49,6 +62,11 @@ inline void store_first(float* p, Vec v, int64_t n) {
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
 #elif defined(__AVX2__)
     _mm256_maskstore_ps(p, (__m256i)(lane_index() < (int32_t)n), (__m256)v);
+#elif defined(COCOOP_FAST_NEON)
+    if (n >= kLanes) return store(p, v);
+    if (n & 2) vst1_f32(p, vget_low_f32((float32x4_t)v));
+    if (n == 1) vst1q_lane_f32(p, (float32x4_t)v, 0);
+    if (n == 3) vst1q_lane_f32(p + 2, (float32x4_t)v, 2);
 #else
     for (int i = 0; i < n; i++) p[i] = v[i];
 #endif
@@ -122,7 +140,8 @@ inline void weighted_sum_block(float* out, int64_t rows, Weight weight, Row row,
 
 template <class Weight, class Row>
 inline void weighted_sum(float* out, int64_t n, int64_t rows, Weight weight, Row row) {
-    constexpr int block = kLanes == 16 ? 4 : 8;  // accumulators kept in registers
+    // Accumulators kept in registers: those of a head of 64, but no more than half of the registers.
+    constexpr int block = 64 / kLanes < kRegisters / 2 ? 64 / kLanes : kRegisters / 2;
     int64_t i = 0;
     for (; i + block * kLanes <= n; i += block * kLanes) weighted_sum_block<block>(out, rows, weight, row, i);
     for (; i + 2 * kLanes <= n; i += 2 * kLanes) weighted_sum_block<2>(out, rows, weight, row, i);
