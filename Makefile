@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint typecheck bench kernels site wheel clean sanitize fuzz
+.PHONY: help install demo test soak lint typecheck bench kernels arm site wheel clean sanitize fuzz
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -35,6 +35,9 @@ sanitize: $(INSTALLED) ## tests of the C++ operations under the address and unde
 
 fuzz: $(INSTALLED) ## random calls of them under the same, ten minutes, while threads change the inputs
 	PYTHON=$(BIN)/python tools/sanitize_ops.sh -s -m soak tests/ops/test_fuzz.py
+
+arm: ## the CPU kernels for ARM: cross-compiled, and checked under user-mode emulation
+	$(PYTHON) tools/check_kernels.py --arm
 
 bench: $(INSTALLED) ## benchmarks, a short set; all of them with `make bench FULL=--full`
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(FULL)

@@ -39,7 +39,7 @@ INSTRUCTION_SETS = {
         ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
         "__AVX512F__",
     ),
-    "_neon": ([], "__ARM_NEON"),
+    "_neon": ([], "__aarch64__"),  # the 64-bit ARM, which always has it; Apple's compiler too defines this
 }
 
 

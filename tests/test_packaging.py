@@ -233,7 +233,7 @@ def test_name_of_a_source_chooses_its_instruction_set(tree):
     conditions = {
         "avx2": "__AVX2__ && __FMA__ && !__AVX512F__",
         "avx512": "__AVX512F__ && __AVX512BW__ && __AVX512DQ__ && __AVX512VL__",
-        "neon": "__ARM_NEON",
+        "neon": "__aarch64__ && __ARM_NEON",
     }
     for name, condition in conditions.items():
         (tree / f"csrc/cpu/op_{name}.cpp").write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -57,17 +58,25 @@ def read_loop(data: Tensor) -> float:
 
 
 def frozen_linear(layer: Affine, *, packed: bool) -> FrozenLinear:
-    """Where the processor has AVX2 or AVX-512, kernels of our own serve: they keep the weight packed for the forward,
-    write into the caller's buffers and fuse. Elsewhere the vendor's library does, reached through torch (Apple's, for
-    one, uses matrix units that no portable code reaches). docs/performance.md has the comparison.
+    """Where :func:`multiplies_itself` says so, kernels of our own serve: they keep the weight packed for the forward, write
+    into the caller's buffers and fuse. Elsewhere the vendor's library does, reached through torch.
     """
     from cocoop_fast.ops import cpu
 
-    return PackedLinear(layer) if packed and isa() != "portable" else GemmLinear(layer, cpu)
+    return PackedLinear(layer) if packed and multiplies_itself() else GemmLinear(layer, cpu)
+
+
+def multiplies_itself() -> bool:
+    """Whether products are the kernels' own: those of AVX2, AVX-512 and NEON, docs/performance.md has the comparison.
+
+    Not where the extension was built without OpenMP and would use one core, and not on macOS, whose library uses matrix
+    units that no kernel reaches.
+    """
+    return isa() != "portable" and sys.platform != "darwin" and bool(CPP.load().build_info()["openmp"])
 
 
 def packed_bytes(columns: int, inner: int) -> int:
-    return 0 if isa() == "portable" else 4 * -(-columns // PANEL_COLUMNS) * PANEL_COLUMNS * inner
+    return 4 * -(-columns // PANEL_COLUMNS) * PANEL_COLUMNS * inner if multiplies_itself() else 0
 
 
 class PackedLinear:

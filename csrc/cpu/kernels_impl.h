@@ -34,10 +34,11 @@ namespace cocoop_fast {
 
 extern const Kernels COCOOP_FAST_TABLE;
 const Kernels COCOOP_FAST_TABLE = {
-    COCOOP_FAST_ISA,      kLanes,               kPeakChains,    layer_norm_fwd,       layer_norm_bwd, activation_fwd,    activation_bwd,
-    linear,               pack_weight,          tree_attention_fwd,   tree_attention_bwd,
-    assemble_prompts_fwd, assemble_prompts_bwd, assemble_dense,       head_fwd,       head_bwd,       cross_entropy,
-    gather_rows,          add_rows,             multiply_add_loop,    read_loop,
+    COCOOP_FAST_ISA,      kLanes,               kPeakChains,        layer_norm_fwd,     layer_norm_bwd,
+    activation_fwd,       activation_bwd,       linear,             pack_weight,        tree_attention_fwd,
+    tree_attention_bwd,   assemble_prompts_fwd, assemble_prompts_bwd, assemble_dense,   head_fwd,
+    head_bwd,             cross_entropy,        gather_rows,        add_rows,           multiply_add_loop,
+    read_loop,
 };
 
 }  // namespace cocoop_fast

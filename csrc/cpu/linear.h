@@ -11,8 +11,8 @@ namespace cocoop_fast {
 namespace {
 
 // With two vectors a row, a tile takes all but a few registers. On x86 a factor from x is loaded into all lanes of a
-// register, one at a time. NEON multiplies by a lane of a register, so four factors of each row are loaded at once: 18 sums
-// (four units with a latency of four cycles keep 16 underway), 9 vectors of factors and 2 of W, of 32 registers.
+// register, one at a time. NEON multiplies by a lane of a register, so four factors of each row are loaded at once: 18
+// sums (four units with a latency of four cycles keep 16 underway), 9 vectors of factors and 2 of W, of 32 registers.
 #if defined(COCOOP_FAST_NEON)
 constexpr int kTileRows = 9, kFactors = 4;
 #else
@@ -53,7 +53,7 @@ inline void multiply_columns(int64_t k, const float* x, int64_t x_stride, const 
         const Vec b0 = columns.first.load(b_row);
         const Vec b1 = columns.second.load(b_row + kLanes);
         __builtin_prefetch(b_row + kRowsAhead * b_stride);
-        if (kLanes > 4) __builtin_prefetch(b_row + kRowsAhead * b_stride + kLanes);  // another cache line, or part of it
+        if (kLanes > 4) __builtin_prefetch(b_row + kRowsAhead * b_stride + kLanes);  // it may be another cache line
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             const Vec factor = broadcast(count == kLanes ? factors[r][i] : x[r * x_stride + k + i]);

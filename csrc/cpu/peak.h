@@ -1,12 +1,12 @@
-// What the processor can do at most: multiply-adds that need no memory, and memory that needs no arithmetic. Nothing of the
-// engine calls these; whoever measures does.
+// What the processor can do at most: multiply-adds that need no memory, and memory that needs no arithmetic. Nothing of
+// the engine calls these; whoever measures does.
 #pragma once
 
 namespace cocoop_fast {
 namespace {
 
-// Chains of multiply-adds, each of which waits for itself alone, and which fit the registers with their factors. Two units
-// with a latency of four or five cycles need fewer than twelve; ARM's larger cores have four units, which need sixteen.
+// Chains of multiply-adds, each of which waits for itself alone, and which fit the registers with their factors. Two
+// units with a latency of four or five cycles need fewer than twelve; ARM's larger cores have four, which need sixteen.
 constexpr int kPeakChains = 3 * kRegisters / 4;
 
 // NEON's instruction overwrites what is added; adding to `acc` needs no copy.

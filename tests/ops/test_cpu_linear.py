@@ -1,5 +1,7 @@
 """The C++ linear layers against float64 torch: values, fusions, guards, bits, refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +82,23 @@ def test_with_activation(isa, shape, kind):
     value.backward(dy.double() @ after.double())
     cpu_kernels.linear_activation_bwd(dy, guarded_like(after).tensor, u.tensor, kind, du.tensor)
     assert_close(du.check(), exact.grad, 2 * k, "gradient")
+
+
+@pytest.mark.parametrize(
+    "platform, openmp, own", [("linux", True, True), ("linux", False, False), ("darwin", True, False)]
+)
+def test_the_library_multiplies_where_it_has_more_than_the_kernels(
+    isa, monkeypatch, platform, openmp, own
+):  # fmt: skip
+    """Apple's matrix units, or more than one thread."""
+    monkeypatch.setattr(cpu_kernels, "sys", SimpleNamespace(platform=platform))
+    monkeypatch.setattr(cpu_kernels.CPP.load(), "build_info", lambda: {"openmp": openmp})
+    own = own and isa != "portable"
+    layer = Affine(torch.randn(40, 8), torch.randn(40))
+    linear = cpu_kernels.frozen_linear(layer, packed=True)
+    assert type(linear) is (PackedLinear if own else GemmLinear)
+    assert linear.packed_bytes == cpu_kernels.packed_bytes(40, 8) == (4 * 64 * 8 if own else 0)
+    assert type(cpu_kernels.frozen_linear(layer, packed=False)) is GemmLinear
 
 
 @pytest.mark.parametrize("kind", ["quick_gelu", "gelu"])

@@ -556,7 +556,7 @@ constexpr Check kChecks[] = {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int64_t calls = argc > 1 ? std::atol(argv[1]) : 60;
+    const int64_t calls = argc > 1 ? std::atol(argv[1]) : 40;
     if (calls < 1 || argc > 3) {
         std::fprintf(stderr, "usage: check_kernels [CALLS [ISA]]\n");
         return 2;
