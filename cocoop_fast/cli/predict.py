@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,6 @@ from cocoop_fast.cli import configuration, options, output
 from cocoop_fast.cli.options import AtLeastOne, Given
 from cocoop_fast.config import EMBEDDED_CLIPS
 from cocoop_fast.errors import UserError
-from cocoop_fast.readable import printable
 
 if TYPE_CHECKING:
     from cocoop_fast.experiments.predict import Predictor
@@ -66,7 +64,8 @@ def command(
         found = predictor.predict(files, topk=top_k, on_unreadable=unreadable.__setitem__)
     answers = [(image, ranked) for image, ranked in zip(files, found, strict=True) if ranked]
     if answers:
-        print(*map(printable, told), sep="\n", file=sys.stderr)
+        for line in told:
+            output.note(line)
     if json:
         output.print_json(
             {
