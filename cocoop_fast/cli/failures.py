@@ -21,6 +21,14 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_status
     if isinstance(error, PARSER_ERROR):
         context = getattr(error, "ctx", None)
+        from pydantic import ValidationError  # here, so that --help need not load it
+
+        from cocoop_fast.config import explain_value
+
+        wrong = error.__cause__
+        if isinstance(wrong, ValidationError):  # which the parser tells without the value
+            options = getattr(getattr(error, "param", None), "opts", ["A value"])
+            return f"{options[0]} {explain_value(wrong.errors()[0])}.", WRONG_USAGE
         see = f" See `{context.command_path} --help`." if context is not None else ""
         message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
         return f"{message}{'' if message.endswith('?') else '.'}{see}", WRONG_USAGE

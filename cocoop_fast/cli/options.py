@@ -31,9 +31,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import typer
 
-from cocoop_fast.cli import configuration
 from cocoop_fast.cli.reference_config import is_reference_key, open_clip_name
-from cocoop_fast.config import Method, RunConfig
+from cocoop_fast.config import Method, RunConfig, field_names
 from cocoop_fast.errors import UserError
 from cocoop_fast.spelling import near
 from cocoop_fast.variants import plain, spelled
@@ -277,7 +276,7 @@ def join_lists(arguments: Sequence[str]) -> list[str]:
 
     A list ends at the next option, and at the first key of trailing ``KEY VALUE`` or ``KEY=VALUE`` pairs.
     """
-    fields = configuration.field_names()
+    fields = field_names()
     joined: list[str] = []
     values: list[str] | None = None  # of the list that is being read
 
