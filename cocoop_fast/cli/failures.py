@@ -20,6 +20,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return str(error), error.exit_status
     if isinstance(error, PARSER_ERROR):
+        if type(error).__name__ == "NoArgsIsHelpError":  # its help has been printed
+            return "name one of the commands.", WRONG_USAGE
         context = getattr(error, "ctx", None)
         from pydantic import ValidationError  # here, so that --help need not load it
 

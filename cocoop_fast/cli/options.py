@@ -374,9 +374,9 @@ def class_list(texts: list[str] | None) -> list[str] | None:
             raise UserError(f"--classes names {name!r} twice.")
         seen.add(name)
     if len(names) == 1:
+        no_file = "" if names[0] not in map(str.strip, texts) else ", and there is no file of that name"
         raise UserError(
-            f"--classes gives one class, {names[0]!r}, and there is no file of that name; give two classes or more, or a "
-            "file with one a line."
+            f"--classes gives one class, {names[0]!r}{no_file}; give two classes or more, or a file with one a line."
         )
     return names
 

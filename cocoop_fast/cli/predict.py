@@ -103,12 +103,15 @@ def _files(images: list[Path]) -> list[Path]:
     """Images of folders in place of the folders.
 
     Raises:
-        UserError: a folder without images.
+        UserError: a folder without images, or an address.
     """
     from cocoop_fast.data.image_folder import images_below
 
     files: list[Path] = []
     for image in images:
+        if image.parts[0] in ("http:", "https:") and not image.exists():
+            address = str(image).replace(":/", "://", 1)  # of whose slashes a path keeps one
+            raise UserError(f"{address} is an address; download the image, and name its file.")
         found = images_below(image) if image.is_dir() else [image]
         if not found:
             raise UserError(f"The folder {image} has no images.", exit_status=1)

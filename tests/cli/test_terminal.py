@@ -177,6 +177,12 @@ def test_help_names_values_as_people_do(monkeypatch, capsys):
     assert "first five classes) with the embedded CLIP" in text  # no line ends where the source's does
 
 
+def test_a_group_alone_shows_its_commands(capsys):
+    assert cli.run(["checkpoint"]) == 2
+    told = capsys.readouterr()
+    assert told.err == "error: name one of the commands.\n" and "share" in told.out
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
