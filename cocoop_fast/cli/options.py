@@ -53,10 +53,12 @@ LETTERS = {
     "output_dir": "-o", "quiet": "-q", "run": "-r", "workers": "-w",
 }  # fmt: skip
 METAVARS = {
-    "attributes": "WORD ...", "batch_size": "N", "class_names": "FILE", "classes": "NAMES|FILE", "compare": "[METHOD,...]", "config": "FILE",
+    "attributes": "WORD ...", "budget": "SIZE", "class_names": "FILE", "classes": "NAMES|FILE", "compare": "[METHOD,...]",
+    "config": "FILE",
     "dataset": "NAME", "datasets": "NAME ...", "device": "DEVICE", "devices": "DEVICE ...", "images": "IMAGE",
-    "methods": "METHOD ...", "model": "NAME", "onnx": "FILE", "pairs": "KEY=VALUE", "plot": "FILE",
+    "memory_budget": "SIZE", "methods": "METHOD ...", "model": "NAME", "onnx": "FILE", "pairs": "KEY=VALUE", "plot": "FILE",
     "pretrained": "TAG|FILE", "resources": "NAME=VALUE ...", "runs": "RUN", "seeds": "N ...", "shot_counts": "N ...",
+    "source": "NAME", "track": "NAME", "trainer": "NAME",
 }  # fmt: skip
 OF_TYPE: dict[Any, str] = {
     bool: "",
@@ -65,7 +67,7 @@ OF_TYPE: dict[Any, str] = {
     Path: "PATH",
     str: "TEXT",
 }  # where no name has its own
-WIDEST = 24  # characters that choices may have to stand beside their option
+WIDEST = 20  # characters that choices may have to stand beside their option in 80 columns
 # Options that take several values, `--seeds 1 2 3`, and what they are without one.
 LISTS = {
     "--attributes": "published",
@@ -239,7 +241,7 @@ def _option(name: str, kind: Any, default: Any, text: str, field: str = "") -> i
     if get_origin(kind) is tuple:
         kind = str  # of words, see LISTS
     one = get_args(kind)[0] if get_origin(kind) is list else kind
-    metavar = METAVARS.get(name, OF_TYPE.get(one))
+    metavar = OF_TYPE[one] if one in (bool, float, int) else METAVARS.get(name, OF_TYPE.get(one))
     if get_origin(one) is Literal:
         choices = get_args(one)
         kind, metavar = list[str] if one is not kind else str, "|".join(choices)

@@ -174,6 +174,9 @@ def test_help_names_values_as_people_do(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "<path>" not in text and "|z " not in text
     assert "NAME" in text and "PATH" in text and "FILE" in text
+    assert not re.search(
+        r"<\w|TEXT +(Also tell|Data set)|images.classes", text
+    )  # types of Python, and choices cut in two
     assert "first five classes) with the embedded CLIP" in text  # no line ends where the source's does
 
 
