@@ -30,7 +30,7 @@ app = typer.Typer(
     cls=Commands,
     name="cocoop-fast",
     help="Prompt learning for CLIP (CoCoOp, CoOp, zero-shot), with every distinct row computed once.",
-    epilog="Exit status: 0 done, 1 failed, 2 wrong usage. `cocoop-fast COMMAND --help` has examples.",
+    epilog="Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. `cocoop-fast COMMAND --help` has examples.",
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
