@@ -55,8 +55,8 @@ def import_(
     if json:
         output.print_json({"command": "checkpoint import", "run_dir": str(folder), "epochs": epochs})
     else:
-        file = shlex.quote(f"{folder}/config.yaml")
-        output.say(f"Epoch {epochs} is done in {folder}. To go on: cocoop-fast train -c {file}")
+        written = shlex.quote(f"{folder}/config.yaml")
+        output.say(f"Epoch {epochs} is done in {folder}. To go on: cocoop-fast train -c {written}")
 
 
 @app.command()
