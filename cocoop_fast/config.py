@@ -9,6 +9,8 @@ The text below a field is its description, and the help of its option on the com
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
@@ -45,14 +47,23 @@ def as_words(value: Any) -> Any:
 
 Attributes = Annotated[tuple[str, ...], BeforeValidator(as_words)]
 
+
+def _no_bool(value: Any) -> Any:
+    """``seed: yes`` is no 1."""
+    if isinstance(value, bool):
+        raise ValueError("it must be a number")
+    return value
+
+
 # Bounds that no use reaches, and beyond which arithmetic overflows in one library or another.
-Count = Annotated[int, Field(ge=0, le=10**9)]
-AtLeastOne = Annotated[int, Field(ge=1, le=10**9)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-NotNegative = Annotated[float, Field(ge=0, le=1e9)]
-Positive = Annotated[float, Field(gt=0, le=1e9)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
+_Number = BeforeValidator(_no_bool)
+Count = Annotated[int, Field(ge=0, le=10**9), _Number]
+AtLeastOne = Annotated[int, Field(ge=1, le=10**9), _Number]
+Seed = Annotated[int, Field(ge=0, lt=2**63), _Number]
+NotNegative = Annotated[float, Field(ge=0, le=1e9), _Number]
+Positive = Annotated[float, Field(gt=0, le=1e9), _Number]
+Probability = Annotated[float, Field(ge=0, le=1), _Number]
+Share = Annotated[float, Field(gt=0, le=1), _Number]
 
 
 def embedded_clip(data_name: str) -> str | None:
@@ -275,7 +286,9 @@ def _validated(kind: type[_Config], values: dict[str, Any], where: str) -> _Conf
         # What is there and wrong says more than what is not there.
         first = min(error.errors(), key=lambda one: one["type"] == "missing")
         path = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise UserError(f"{where}: `{path}` {_explain(first)}.") from error
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            raise UserError(f"{where}: {unknown_field(path)}") from error
+        raise UserError(f"{where}: `{path}` {explain_value(first)}.") from error
     for one in additions(variant or "", where):
         if not one.is_in(config):
             raise UserError(
@@ -330,9 +343,36 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _explain(error: Any) -> str:
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return "is not a known field"
+def field_names() -> tuple[str, ...]:
+    """Dotted names of all fields of :class:`RunConfig`."""
+    return tuple(name for name, _ in flatten(dataclasses.asdict(RunConfig())))
+
+
+def sections() -> frozenset[str]:
+    """Names of those fields that hold others."""
+    return frozenset(name.partition(".")[0] for name in field_names() if "." in name)
+
+
+def unknown_field(name: str) -> str:
+    """The sentence that there is no such field, with the one that may be meant."""
+    names = field_names()
+    by_leaf = [one for one in names if one.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = by_leaf or difflib.get_close_matches(name, [*names, *sections()], n=1)
+    hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists them all."
+    return f"`{name}` is not a known field; {hint}"
+
+
+# Of pydantic's kinds of errors those whose own words speak of Python.
+_MUST_BE = {
+    "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
+    "float_parsing": "a number, with a point for its fraction", "float_type": "a number",
+    "bool_parsing": "true or false", "bool_type": "true or false", "string_type": "text",
+    "dataclass_type": "fields and their values, which docs/configuration.md lists",
+}  # fmt: skip
+
+
+def explain_value(error: Any) -> str:
+    """What is wrong with a value, from one of pydantic's ``errors()``: "is 'five', but it must be a whole number"."""
     if error["type"] == "missing":
         return "is missing"
     try:
@@ -341,4 +381,7 @@ def _explain(error: Any) -> str:
         # An integer of more digits than Python writes, or lists in lists in lists.
         value = "beyond all bounds"
     value = value if len(value) < 200 else f"{value[:200]}..."
-    return f"is {value}, but {error['msg'][:1].lower()}{error['msg'][1:]}"
+    if error["type"] in _MUST_BE:
+        return f"is {value}, but it must be {_MUST_BE[error['type']]}"
+    said = error["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    return f"is {value}, but {said[:1].lower()}{said[1:]}"

@@ -52,17 +52,28 @@ PY
     "$python" saved.py
 }
 
-types() { # and that the checker sees the types, not `Any`
-    cat snippet.py - >typed.py <<'PY'
-import cocoop_fast.kernels.variants
-
-mistake: int = model.set_classnames(["digit six"])
-PY
-    local checker=("$python" -m pyright --pythonpath "$python") found=reportAssignmentType
-    timeout 60 "${checker[@]}" --version >/dev/null 2>&1 || { checker=("$python" -m mypy --python-executable "$python") found='\[assignment\]'; }
+types() { # types [PYTHON [LINE...]]: nothing is wrong in snippet.py, each mistake is found: the checker sees the types, not `Any`
+    local interpreter=${1:-$python} mistakes=$(($# > 1 ? $# : 1)) found=reportAssignmentType
+    local checker=("$python" -m pyright --pythonpath "$interpreter")
+    timeout 60 "${checker[@]}" --version >/dev/null 2>&1 || { checker=("$python" -m mypy --python-executable "$interpreter") found='\[assignment\]'; }
+    printf '%s\n' '' 'import cocoop_fast.kernels.variants' 'mistake: int = model.set_classnames(["digit six"])' "${@:2}" |
+        cat snippet.py - >typed.py
     "${checker[@]}" snippet.py
     "${checker[@]}" typed.py >told || true
-    grep -q "$found" told && ! grep -qi 'import.*not.*found\|could not be resolved' told || { cat told; return 1; }
+    (($(grep -c "$found" told) == mistakes)) && ! grep -qi 'import.*not.*found\|could not be resolved' told || { cat told; return 1; }
+}
+
+wheel_types() { # the same of a wheel, in an environment that has all else from this one. A name added to it tells it from the editable one
+    mkdir source
+    tar -C "$repository" -c --exclude=*.so --exclude=__pycache__ \
+        {pyproject.toml,setup.py,MANIFEST.in,LICENSE,README.md,cocoop_fast,kernels,csrc} | tar -C source -x
+    env -u COCOOP_FAST_REQUIRE_EXT COCOOP_FAST_NO_EXT=1 "$python" -m pip wheel ./source --no-deps --no-build-isolation --quiet --wheel-dir wheels
+    "$python" -m venv --without-pip other
+    local site=(other/lib/python*/site-packages)
+    "$python" -m pip install --no-deps --quiet --target "${site[0]}" wheels/*.whl
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"${site[0]}/all_else.pth"
+    echo 'only_in_the_wheel: str = ""' >>"${site[0]}/cocoop_fast/kernels/variants.py"
+    types other/bin/python 'another: int = cocoop_fast.kernels.variants.only_in_the_wheel'
 }
 
 offline() { # one sentence, within ten seconds of what loading torch and open_clip takes
@@ -112,7 +123,7 @@ start_up() {
 }
 
 # Those up to `paper` build on the first.
-steps=(three_lines save_and_load types offline paper start_up)
+steps=(three_lines save_and_load types wheel_types offline paper start_up)
 (($# < 2)) || steps=("${@:2}")
 for step in "${steps[@]}"; do
     echo "--- $step"

@@ -22,7 +22,6 @@ import cocoop_fast
 from cocoop_fast.cli import failures, output
 from cocoop_fast.cli.commands import Commands
 from cocoop_fast.errors import UserError
-from cocoop_fast.readable import printable
 
 _SILENT = logging.NullHandler()  # without a handler, logging prints warnings as they are
 SEVERAL_PROCESSES = ("train", "eval")  # the commands that torchrun may start
@@ -31,7 +30,7 @@ app = typer.Typer(
     cls=Commands,
     name="cocoop-fast",
     help="Prompt learning for CLIP (CoCoOp, CoOp, zero-shot), with every distinct row computed once.",
-    epilog="Exit status: 0 done, 1 failed, 2 wrong usage. `cocoop-fast COMMAND --help` has examples.",
+    epilog="Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. `cocoop-fast COMMAND --help` has examples.",
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -82,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("COCOOP_FAST_DEBUG"):
             traceback.print_exc()
         sentence, status = failures.explain(error)
-        print(printable(f"error: {' '.join(sentence.split())}"), file=sys.stderr)
+        output.note(f"error: {' '.join(sentence.split())}")
         return status
 
 

@@ -108,17 +108,19 @@ def _print(comparison: Comparison) -> None:
     )
     for name, result in results.items():
         output.say(f"{name}: {result.contestant.title}.")
-    print(
+    output.say(
         "Step: forward and backward, the best of all rounds, and the median. Speed-up: over the dense oracle."
     )
     if comparison.peak is not None:
-        print(
+        output.say(
             f"Peak: the products' share of the multiply-adds that the processor does in registers, "
-            f"{comparison.peak.flops / 1e9:.0f} GFLOP/s\nin the best of the same rounds; it reads "
+            f"{comparison.peak.flops / 1e9:.0f} GFLOP/s in the best of the same rounds; it reads "
             f"{comparison.peak.read_bandwidth / 1e9:.1f} GB/s."
         )
     if comparison.others is not None and comparison.others > output.TOO_BUSY:
-        print(f"Other programs used {comparison.others:.0%} of the processors: measure again without them.")
+        output.say(
+            f"Other programs used {comparison.others:.0%} of the processors: measure again without them."
+        )
     for name, reason in comparison.notes.items():
         output.say(f"Left out: {name} ({reason}).")
-    print(one_line(describe_machine()))
+    output.say(one_line(describe_machine()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from cocoop_fast.cli import configuration, options, output
@@ -54,7 +55,8 @@ def import_(
     if json:
         output.print_json({"command": "checkpoint import", "run_dir": str(folder), "epochs": epochs})
     else:
-        output.say(f"Epoch {epochs} is done in {folder}. To go on: cocoop-fast train -c {folder}/config.yaml")
+        written = shlex.quote(f"{folder}/config.yaml")
+        output.say(f"Epoch {epochs} is done in {folder}. To go on: cocoop-fast train -c {written}")
 
 
 @app.command()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import typer
@@ -70,6 +71,9 @@ class Commands(typer.core.TyperGroup):
         self.commands = _Made()  # type: ignore[assignment]  # nothing adds to it
         self._listed = False
 
+    def get_params(self, ctx: Any) -> Any:
+        return _without_types(super().get_params, ctx)
+
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)  # typer's own goes through the commands, which would make them
 
@@ -91,6 +95,14 @@ class Commands(typer.core.TyperGroup):
 
             args = join_lists(args)
         return super().parse_args(ctx, args)
+
+
+def _without_types(parameters_of: Callable[[Any], list[Any]], ctx: Any) -> list[Any]:
+    """Of flags and arguments the help would say which type Python has for them, ``<list[str]>``; what they are is said in words."""
+    parameters = parameters_of(ctx)
+    for one in parameters:
+        one.display_type = lambda ctx: ""
+    return parameters
 
 
 class _Made(Mapping[str, Any]):
@@ -117,4 +129,6 @@ class _Made(Mapping[str, Any]):
                 one.command(name, epilog=function.epilog)(function)
             command = self._made[name] = typer.main.get_command(one)
             command.name = name
+            for each in (command, *getattr(command, "commands", {}).values()):
+                each.get_params = functools.partial(_without_types, each.get_params)  # type: ignore[method-assign]
         return self._made[name]

@@ -8,7 +8,6 @@ our field names (``optim.lr``) or the reference's keys (``OPTIM.LR``). With any 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cocoop_fast.cli import reference_config, reference_defaults
-from cocoop_fast.config import Method, RunConfig, embedded_clip, flatten, from_mapping, load_yaml
+from cocoop_fast.config import (
+    Method,
+    RunConfig,
+    embedded_clip,
+    field_names,
+    flatten,
+    from_mapping,
+    load_yaml,
+    sections,
+    unknown_field,
+)
 from cocoop_fast.errors import UserError
 from cocoop_fast.files.parsing import ParseError, yaml_value
 from cocoop_fast.variants import plain, refuse_idle, spelled
@@ -70,8 +79,8 @@ def build(
     given = options or {}
     pair_values = _pairs(pairs or ())
     for key in pair_values:
-        if not reference_config.is_reference_key(key):
-            _check_known(key)
+        if not reference_config.is_reference_key(key) and key not in field_names():
+            raise UserError(unknown_field(key) + _a_place(key))
     layers: list[tuple[str, Mapping[str, Any]]] = [  # where it comes from, and what it says
         *((str(file), load_yaml(file)) for file in files or ()),
         *((option, {field: value}) for field, (option, value) in given.items()),
@@ -91,7 +100,11 @@ def build(
     warnings: list[str] = []
     for where, values in layers:
         theirs = {key: value for key, value in values.items() if reference_config.is_reference_key(str(key))}
-        fields = dict(flatten({key: value for key, value in values.items() if key not in theirs}))
+        ours = {key: value for key, value in values.items() if key not in theirs}
+        # A section all of whose lines are commented out holds nothing.
+        fields = dict(
+            flatten({key: value for key, value in ours.items() if value is not None or key not in sections()})
+        )
         if theirs:
             translation = reference_config.translate(theirs, where, chosen)
             warnings += translation.warnings
@@ -141,11 +154,6 @@ def with_embedded_clip(config: RunConfig, data_name: str) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
 
 
-def field_names() -> tuple[str, ...]:
-    """Dotted names of all fields of :class:`RunConfig`."""
-    return tuple(name for name, _ in flatten(dataclasses.asdict(RunConfig())))
-
-
 def _pairs(pairs: Sequence[str]) -> dict[str, Any]:
     """``KEY VALUE`` or ``KEY=VALUE``; a value may hold any ``=``."""
     found: dict[str, Any] = {}
@@ -156,11 +164,20 @@ def _pairs(pairs: Sequence[str]) -> dict[str, Any]:
             given = next(rest, None)
             if given is None:
                 raise UserError(
-                    f"The trailing arguments are KEY VALUE or KEY=VALUE pairs, and `{key}` has no value."
+                    f"The trailing arguments are KEY VALUE or KEY=VALUE pairs, and `{key}` has no value.{_a_place(key)}"
                 )
             text = given
         found[key] = _value(text)
     return found
+
+
+def _a_place(word: str) -> str:
+    """What may be meant by the name of a file or folder that stands for itself."""
+    return (
+        f" {word} is here: images are given as --root {word}, a configuration as --config."
+        if Path(word).exists()
+        else ""
+    )
 
 
 def _value(text: str) -> Any:
@@ -170,16 +187,6 @@ def _value(text: str) -> Any:
     except ParseError:
         return text
     return value if isinstance(value, list) or (value is None and text) else text
-
-
-def _check_known(key: str) -> None:
-    names = field_names()
-    if key in names:
-        return
-    by_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    near = by_leaf or difflib.get_close_matches(key, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists them all."
-    raise UserError(f"`{key}` is not a known field; {hint}")
 
 
 def _nest(fields: Mapping[str, Any], where: str) -> dict[str, Any]:

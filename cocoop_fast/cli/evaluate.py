@@ -115,9 +115,9 @@ def command(
     )
     for name, one in results.items():
         if one.shortlist is not None:
-            print(_compared(name, one.shortlist))
+            output.say(_compared(name, one.shortlist))
     if h is not None:
-        print(f"H, the harmonic mean of base and new: {output.shown(h)}")
+        output.say(f"H, the harmonic mean of base and new: {output.shown(h)}")
 
 
 def _compared(subset: str, found: Comparison) -> str:

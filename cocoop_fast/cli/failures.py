@@ -20,7 +20,17 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return str(error), error.exit_status
     if isinstance(error, PARSER_ERROR):
+        if type(error).__name__ == "NoArgsIsHelpError":  # its help has been printed
+            return "name one of the commands.", WRONG_USAGE
         context = getattr(error, "ctx", None)
+        from pydantic import ValidationError  # here, so that --help need not load it
+
+        from cocoop_fast.config import explain_value
+
+        wrong = error.__cause__
+        if isinstance(wrong, ValidationError):  # which the parser tells without the value
+            options = getattr(getattr(error, "param", None), "opts", ["A value"])
+            return f"{options[0]} {explain_value(wrong.errors()[0])}.", WRONG_USAGE
         see = f" See `{context.command_path} --help`." if context is not None else ""
         message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
         return f"{message}{'' if message.endswith('?') else '.'}{see}", WRONG_USAGE

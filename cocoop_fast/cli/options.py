@@ -31,9 +31,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import typer
 
-from cocoop_fast.cli import configuration
 from cocoop_fast.cli.reference_config import is_reference_key, open_clip_name
-from cocoop_fast.config import Method, RunConfig
+from cocoop_fast.config import Method, RunConfig, field_names
 from cocoop_fast.errors import UserError
 from cocoop_fast.spelling import near
 from cocoop_fast.variants import plain, spelled
@@ -54,10 +53,12 @@ LETTERS = {
     "output_dir": "-o", "quiet": "-q", "run": "-r", "workers": "-w",
 }  # fmt: skip
 METAVARS = {
-    "attributes": "WORD ...", "batch_size": "N", "class_names": "FILE", "classes": "NAMES|FILE", "compare": "[METHOD,...]", "config": "FILE",
+    "attributes": "WORD ...", "budget": "SIZE", "class_names": "FILE", "classes": "NAMES|FILE", "compare": "[METHOD,...]",
+    "config": "FILE",
     "dataset": "NAME", "datasets": "NAME ...", "device": "DEVICE", "devices": "DEVICE ...", "images": "IMAGE",
-    "methods": "METHOD ...", "model": "NAME", "onnx": "FILE", "pairs": "KEY=VALUE", "plot": "FILE",
+    "memory_budget": "SIZE", "methods": "METHOD ...", "model": "NAME", "onnx": "FILE", "pairs": "KEY=VALUE", "plot": "FILE",
     "pretrained": "TAG|FILE", "resources": "NAME=VALUE ...", "runs": "RUN", "seeds": "N ...", "shot_counts": "N ...",
+    "source": "NAME", "track": "NAME", "trainer": "NAME",
 }  # fmt: skip
 OF_TYPE: dict[Any, str] = {
     bool: "",
@@ -66,7 +67,7 @@ OF_TYPE: dict[Any, str] = {
     Path: "PATH",
     str: "TEXT",
 }  # where no name has its own
-WIDEST = 24  # characters that choices may have to stand beside their option
+WIDEST = 20  # characters that choices may have to stand beside their option in 80 columns
 # Options that take several values, `--seeds 1 2 3`, and what they are without one.
 LISTS = {
     "--attributes": "published",
@@ -240,7 +241,7 @@ def _option(name: str, kind: Any, default: Any, text: str, field: str = "") -> i
     if get_origin(kind) is tuple:
         kind = str  # of words, see LISTS
     one = get_args(kind)[0] if get_origin(kind) is list else kind
-    metavar = METAVARS.get(name, OF_TYPE.get(one))
+    metavar = OF_TYPE[one] if one in (bool, float, int) else METAVARS.get(name, OF_TYPE.get(one))
     if get_origin(one) is Literal:
         choices = get_args(one)
         kind, metavar = list[str] if one is not kind else str, "|".join(choices)
@@ -277,7 +278,7 @@ def join_lists(arguments: Sequence[str]) -> list[str]:
 
     A list ends at the next option, and at the first key of trailing ``KEY VALUE`` or ``KEY=VALUE`` pairs.
     """
-    fields = configuration.field_names()
+    fields = field_names()
     joined: list[str] = []
     values: list[str] | None = None  # of the list that is being read
 
@@ -375,9 +376,9 @@ def class_list(texts: list[str] | None) -> list[str] | None:
             raise UserError(f"--classes names {name!r} twice.")
         seen.add(name)
     if len(names) == 1:
+        no_file = "" if names[0] not in map(str.strip, texts) else ", and there is no file of that name"
         raise UserError(
-            f"--classes gives one class, {names[0]!r}, and there is no file of that name; give two classes or more, or a "
-            "file with one a line."
+            f"--classes gives one class, {names[0]!r}{no_file}; give two classes or more, or a file with one a line."
         )
     return names
 

@@ -203,7 +203,7 @@ def _figures(found: Prediction) -> dict[str, Any]:
 def _print(found: dict[str, Any]) -> None:
     counts, schedule, (tree, dense) = found["tree"], found["schedule"], found["ways"].values()
     images = readable_images(found["batch"])
-    print(
+    output.say(
         f"Predicted, not measured: {found['model']}, {counts['classes']} classes, {images} a step, "
         f"{found['precision']}, {found['device']}."
     )
@@ -227,22 +227,22 @@ def _print(found: dict[str, Any]) -> None:
     largest = [f"{way['largest_batch']:,.0f}" if way["largest_batch"] else "none" for way in (tree, dense)]
     rows.append([f"Largest batch in {readable_bytes(found['budget_bytes'])}", *largest, None])
     output.print_table(["Prediction", "Class tree", "Dense", "Dense / tree"], rows)
-    print(
+    output.say(
         f"Tree: {counts['leaves']:,} distinct prompts of {counts['classes']:,}, {counts['nodes']:,} nodes for "
-        f"{counts['tokens']:,} class tokens, {counts['context'] + counts['nodes']:,} rows an image;\n"
+        f"{counts['tokens']:,} class tokens, {counts['context'] + counts['nodes']:,} rows an image; "
         f"the longest prompt has {counts['longest']} tokens."
     )
-    print(
-        "Dense: the reference's way, every prompt with all its tokens, in eager PyTorch. Text step: forward and\n"
+    output.say(
+        "Dense: the reference's way, every prompt with all its tokens, in eager PyTorch. Text step: forward and "
         "backward from the image features on. Reading and augmenting images is not part of any figure."
     )
     if not tree["fits"]:
-        print(
+        output.say(
             f"This batch does not fit at once: that needs {readable_bytes(tree['memory_bytes'])}. "
             "In pieces it costs one more forward pass."
         )
     if (others := found.get("used_by_other_programs", 0.0)) > output.TOO_BUSY:
-        print(
+        output.say(
             f"Other programs used {others:.0%} of the processors while they were measured: ask again without them."
         )
     for name, value in found["device_rates"].items():
@@ -269,4 +269,4 @@ def _print_devices(json: bool) -> None:
         ],
         left=2,
     )
-    print("Precisions: dense peak in TFLOP/s, as the makers' data sheets have it.")
+    output.say("Precisions: dense peak in TFLOP/s, as the makers' data sheets have it.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,6 @@ from cocoop_fast.cli import configuration, options, output
 from cocoop_fast.cli.options import AtLeastOne, Given
 from cocoop_fast.config import EMBEDDED_CLIPS
 from cocoop_fast.errors import UserError
-from cocoop_fast.readable import printable
 
 if TYPE_CHECKING:
     from cocoop_fast.experiments.predict import Predictor
@@ -66,7 +64,8 @@ def command(
         found = predictor.predict(files, topk=top_k, on_unreadable=unreadable.__setitem__)
     answers = [(image, ranked) for image, ranked in zip(files, found, strict=True) if ranked]
     if answers:
-        print(*map(printable, told), sep="\n", file=sys.stderr)
+        for line in told:
+            output.note(line)
     if json:
         output.print_json(
             {
@@ -104,12 +103,15 @@ def _files(images: list[Path]) -> list[Path]:
     """Images of folders in place of the folders.
 
     Raises:
-        UserError: a folder without images.
+        UserError: a folder without images, or an address.
     """
     from cocoop_fast.data.image_folder import images_below
 
     files: list[Path] = []
     for image in images:
+        if image.parts[0] in ("http:", "https:") and not image.exists():
+            address = str(image).replace(":/", "://", 1)  # of whose slashes a path keeps one
+            raise UserError(f"{address} is an address; download the image, and name its file.")
         found = images_below(image) if image.is_dir() else [image]
         if not found:
             raise UserError(f"The folder {image} has no images.", exit_status=1)

@@ -130,6 +130,8 @@ def run(
         shots=shots_of(setting, shot_counts),
     )
     refuse_common(asked.config, asked.methods)
+    if asked.root.exists() and not asked.root.is_dir():
+        raise UserError(f"--output-dir {asked.root} is a file; name a directory.")
     check_present(asked)
 
     launch, asked, device = choose_launcher(launcher, asked, devices, jobs, resources)

@@ -131,7 +131,7 @@ def _print(results: Results) -> None:
         ],
     )
     if any(row.h is not None for row in results.rows):
-        print(
+        output.say(
             "Accuracy in percent. Base: classes trained on; new: classes never seen; H: their harmonic mean."
         )
     output.say(f"Run directory: {results.output_dir}")

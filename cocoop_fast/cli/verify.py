@@ -181,7 +181,7 @@ def _print(found: dict[str, Any], verdicts: list[Verdict], others: list[Verdict]
             f"The weights do not say which activation they were trained with. Logits with {title} differ from those with "
             f"{activation} by {other['logits_differ']:.1e} of the largest: the wrong one changes every result."
         )
-    print(
+    output.say(
         "Largest errors against the dense oracle in fp64, relative to the largest element. Losses: those of "
         f"{found['steps']} training steps.\nMoved: how far these moved what is learned. A dense row is the dense path's own error."
     )
@@ -189,7 +189,7 @@ def _print(found: dict[str, Any], verdicts: list[Verdict], others: list[Verdict]
         for name, error, most in verdict.outside():
             path = f"{verdict.contestant.name} in {verdict.contestant.precision}"
             output.say(f"{path}: {COLUMNS[name].lower()} is off by {error:.1e}, but {most:.1e} is allowed.")
-    print("Equivalent: every error is within its bound." if found["within"] else "NOT equivalent.")
+    output.say("Equivalent: every error is within its bound." if found["within"] else "NOT equivalent.")
 
 
 def _print_verdicts(verdicts: list[Verdict]) -> None:
@@ -225,7 +225,7 @@ def _pruning_row(one: PruningError) -> dict[str, Any]:
 
 
 def _print_pruning(found: dict[str, Any], classes: int) -> None:
-    print(
+    output.say(
         f"\nPruning with prune_mass {found['prune_mass']:g}, which is not exact, against the same path without it:"
     )
     output.print_table(
@@ -242,7 +242,7 @@ def _print_pruning(found: dict[str, Any], classes: int) -> None:
         ],
         left=2,
     )
-    print("The worst of the batches. Gradient: its error in the Euclidean norm, relative.")
+    output.say("The worst of the batches. Gradient: its error in the Euclidean norm, relative.")
 
 
 def _word(verdict: Verdict) -> str | None:

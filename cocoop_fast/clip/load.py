@@ -190,14 +190,16 @@ def check_architecture(name: str) -> None:
         return
     known = [*DEMO_CLIPS, *open_clip.list_models()]
     alike, same = near(name, known, 3), meant(name, known)
-    hint = f"did you mean {' or '.join(alike)}" if alike else "see open_clip.list_models()"
+    hint = (
+        f"did you mean {' or '.join(alike)}?" if alike else "open_clip.list_models() names those there are."
+    )
     if same is not None:
-        hint = f"did you mean {same}"
+        hint = f"did you mean {same}?"
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        hint = f"did you mean {' or '.join([*alike, f'{HUB}{name} (a repository of the Hugging Face hub)'])}"
+        hint = f"did you mean {' or '.join([*alike, f'{HUB}{name} (a repository of the Hugging Face hub)'])}?"
     elif "/" in name:
-        hint = "and there is no folder of this name; is it misspelt"
-    raise UserError(f"The model '{name}' is not an open_clip architecture; {hint}?")
+        hint = "and there is no folder of this name; is it misspelt?"
+    raise UserError(f"The model '{name}' is not an open_clip architecture; {hint}")
 
 
 def _check_weights(name: str, pretrained: str | None) -> None:

@@ -32,12 +32,12 @@ KNOWN_SHA256 = {"dtd": "5ba4d3000e60f5541ba15a082033ca0696eee68125e9c28edff3dbe2
 _NOT_THERE = ("imagenet",)
 _STAGING = ".mirror"  # in the set's own folder, so that moving out of it is renaming
 _BLOCK = 1 << 20
-# What the authors say themselves; of the others, their pages have to be read.
+# What the authors' own pages say; of the others, they have to be read.
 _TERMS = {
     "caltech101": "CC BY 4.0",
-    "oxford_pets": "CC BY-SA 4.0",
-    "fgvc_aircraft": "for non-commercial research purposes only",
-    "dtd": "for research purposes",
+    "oxford_pets": "CC BY-SA 4.0; the copyright of the images stays with their owners",
+    "fgvc_aircraft": "for non-commercial research only; the photographers keep their copyright",
+    "dtd": "made available to the computer vision community for research purposes, without a licence",
 }
 Tell = Callable[[str], None]
 

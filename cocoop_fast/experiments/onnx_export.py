@@ -134,6 +134,8 @@ def export_onnx(run_dir: Path | str, file: Path, *, classnames: Sequence[str] | 
     _check_installed()
     if not file.parent.is_dir():
         raise UserError(f"The folder {file.parent} of --onnx is not there; make it first.")
+    if file.is_dir():
+        raise UserError(f"--onnx {file} is a folder; name a file.")
     config, _ = read_run(run_dir)
     single = replace(config, model=replace(config.model, precision="fp32", device="cpu", backend="torch"))
     predictor = Predictor.from_run(run_dir, classnames=classnames, config=single)

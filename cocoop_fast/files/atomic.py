@@ -28,15 +28,17 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, many_w
     """
     writer = f".{os.getpid()}.{threading.get_ident()}" if many_writers else ""
     temporary = path.with_name(f".{path.name}{writer}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
+        temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:  # x: made here, so it is no link
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)  # the file that somebody asked for
         raise
     os.replace(temporary, path)
     sync_directory(path.parent)

@@ -125,6 +125,10 @@ def find_gpu(name: str) -> Gpu:
     found = by_key.get(key) or by_key.get(key.removeprefix("nvidia").removeprefix("amd"))
     if found is None:
         alike = near(name, by_key)
-        hint = f"did you mean {by_key[alike[0]].name}" if alike else "see `cocoop-fast plan --list-devices`"
-        raise UserError(f"There is no device '{name}' in the table; {hint}?")
+        hint = (
+            f"did you mean {by_key[alike[0]].name}?"
+            if alike
+            else "`cocoop-fast plan --list-devices` names all."
+        )
+        raise UserError(f"There is no device '{name}' in the table; {hint}")
     return found

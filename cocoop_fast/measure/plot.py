@@ -148,6 +148,7 @@ def _figure(path: Path, size: tuple[float, float], columns: int = 1) -> Iterator
             one.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"The plot {path} could not be written ({error}).", exit_status=1) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"The plot {path} could not be written ({reason}).", exit_status=1) from error
     finally:
         plt.close(figure)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cocoop_fast.config import Subset
 from cocoop_fast.errors import UserError
+from cocoop_fast.spelling import meant, near
 
 # In the order of the paper's tables.
 IMAGENET = "imagenet"
@@ -76,11 +77,15 @@ def in_shots(number: int) -> str:
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol of that name.
+    """The protocol of that name, in any spelling.
 
     Raises:
         UserError: there is none.
     """
-    if name not in PROTOCOLS:
-        raise UserError(f"There is no protocol {name!r}; choose one of {', '.join(PROTOCOLS)}.")
-    return PROTOCOLS[name]
+    found = meant(name, PROTOCOLS)
+    if found is None:
+        alike = [f"did you mean {one}? The protocols are" for one in near(name, PROTOCOLS)]
+        raise UserError(
+            f"There is no protocol {name!r}; {(*alike, 'choose one of')[0]} {', '.join(PROTOCOLS)}."
+        )
+    return PROTOCOLS[found]

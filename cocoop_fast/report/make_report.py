@@ -44,7 +44,9 @@ class Report:
             for name, content in files.items():
                 write_atomically(folder / name, methodcaller("write", content))
         except OSError as error:
-            raise UserError(f"The report cannot be written to {folder}: {error.strerror}.") from error
+            raise UserError(
+                f"The report cannot be written to {folder}: {error.strerror}.", exit_status=1
+            ) from error
         return folder / PAGE
 
 

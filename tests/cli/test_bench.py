@@ -237,6 +237,13 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(capsys
     assert out == "" and err.startswith("error: A plot needs matplotlib") and err.count("\n") == 1
 
 
+def test_a_picture_that_cannot_be_written_is_told_in_words(tmp_path):
+    pytest.importorskip("matplotlib")
+    said = r"p.png could not be written \(No such file or directory\)."
+    with pytest.raises(UserError, match=said), plot._figure(tmp_path / "nowhere" / "p.png", (1, 1)):
+        pass
+
+
 def test_what_was_measured_is_printed_also_if_the_picture_cannot_be_written(capsys, monkeypatch, tmp_path):
     def no_room(*_):
         raise UserError("The plot could not be written (No space left on device).", exit_status=1)

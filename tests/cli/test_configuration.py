@@ -28,6 +28,13 @@ def test_later_layers_win(tmp_path):
     assert not built.is_default_experiment
 
 
+def test_a_section_without_a_line_says_nothing(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim:\n  # epochs: 3\ndata:\nseed: 2\n")
+    built = configuration.build(files=[file])
+    assert built.said == {"seed"} and built.config.seed == 2
+
+
 def test_home_is_meant_by_a_tilde_wherever_a_shell_does_not_see_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "photos").mkdir()

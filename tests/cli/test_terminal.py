@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -93,10 +94,67 @@ def test_drawings():
     ET.fromstring(harmless(drawn.svg))  # XML has no place for control characters either
 
 
+ADDRESS = "https://example.org/" + "x" * 90
+PROSE = "what is said of it in so many words that eighty characters are too few"
+
+
 def test_a_pipe_gets_a_row_in_each_line_and_whole_addresses(capsys):
-    address = "https://example.org/" + "x" * 300
-    output.print_table(["Name", "From"], [["a", address]])
-    assert address in capsys.readouterr().out
+    output.print_table(["Name", "What", "From"], [["a", PROSE, ADDRESS], ["b", "", None]], left=3)
+    found = capsys.readouterr().out.split("\n")
+    assert found[3].split() == ["a", *PROSE.split(), ADDRESS] and found[4].split() == ["b", "-"]
+    assert all(line == line.rstrip() for line in found)
+    output.say(PROSE * 5)
+    assert capsys.readouterr().out == f"{PROSE * 5}\n"
+
+
+def test_a_terminal_gets_nothing_broken_within_a_word(monkeypatch):
+    def printed(print_it, width=80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr("sys.stdout", Terminal())
+        monkeypatch.setattr("sys.stderr", sys.stdout)
+        print_it()
+        return sys.stdout.getvalue()
+
+    def table():
+        output.print_table(
+            ["Image", "Class", "Share"],
+            [["a/b.png", "red fox", "97 %"], ["", PROSE, "3 %"], ["c.png", ADDRESS, "1 %"]],
+        )
+
+    assert printed(table).split("\n") == [
+        "",
+        "a/b.png",
+        "  Class: red fox; Share: 97 %",
+        f"  Class: {PROSE}",
+        "  Share: 3 %",
+        "",
+        "c.png",
+        "  Class:",
+        f"    {ADDRESS}",
+        "  Share: 1 %",
+        "",
+        "",
+    ]
+    assert len({line.find("%") for line in printed(table, 140).split("\n") if "%" in line}) == 1  # a table
+    for tell in (output.say, output.note, output.teller("plan", silent=False)):
+        told = printed(lambda tell=tell: tell(f"{PROSE} {ADDRESS} {PROSE}"))
+        assert told.split()[-len(PROSE.split()) :] == PROSE.split() and ADDRESS in told.split("\n")
+        assert all(len(line) <= 80 for line in told.split("\n") if line != ADDRESS)
+
+
+def test_a_table_moves_together_before_it_is_folded_and_is_folded_before_it_is_given_up(monkeypatch):
+    def printed(width):
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr("sys.stdout", Terminal())
+        output.print_table(["Name", "What", "N"], [["a", PROSE, "1,000"]], left=2)
+        return re.sub(r"\x1b\[[0-9;]*m", "", sys.stdout.getvalue()).split("\n")
+
+    whole = len(" Name") + len(PROSE) + len("1,000 ")
+    for gap in (3, 2, 1):
+        assert printed(whole + 2 * gap)[3] == f" a   {gap * ' '}{PROSE}{gap * ' '}1,000"
+    folded = printed(whole)
+    assert max(map(len, folded)) <= whole and len(folded) == 7 and folded[3].endswith("  1,000")
+    assert printed(20)[:2] == ["", "a"]
 
 
 def test_a_shell_can_complete_commands(monkeypatch, capsys):
@@ -116,7 +174,16 @@ def test_help_names_values_as_people_do(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "<path>" not in text and "|z " not in text
     assert "NAME" in text and "PATH" in text and "FILE" in text
+    assert not re.search(
+        r"<\w|TEXT +(Also tell|Data set)|images.classes", text
+    )  # types of Python, and choices cut in two
     assert "first five classes) with the embedded CLIP" in text  # no line ends where the source's does
+
+
+def test_a_group_alone_shows_its_commands(capsys):
+    assert cli.run(["checkpoint"]) == 2
+    told = capsys.readouterr()
+    assert told.err == "error: name one of the commands.\n" and "share" in told.out
 
 
 class Terminal(io.StringIO):

@@ -159,12 +159,14 @@ def test_the_commands(tmp_path, capsys):
     )
     path = json.loads(capsys.readouterr().out)["path"]
     assert reference_checkpoint.load(tmp_path / "theirs").epoch == 1
-    arguments = ["-o", str(tmp_path / "on"), "data.shots", "2", "optim.epochs", "2"]
+    folder = tmp_path / "to go on"
+    arguments = ["-o", str(folder), "data.shots", "2", "optim.epochs", "2"]
     assert cli.run(["checkpoint", "import", path, *arguments]) == 0
-    assert f"Epoch 1 is done in {tmp_path / 'on'}" in capsys.readouterr().out
-    assert cli.run(["train", "-c", str(tmp_path / "on/config.yaml"), "--quiet"]) == 0
-    assert read_run(tmp_path / "on")[1].step == 20
+    told = capsys.readouterr().out
+    assert told == f"Epoch 1 is done in {folder}. To go on: cocoop-fast train -c '{folder}/config.yaml'\n"
+    assert cli.run(["train", "-c", str(folder / "config.yaml"), "--quiet"]) == 0
+    assert read_run(folder)[1].step == 20
     capsys.readouterr()
     assert cli.run(["checkpoint", "import", path, *arguments]) == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert checkpoint.load_newest(tmp_path / "on/checkpoints").step == 20
+    assert checkpoint.load_newest(folder / "checkpoints").step == 20

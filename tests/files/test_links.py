@@ -24,6 +24,12 @@ def test_a_file_replaces_links_at_its_place_and_beside_it(tmp_path, victim, name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "victim"]
 
 
+def test_what_cannot_be_written_is_told_by_its_own_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as told:
+        write_json(tmp_path / "nowhere" / "file.json", {}, many_writers=True)
+    assert told.value.filename == str(tmp_path / "nowhere" / "file.json")
+
+
 def test_a_link_to_nothing_is_not_followed_either(tmp_path):
     (tmp_path / ".file.tmp").symlink_to(tmp_path / "made through a link")
     write_atomically(tmp_path / "file", lambda file: file.write(b"x"))

@@ -174,7 +174,11 @@ def test_changed_settings_are_refused_and_redone(tmp_path, capsys, tiny):
 @pytest.mark.parametrize(
     ("arguments", "status", "sentence"),
     [
-        (["base2old"], 2, "There is no protocol 'base2old'; choose one of base2new, cross-dataset"),
+        (
+            ["base2old"],
+            2,
+            "There is no protocol 'base2old'; did you mean base2new? The protocols are base2new, cross-dataset",
+        ),
         (["base2new", "--datasets", "nowhere"], 2, "There is no data set called nowhere"),
         (["base2new", "--datasets", "digits,,x"], 2, "--datasets has an empty name"),
         (["base2new", "--datasets", "a=", "b"], 2, "'a=' is not NAME=PATH"),
