@@ -72,7 +72,7 @@ class ShortTower:
 
         def step() -> None:
             features = self.tower.encode(ContextRows(self.ctx, self.meta_net(image)))
-            loss, _ = cosine_cross_entropy(image, features[:, constants.leaf_of_class], scale, label)
+            loss, _ = cosine_cross_entropy(image, constants.classes(features, cpu), scale, label)
             if backward:
                 loss.backward()
 

@@ -230,6 +230,26 @@ def test_launches(monkeypatch, layers):
     assert backward.count().total() <= 9 * layers + 5
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted in the interpreter")
+@pytest.mark.parametrize("names, copies", [([[4], [2], [3]], 1), (NAMES, 3)], ids=["distinct", "two alike"])
+def test_features_of_the_classes_are_moved_and_nothing_is_sorted(monkeypatch, names, copies):
+    """One launch each way; two more in backward for second classes of a prompt."""
+    engine, _ = encoders(names, layers=2, heads=1)
+    ctx = torch.randn(1, 2, 32).requires_grad_()
+    leaves = engine.tower.encode(ContextRows(None, ctx))
+    with Launches(monkeypatch, run=True) as forward:
+        engine(ctx)
+    assert forward.count()["_move_rows_kernel"] == 2 and not forward.count()["index"]  # the EOT rows before
+    monkeypatch.undo()
+    class_rows = engine.tower.constants.classes
+    classes = class_rows(leaves, engine.tower.ops)
+    assert len(class_rows.turns) == (copies + 1) / 2  # worked out once
+    gradient = torch.ones_like(classes)
+    with Launches(monkeypatch, run=True) as backward:
+        torch.autograd.grad(classes, leaves, gradient)
+    assert backward.count() == {"_move_rows_kernel": copies}
+
+
 # The whole model, and the choice of the backend
 
 
