@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +29,10 @@ Statistics = tuple[Tensor, Tensor]  # float32 mean and reciprocal standard devia
 _MOST_KEPT = 2
 
 
+# Of a buffer. Panels, batch sizes and parts of a tree make some dozens.
+_MOST_VIEWS = 256
+
+
 class Buffers:
     """Named buffers that grow when they must, and are otherwise the same memory again and again.
 
@@ -38,6 +43,7 @@ class Buffers:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self._storage: dict[str, Tensor] = {}
+        self._views: dict[str, dict[tuple[int, ...], Tensor]] = {}  # made once: a pass asks for a hundred
 
     @property
     def nbytes(self) -> int:
@@ -45,14 +51,19 @@ class Buffers:
 
     def get(self, name: str, *shape: int) -> Tensor:
         """A contiguous view of the named buffer; its content is whatever was there."""
-        size = 1
-        for extent in shape:
-            size *= extent
+        views = self._views.get(name)
+        if views is not None and shape in views:
+            return views[shape]
+        size = prod(shape)
         storage = self._storage.get(name)
         if storage is None or storage.numel() < size:
             storage = torch.empty(size, dtype=self.dtype, device=self.device)
             self._storage[name] = storage
-        return storage[:size].view(shape)
+            views = None  # of the memory before
+        if views is None or len(views) == _MOST_VIEWS:
+            views = self._views[name] = {}
+        views[shape] = storage[:size].view(shape)
+        return views[shape]
 
 
 class PassMemory:
