@@ -6,6 +6,9 @@ are written do not overlap.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +21,25 @@ STORAGE_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Columns that a program holds at once -> its warps: the narrowest block that takes a whole row is chosen. Sixteen
 # numbers a thread keep two to four 16-byte loads in flight, and a row of 512 needs no exchange between warps.
 ROW_BLOCKS = {512: 1, 1024: 2, 2048: 4}
+
+
+_known: ContextVar[bool] = ContextVar("arguments are known", default=False)
+
+
+@contextmanager
+def known_arguments() -> Iterator[None]:
+    """Launches inside, of this thread, repeat some whose arguments passed the checks, in shape, strides, dtype and device:
+    launchers do without looking again."""
+    token = _known.set(True)
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def arguments_are_known() -> bool:
+    """Whether this is inside of :func:`known_arguments`."""
+    return _known.get()
 
 
 @dataclass(frozen=True)
@@ -43,21 +65,11 @@ def row_layout(**tensors: Tensor) -> RowLayout:
     Raises:
         ValueError: they are no rows of floats, or differ in number, width or device.
     """
-    (first_name, first), *_ = tensors.items()
-    for name, rows in tensors.items():
-        check_rows(name, rows, first)
-        same_count = rows.shape[:-1].numel() == first.shape[:-1].numel()
-        if not same_count or rows.shape[-1] != first.shape[-1]:
-            raise ValueError(
-                f"`{name}` and `{first_name}` must have the same number and width of rows, "
-                f"got {tuple(rows.shape)} and {tuple(first.shape)}"
-            )
-    sizes = {rows.shape[1] for rows in tensors.values() if rows.ndim == 3}
-    if len(sizes) > 1:
-        shapes = ", ".join(f"`{name}` {tuple(rows.shape)}" for name, rows in tensors.items())
-        raise ValueError(f"the numbers of rows an image differ: {shapes}")
+    if not arguments_are_known():
+        _check_alike(tensors)
+    first = next(iter(tensors.values()))
     count, width = first.shape[:-1].numel(), first.shape[-1]
-    per_image = sizes.pop() if sizes else count
+    per_image = next((rows.shape[1] for rows in tensors.values() if rows.ndim == 3), count)
     strides: list[int] = []
     for rows in tensors.values():
         if rows.ndim == 3:
@@ -67,8 +79,25 @@ def row_layout(**tensors: Tensor) -> RowLayout:
     return RowLayout(count, per_image, width, tuple(strides))
 
 
+def _check_alike(tensors: dict[str, Tensor]) -> None:
+    (first_name, first), *_ = tensors.items()
+    for name, rows in tensors.items():
+        check_rows(name, rows, first)
+        same_count = rows.shape[:-1].numel() == first.shape[:-1].numel()
+        if not same_count or rows.shape[-1] != first.shape[-1]:
+            raise ValueError(
+                f"`{name}` and `{first_name}` must have the same number and width of rows, "
+                f"got {tuple(rows.shape)} and {tuple(first.shape)}"
+            )
+    if len({rows.shape[1] for rows in tensors.values() if rows.ndim == 3}) > 1:
+        shapes = ", ".join(f"`{name}` {tuple(rows.shape)}" for name, rows in tensors.items())
+        raise ValueError(f"the numbers of rows an image differ: {shapes}")
+
+
 def check_rows(name: str, rows: Tensor, like: Tensor) -> None:
     """Raise ValueError unless `rows` are rows of floats, on the device of `like`."""
+    if arguments_are_known():
+        return
     if rows.ndim not in (2, 3):
         raise ValueError(f"`{name}` must have shape (n, d) or (B, n, d), got {tuple(rows.shape)}")
     if rows.dtype not in STORAGE_TYPES:
@@ -87,6 +116,8 @@ def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def check_array(name: str, array: Tensor, shape: tuple[int, ...], like: Tensor, *types: torch.dtype) -> None:
     """Raise ValueError unless `array` is contiguous, of this shape and these types, on the device of `like`."""
+    if arguments_are_known():
+        return
     if tuple(array.shape) != shape or not array.is_contiguous():
         raise ValueError(
             f"`{name}` must be contiguous of shape {shape}, got {tuple(array.shape)} with strides {array.stride()}"

@@ -357,8 +357,8 @@ def _tower(problem: Problem, precision: str, backend: str) -> None:
 
 def replayed(step: Callable[[], None]) -> float | str:
     """Milliseconds of a step as a CUDA graph, recorded as training records it."""
+    from cocoop_fast.engine.graphs import CudaGraphs
     from cocoop_fast.training.step import StepResult
-    from cocoop_fast.training.step_graph import CudaGraphs
 
     def work() -> StepResult:
         step()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -41,8 +43,21 @@ class Activations:
     floats: Buffers
     largest_panel_only: bool = False  # enough to see how much memory a pass takes
     layers: list[LayerActivations] = field(default_factory=list)
+    done: set[Hashable] = field(default_factory=set)  # passes whose arguments have been checked
     x_out: Tensor = field(init=False)  # (B * Q, d) what the final LayerNorm reads
     stats_out: Statistics = field(init=False)
+
+    @contextmanager
+    def checked_once(self, *pass_: Hashable) -> Iterator[None]:
+        """A pass over this memory: what its operations are given has the same shapes every time, and is looked at in the
+        first.
+
+        Args:
+            pass_: what else decides those shapes.
+        """
+        with self.ops.known_arguments() if pass_ in self.done else nullcontext():
+            yield
+        self.done.add(pass_)
 
     def panels(self, rows: int) -> list[slice]:
         """Slices of about as many rows as the backend likes, all of nearly the same length."""

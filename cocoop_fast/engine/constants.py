@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip.frozen import Affine, TextBlock, TextWeights
+from cocoop_fast.engine.class_rows import ClassRows
 from cocoop_fast.ops.activation import activation_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
 from cocoop_fast.ops.linear import linear_ref
@@ -85,6 +86,11 @@ class TowerConstants:
         """(T, H, D) each: layer 0's query, key and value of the tokens."""
         with torch.no_grad(), own_types(self.weights.device):
             return qkv_rows(self.node_rows, self.weights.blocks[0], self.weights.heads)
+
+    @cached_property
+    def classes(self) -> ClassRows:
+        """Which leaf's features each class has."""
+        return ClassRows(self.tree.leaf_of_class, self.weights.device)
 
     @property
     def nbytes(self) -> int:

@@ -69,6 +69,10 @@ class ContextRows(NamedTuple):
         """All of them, to be put together again by :meth:`of`."""
         return self.vectors, self.shift, *self.deep
 
+    def types(self) -> tuple[tuple[torch.Size, torch.dtype] | None, ...]:
+        """Shape and dtype of each of :meth:`tensors`."""
+        return tuple(None if one is None else (one.shape, one.dtype) for one in self.tensors())
+
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> ContextRows:
         vectors, shift, *deep = tensors

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel, FrozenCLIP
+from cocoop_fast.engine.class_rows import ClassRows
 from cocoop_fast.engine.constants import TowerConstants, compute_constants, own_types
 from cocoop_fast.engine.contexts import ContextRows, Contexts, ShiftedContext
 from cocoop_fast.engine.fused_tower import FusedTower
@@ -94,8 +95,8 @@ class TreeTextEncoder(nn.Module):
         with _outside_inference_mode():
             tower = self.tower
             rows, batched = self._rows(ctx, deep)
-            features = encode_in_pieces(tower, rows, self.memory)[:, tower.constants.leaf_of_class]
-            features = features.to(self.frozen.dtype)
+            features = encode_in_pieces(tower, rows, self.memory)
+            features = tower.constants.classes(features, tower.ops).to(self.frozen.dtype)
         return features if batched else features[0]
 
     def encode_classes(self, ctx: Contexts, classes: Tensor) -> Tensor:
@@ -265,7 +266,7 @@ class EncoderPart:
         nodes = tree.ancestors(tree.leaves[leaves])
         self._encoder = encoder
         self._tower = whole.for_part(whole.constants.part(tree.subtree(nodes)))
-        self._asked = asked.to(whole.constants.weights.device)
+        self._asked = ClassRows(asked, whole.constants.weights.device)
 
     @torch.compiler.disable
     def __call__(self, ctx: Contexts) -> Tensor:
@@ -287,7 +288,7 @@ class EncoderPart:
                 features = self._tower.encode(rows)
             else:
                 features = encode_in_pieces(self._tower, rows, self._encoder.memory)
-        return features[:, self._asked].to(self._encoder.frozen.dtype)
+            return self._asked(features, self._tower.ops).to(self._encoder.frozen.dtype)
 
     def lower_memory(self, batch: int) -> None:
         """As :meth:`TreeTextEncoder.lower_memory`, by the size of this part."""

@@ -67,7 +67,9 @@ class FusedTower:
             return features
         lease = self.shared.inference.borrow()
         with torch.no_grad(), own_types(self.constants.weights.device):
-            return _forward(self, contexts, self.lay_out(contexts.batch, lease.memory))
+            acts = self.lay_out(contexts.batch, lease.memory)
+            with acts.checked_once("forward", *contexts.types()):
+                return _forward(self, contexts, acts)
 
     def lay_out(self, batch: int, memory: PassMemory, *, largest_panel_only: bool = False) -> Activations:
         """The memory laid out for a pass over B images."""
@@ -235,10 +237,12 @@ class _Encode(torch.autograd.Function):
     def forward(node: Any, tower: FusedTower, lease: Lease, *tensors: Tensor | None) -> Tensor:
         contexts = ContextRows.of(tensors)
         node.tower, node.lease, node.versions = tower, lease, tower.constants.weights.versions()
-        node.like = [None if one is None else (one.shape, one.dtype) for one in tensors]
+        node.like = contexts.types()
         node.save_for_backward(lease.owner())
         with own_types(contexts.shift.device):
-            return _forward(tower, contexts, tower.lay_out(contexts.batch, lease.memory))
+            acts = tower.lay_out(contexts.batch, lease.memory)
+            with acts.checked_once("forward", *node.like):
+                return _forward(tower, contexts, acts)
 
     @staticmethod
     def backward(node: Any, grad_features: Tensor) -> tuple[Tensor | None, ...]:
@@ -258,7 +262,8 @@ class _Encode(torch.autograd.Function):
         )
         with own_types(device):
             acts = tower.lay_out(gradients.batch, node.lease.memory)
-            _backward(tower, grad_features, acts, gradients)
+            with acts.checked_once("backward", *node.like):
+                _backward(tower, grad_features, acts, gradients)
         return None, None, *gradients.tensors()
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +29,10 @@ Statistics = tuple[Tensor, Tensor]  # float32 mean and reciprocal standard devia
 _MOST_KEPT = 2
 
 
+# Of a buffer. Panels, batch sizes and parts of a tree make some dozens.
+_MOST_VIEWS = 256
+
+
 class Buffers:
     """Named buffers that grow when they must, and are otherwise the same memory again and again.
 
@@ -37,6 +43,7 @@ class Buffers:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self._storage: dict[str, Tensor] = {}
+        self._views: dict[str, dict[tuple[int, ...], Tensor]] = {}  # made once: a pass asks for a hundred
 
     @property
     def nbytes(self) -> int:
@@ -44,14 +51,19 @@ class Buffers:
 
     def get(self, name: str, *shape: int) -> Tensor:
         """A contiguous view of the named buffer; its content is whatever was there."""
-        size = 1
-        for extent in shape:
-            size *= extent
+        views = self._views.get(name)
+        if views is not None and shape in views:
+            return views[shape]
+        size = prod(shape)
         storage = self._storage.get(name)
         if storage is None or storage.numel() < size:
             storage = torch.empty(size, dtype=self.dtype, device=self.device)
             self._storage[name] = storage
-        return storage[:size].view(shape)
+            views = None  # of the memory before
+        if views is None or len(views) == _MOST_VIEWS:
+            views = self._views[name] = {}
+        views[shape] = storage[:size].view(shape)
+        return views[shape]
 
 
 class PassMemory:
@@ -100,19 +112,36 @@ class PassSize(NamedTuple):
         return cls(*(max(column) for column in zip(*sizes, strict=True)))
 
 
-_keeper: ContextVar[list[PassMemory] | None] = ContextVar("keeper", default=None)
+_keeper: ContextVar[_Keeper | None] = ContextVar("keeper", default=None)
 
 
 @contextmanager
 def lent_for_good() -> Iterator[list[PassMemory]]:
     """What passes of this thread borrow meanwhile is in the list, and nobody else gets it: for a CUDA graph, which writes into
-    it whenever it is replayed, and has to hold it."""
-    kept: list[PassMemory] = []
-    token = _keeper.set(kept)
+    it whenever it is replayed, and has to hold it. Passes that come one after the other have the same memory, as ever."""
+    keeper = _Keeper()
+    token = _keeper.set(keeper)
     try:
-        yield kept
+        yield keeper.memory
     finally:
         _keeper.reset(token)
+
+
+class _Keeper:
+    """Memory that is taken from pools and not given back to them."""
+
+    def __init__(self) -> None:
+        self.memory: list[PassMemory] = []
+        self._pools: dict[Pool, Pool] = {}  # of what is taken from each
+
+    def borrow(self, pool: Pool) -> Lease:
+        if pool not in self._pools:
+            self._pools[pool] = Pool(partial(self._take, pool))
+        return self._pools[pool].lend()
+
+    def _take(self, pool: Pool) -> PassMemory:
+        self.memory.append(pool.take())
+        return self.memory[-1]
 
 
 class Pool:
@@ -133,14 +162,20 @@ class Pool:
         """Memory that nobody else has until the lease is given back."""
         keeper = _keeper.get()
         if keeper is not None:
-            keeper.append(self._free.pop() if self._free else self._make())
-            return Lease(keeper[-1], None)
+            return keeper.borrow(self)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return Lease(self._make(), None)
+        return self.lend()
+
+    def lend(self) -> Lease:
+        return Lease(self.take(), self)
+
+    def take(self) -> PassMemory:
+        """Memory of a pass that is over, or more; nobody else has it."""
         try:
-            return Lease(self._free.pop(), self)
+            return self._free.pop()
         except IndexError:
-            return Lease(self._make(), self)
+            return self._make()
 
     @property
     def nbytes(self) -> int:

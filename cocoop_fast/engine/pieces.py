@@ -22,6 +22,7 @@ from cocoop_fast.engine.constants import TowerConstants, current_autocast
 from cocoop_fast.engine.contexts import ContextRows
 from cocoop_fast.engine.memory import PassSize, free_memory, parse_bytes
 from cocoop_fast.errors import UserError
+from cocoop_fast.ops.table import Ops
 from cocoop_fast.prompts.tree import ClassTree
 
 # Without a budget: the part of the free memory that activations may take.
@@ -37,6 +38,10 @@ class Tower(Protocol):
     """What encodes the rows of a tree."""
 
     constants: TowerConstants
+
+    @property
+    def ops(self) -> Ops | None:
+        """What it computes by; None: by torch alone."""
 
     @property
     def kept_bytes(self) -> int:

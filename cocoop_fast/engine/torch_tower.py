@@ -30,6 +30,7 @@ class TorchTower:
     """
 
     kept_bytes = pooled_bytes = 0
+    ops = None  # torch's own
 
     def __init__(self, constants: TowerConstants) -> None:
         self.constants = constants

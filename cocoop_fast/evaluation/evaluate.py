@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,10 +16,14 @@ from cocoop_fast.data.batches import test_batches
 from cocoop_fast.data.dataset import Dataset
 from cocoop_fast.data.transforms import Normalize, TestTransform
 from cocoop_fast.distributed.ranks import ALONE, Ranks
+from cocoop_fast.engine.graphs import Record, Recorded
 from cocoop_fast.evaluation.metrics import Metrics, measure
-from cocoop_fast.methods.base import ImageClassifier
+from cocoop_fast.methods.base import ImageClassifier, LearnedPromptCLIP
 
 Progress = Callable[[int, int], None]  # images done, images in all
+
+# An evaluation of fewer batches is over before a graph has gained what recording it takes.
+WORTH_RECORDING = 32
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ def evaluate(
     precision: str = "fp32",
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    record: Record | None = None,
+    on_message: Callable[[str], None] = lambda message: None,
 ) -> Metrics:
     """Classify images and compare with their labels. The model is put into evaluation mode.
 
@@ -105,9 +112,20 @@ def evaluate(
         precision: "amp" computes under autocast.
         progress: told after each batch.
         ranks: each has some of the images; all get the metrics of them all.
+        record: where there are many batches, what a learned context makes of one is recorded by it and replayed; ``None``: each
+            is launched anew.
+        on_message: told why batches are not recorded, if they cannot be.
+
+    Raises:
+        UserError: features of the wrong width or not finite.
     """
     model.prompt_learner.eval()
-    logits_of = model.forward_features
+    logits_of: Callable[[Tensor], Tensor] = model.forward_features
+    many = len(features.image) >= WORTH_RECORDING * batch_size
+    if record is not None and many and isinstance(model, LearnedPromptCLIP):
+        model.check(features.image)  # all at once: a replay looks at no values
+        why_not = partial(model.why_not_recorded, training=False)
+        logits_of = Recorded(logits_of, on_message, record, why_not, name="batches of an evaluation")
     called = classify(
         logits_of, features.image, batch_size=batch_size, precision=precision, progress=progress
     )

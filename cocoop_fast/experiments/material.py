@@ -18,6 +18,7 @@ from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.data.few_shot_files import few_shot_sample
 from cocoop_fast.data.workers import reading_processes
 from cocoop_fast.distributed.ranks import ALONE, Ranks
+from cocoop_fast.engine.graphs import CudaGraphs, Record
 from cocoop_fast.evaluation.evaluate import Features, Progress, encode_test_images, evaluate
 from cocoop_fast.evaluation.feature_cache import TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics
@@ -174,13 +175,26 @@ class Material:
                 "ranks": self.ranks,
             }
             if shortlisted is None:
-                metrics[subset] = evaluate(model, features, model.n_classes, **how)
+                metrics[subset] = evaluate(
+                    model,
+                    features,
+                    model.n_classes,
+                    **how,
+                    record=self._record,
+                    on_message=observer.on_message,
+                )
             else:
                 seed = self.config.seed
                 metrics[subset] = evaluate_by_shortlist(shortlisted, features, seed=seed, **how)
             seconds = time.perf_counter() - start
             observer.on_evaluation_end(EvaluationInfo(method, subset, metrics[subset], seconds))
         return metrics
+
+    @property
+    def _record(self) -> Record | None:
+        """What records the batches of an evaluation."""
+        device = self.clip.device
+        return CudaGraphs(device) if device.type == "cuda" and self.config.model.cuda_graph else None
 
     def _features_of(self, subset: Subset, model: ImageClassifier, progress: Progress) -> Features:
         """Test features of one set of classes; every method has the same image encoder. Ranks have a share each."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cocoop_fast.clip.frozen import ClipModel, text_module
 from cocoop_fast.clip.load import amp_text_dtype
+from cocoop_fast.engine.graphs import CudaGraphs, Recorded
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast
 from cocoop_fast.integrations.recognise import differences
@@ -26,7 +27,6 @@ from cocoop_fast.methods.cocoop import CustomCLIP
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.training.precision import LossScaler, needs_loss_scaling
 from cocoop_fast.training.step import Step, loss_and_gradients
-from cocoop_fast.training.step_graph import CudaGraphs, RecordedSteps
 
 
 class FastTrainer:
@@ -90,7 +90,7 @@ class FastTrainer:
         self._step: Step = loss_and_gradients(self.model, self._parameters, self.precision, self.scaler)
         if self.device.type == "cuda":
             graphs = CudaGraphs(self.device)
-            self._step = RecordedSteps(self._step, print, graphs, self.model.why_not_recorded)
+            self._step = Recorded(self._step, print, graphs, self.model.why_not_recorded)
             if torch.cuda.device_count() > 1:
                 print("One GPU is used; train further seeds or data sets on the others")
 

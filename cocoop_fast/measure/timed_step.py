@@ -72,7 +72,7 @@ class ShortTower:
 
         def step() -> None:
             features = self.tower.encode(ContextRows(self.ctx, self.meta_net(image)))
-            loss, _ = cosine_cross_entropy(image, features[:, constants.leaf_of_class], scale, label)
+            loss, _ = cosine_cross_entropy(image, constants.classes(features, cpu), scale, label)
             if backward:
                 loss.backward()
 
@@ -129,6 +129,8 @@ class TimedOps:
     """The CPU's operations; each call is timed, and noted as what :class:`CountingOps` makes of it."""
 
     PANEL_ROWS, ROW_PADDING, packed_bytes = cpu.PANEL_ROWS, cpu.ROW_PADDING, staticmethod(cpu.packed_bytes)
+
+    known_arguments = cpu.known_arguments
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self.counting = clock, CountingOps(cpu)

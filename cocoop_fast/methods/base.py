@@ -174,8 +174,10 @@ class PromptedCLIP(nn.Module):
                 f"`image_features` must be a (B, E) tensor with E = {self.embed_dim}, got {shape}; "
                 "encode the images with this model's image encoder."
             )
-        # Evaluation may wait for a GPU.
-        read = image_features.device.type == "cpu" or not torch.is_grad_enabled()
+        # Evaluation may wait for a GPU, unless it is being recorded.
+        read = image_features.device.type == "cpu" or not (
+            torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing()
+        )
         if read and not torch.isfinite(image_features).all():
             bad = int((~torch.isfinite(image_features)).any(dim=1).nonzero()[0])
             raise UserError(f"`image_features` has NaN or infinite values in row {bad}; check that image.")
@@ -374,9 +376,10 @@ class LearnedPromptCLIP(PromptedCLIP):
         """
         self.tree_encoder.lower_memory(batch)
 
-    def why_not_recorded(self) -> str | None:
-        """Why a training step waits for the device, so that no CUDA graph can be made of it; None if it does not."""
-        if self.prune_mass:
+    def why_not_recorded(self, *, training: bool = True) -> str | None:
+        """Why a training step, or evaluating a batch, waits for the device, so that no CUDA graph can be made of it; None if it
+        does not."""
+        if training and self.prune_mass:
             return "optim.prune_mass chooses the classes of each step by its probabilities"
         if self.tree_encoder.memory.shards(self.tree_encoder.tree):
             return "the classes go through the text tower in shards, for want of memory"

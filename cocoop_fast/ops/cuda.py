@@ -29,6 +29,7 @@ layer_norm_fwd = triton.layer_norm_fwd
 layer_norm_bwd = triton.layer_norm_bwd
 activation_fwd = triton.activation_fwd
 activation_bwd = triton.activation_bwd
+known_arguments = triton.known_arguments
 gather_rows = triton.gather_rows
 add_rows = triton.add_rows
 head_fwd = triton.head_fwd

@@ -111,6 +111,7 @@ class _CosineCrossEntropy(torch.autograd.Function):
         loss = torch.empty_like(scale)
         ops.cross_entropy_fwd(logits, label, loss)
         node.ops, node.anchor = ops, anchor
+        node.set_materialize_grads(False)  # or zeros (B, K) are made for the logits, which have none
         told = None
         if anchor is not None:
             told = anchor_logits(image, scale, anchor).float()
@@ -121,7 +122,7 @@ class _CosineCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(node: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(node: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         text_features, image, scale, logits, inverse_norms, label, told = node.saved_tensors
         grad_loss, anchor = grad_loss.reshape(1), node.anchor
         grad_logits = torch.empty_like(logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +45,9 @@ class ShapeOps:
 
     def packed_bytes(self, columns: int, inner: int) -> int:
         return self._layout.packed_bytes(columns, inner)
+
+    def known_arguments(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _nothing(self, *arguments: Any, **options: Any) -> None:
         """Where the operation would write."""

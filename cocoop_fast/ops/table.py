@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -83,6 +84,10 @@ class Ops(Protocol):
     # the rows that a linear layer reads lie so many numbers further apart than they are wide.
     PANEL_ROWS: int | None
     ROW_PADDING: int
+
+    def known_arguments(self) -> AbstractContextManager[None]:
+        """Calls inside, of this thread, repeat calls whose arguments passed the checks, in shape, strides, dtype and device: a
+        backend may do without looking at them again."""
 
     def frozen_linear(self, layer: Affine, *, packed: bool) -> FrozenLinear:
         """A linear layer with frozen weights, ready to be used.

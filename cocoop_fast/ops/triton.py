@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip.frozen import Affine
-from cocoop_fast.kernels import activation, assemble_prompts, head, layer_norm, move_rows
+from cocoop_fast.kernels import activation, assemble_prompts, head, layer_norm, move_rows, rows
 from cocoop_fast.kernels.tree_attention import TreeAttention
 from cocoop_fast.ops.linear import FrozenLinear, GemmLinear
 from cocoop_fast.prompts.tree import ClassTree
@@ -17,6 +17,7 @@ from cocoop_fast.prompts.tree import ClassTree
 PANEL_ROWS: int | None = None
 ROW_PADDING: int = 0
 
+known_arguments = rows.known_arguments
 layer_norm_fwd = layer_norm.layer_norm_fwd
 layer_norm_bwd = layer_norm.layer_norm_bwd
 activation_fwd = activation.activation_fwd

@@ -15,6 +15,7 @@ from cocoop_fast.ops.linear import FrozenLinear, GemmLinear
 PANEL_ROWS = triton.PANEL_ROWS
 ROW_PADDING = triton.ROW_PADDING
 
+known_arguments = triton.known_arguments
 packed_bytes = triton.packed_bytes
 layer_norm_fwd = triton.layer_norm_fwd
 layer_norm_bwd = triton.layer_norm_bwd

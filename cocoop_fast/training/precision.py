@@ -51,12 +51,8 @@ class LossScaler:
         self.enabled = self._scaler.is_enabled()
         self.skipped = 0
 
-    def scale(self, loss: Tensor) -> Tensor:
-        """The scalar loss times the scale, in float32 at least."""
-        return self._scaler.scale(loss)
-
     def current(self) -> Tensor:
-        """The scale as a scalar on the device."""
+        """The scale as a scalar on the device, float32: what the gradient of the loss by itself is to be."""
         return self._scaler.scale(self._one)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import NamedTuple, Protocol
@@ -54,15 +55,21 @@ def loss_and_gradients(
     def step(features: Tensor, label: Tensor) -> StepResult:
         with autocast(precision, features.device):
             loss, logits = model.loss_and_logits(features, label)
-        gradients = torch.autograd.grad(scaler.scale(loss), parameters, allow_unused=True)
-        # Scaler and optimizer write into them: autograd may hand out expanded tensors, or one for two parameters.
-        own = tuple(
-            None if one is None else one.clone(memory_format=torch.contiguous_format) for one in gradients
-        )
-        correct = (logits.argmax(dim=1) == label).sum()
+        scale = scaler.current()
+        # Those of the scaled loss: backward begins from the scale, and nothing multiplies.
+        begin = scale.to(loss.dtype).view_as(loss)
+        gradients = torch.autograd.grad(loss, parameters, begin, allow_unused=True)
+        # Scaler and optimizer write into them, while autograd may hand out expanded tensors, or one for two parameters: they are
+        # copied, all in one launch.
+        there = [one for one in gradients if one is not None]
+        flat = torch.cat([one.flatten() for one in there])
+        parts = flat.split([one.numel() for one in there])
+        copies = iter([part.view_as(one).to(one.dtype) for part, one in zip(parts, there, strict=True)])
+        own = tuple(None if one is None else next(copies) for one in gradients)
         wide = torch.promote_types(loss.dtype, torch.float32)
-        largest = torch.cat([one.flatten() for one in own if one is not None]).abs().max()
-        told = (loss, correct, scaler.current(), largest)
+        correct = (logits.argmax(dim=1) == label).sum(dtype=wide)
+        largest = torch.linalg.vector_norm(flat, math.inf)
+        told = (loss, correct, scale, largest)
         report = torch.stack([value.detach().to(wide) for value in told])
         return StepResult(report, own, getattr(model, "pruned", None))
 

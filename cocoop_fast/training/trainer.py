@@ -19,6 +19,7 @@ from cocoop_fast.config import ResolvedOptim
 from cocoop_fast.data.batches import TrainBatches
 from cocoop_fast.distributed.class_shards import share_classes
 from cocoop_fast.distributed.ranks import ALONE, Ranks
+from cocoop_fast.engine.graphs import CudaGraphs, Record, Recorded
 from cocoop_fast.errors import UserError, is_out_of_memory
 from cocoop_fast.methods.base import ImageClassifier
 from cocoop_fast.training.average import GaussianAverage
@@ -35,7 +36,6 @@ from cocoop_fast.training.step import (
     repeated_together,
     summed_over_ranks,
 )
-from cocoop_fast.training.step_graph import CudaGraphs, Record, RecordedSteps
 from cocoop_fast.training.stop_signals import StopSignals
 
 # On a GPU the host launches steps without waiting for them. So many may be under way before it reads the loss of the
@@ -136,10 +136,10 @@ class Trainer:
         self._ranks = ranks
         self._shared = share_classes(model, ranks.classes)
         self._step: Step = loss_and_gradients(self._shared, self._parameters, precision, self.scaler)
-        self._graphs: RecordedSteps | None = None
+        self._graphs: Recorded[StepResult] | None = None
         if launching.record and self._shared is model:  # what ranks tell each other is not recorded
             why_not = getattr(model, "why_not_recorded", lambda: None)
-            self._step = self._graphs = RecordedSteps(
+            self._step = self._graphs = Recorded(
                 self._step, self.observer.on_message, launching.record, why_not
             )
         if ranks.classes.size > 1:

@@ -19,6 +19,8 @@ pytest.importorskip("triton.runtime.interpreter")
 
 from launches import Launches
 
+from cocoop_fast.kernels import rows
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TWIN = {"vocab_size": 1000, "width": 32, "heads": 2, "embed_dim": 24}
 NAMES = [[5, 3], [1, 2], [1], [1, 2, 4], [5, 3]]
@@ -228,6 +230,52 @@ def test_launches(monkeypatch, layers):
     once = {"_assemble_prompts_bwd_kernel": 1, "_move_rows_kernel": 1}  # sums to both parts; the EOT rows
     assert backward.count() == of_layers | once
     assert backward.count().total() <= 9 * layers + 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted in the interpreter")
+@pytest.mark.parametrize("names, copies", [([[4], [2], [3]], 1), (NAMES, 3)], ids=["distinct", "two alike"])
+def test_features_of_the_classes_are_moved_and_nothing_is_sorted(monkeypatch, names, copies):
+    """One launch each way; two more in backward for second classes of a prompt."""
+    engine, _ = encoders(names, layers=2, heads=1)
+    ctx = torch.randn(1, 2, 32).requires_grad_()
+    leaves = engine.tower.encode(ContextRows(None, ctx))
+    with Launches(monkeypatch, run=True) as forward:
+        engine(ctx)
+    assert forward.count()["_move_rows_kernel"] == 2 and not forward.count()["index"]  # the EOT rows before
+    monkeypatch.undo()
+    class_rows = engine.tower.constants.classes
+    classes = class_rows(leaves, engine.tower.ops)
+    assert len(class_rows.turns) == (copies + 1) / 2  # worked out once
+    gradient = torch.ones_like(classes)
+    with Launches(monkeypatch, run=True) as backward:
+        torch.autograd.grad(classes, leaves, gradient)
+    assert backward.count() == {"_move_rows_kernel": copies}
+
+
+# Arguments are looked at once a shape
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-gemm"])
+def test_arguments_are_checked_in_the_first_pass_of_a_shape_alone(monkeypatch, backend):
+    """What a launcher asks of a tensor's device is asked of every tensor that it checks."""
+    model = tiny_clip(**TWIN | {"layers": 2, "heads": 1}).to(DEVICE)
+    tower, looked_at = TreeTextEncoder(model, tree_of(NAMES, 2), backend=backend).tower, []
+    monkeypatch.setattr(rows, "_check_device", lambda name, *tensors: looked_at.append(name))
+
+    def looks(*contexts):
+        looked_at.clear()
+        tower.encode(ContextRows(*contexts)).sum().backward()
+        return len(looked_at)
+
+    one, two = (torch.zeros(batch, 32, device=DEVICE, requires_grad=True) for batch in (1, 2))
+    vectors = torch.zeros(2, 32, device=DEVICE, requires_grad=True)
+    first = looks(vectors, one)
+    assert first > 40 and looks(vectors, one) == 0
+    assert looks(vectors, two) == first and looks(vectors, two) == 0  # another batch
+    assert looks(None, vectors[None].detach().expand(2, -1, -1).clone().requires_grad_()) > 0
+    assert looks(vectors.detach().half().requires_grad_(), two) == first  # another type
+    with pytest.raises(ValueError, match="must have shape"):
+        tower.ops.gather_rows(one, torch.zeros(1, dtype=torch.int64), one)
 
 
 # The whole model, and the choice of the backend

@@ -6,9 +6,17 @@ import pytest
 import torch
 from tiny_runs import loaded_tiny_clip
 
+from cocoop_fast import UserError
 from cocoop_fast.config import DataConfig, PromptConfig
 from cocoop_fast.data import load_dataset
-from cocoop_fast.evaluation.evaluate import encode_test_images, evaluate, test_transform
+from cocoop_fast.engine.graphs import WARM_UP_STEPS
+from cocoop_fast.evaluation.evaluate import (
+    WORTH_RECORDING,
+    Features,
+    encode_test_images,
+    evaluate,
+    test_transform,
+)
 from cocoop_fast.methods import build_model
 
 
@@ -70,3 +78,66 @@ def test_mixed_precision_agrees(digits):
     assert mixed.shape == full.shape
     torch.testing.assert_close(mixed.float(), full, rtol=0.1, atol=0.3)
     assert evaluate(model, features, 10, precision="amp").total == 45
+
+
+# Batches recorded as a CUDA graph, by a recorder that runs on a CPU
+
+
+class FakeGraphs:
+    """Records by keeping the work: its result has no content until it is replayed, and then always the same memory."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work):
+        self.recorded += 1
+        logits = work().fill_(torch.nan)
+
+        def replay():
+            self.replayed += 1
+            logits.copy_(work())
+
+        return logits, replay
+
+
+def random_features(batches, extra=0):
+    image = torch.randn(2 * batches + extra, 64, generator=torch.Generator().manual_seed(0))
+    return Features(image, torch.arange(len(image)) % 10)
+
+
+@pytest.mark.parametrize("method", ["cocoop", "coop"])
+def test_recorded_batches_give_the_same(digits, method):
+    """All but the first few and a smaller last one are replayed."""
+    torch.manual_seed(0)
+    model = build_model(PromptConfig(method=method), list(digits.classnames), loaded_tiny_clip())
+    features, graphs = random_features(WORTH_RECORDING, extra=1), FakeGraphs()
+    metrics = evaluate(model, features, 10, batch_size=2, record=graphs, on_message=pytest.fail)
+    assert (graphs.recorded, graphs.replayed) == (1, WORTH_RECORDING - WARM_UP_STEPS)
+    assert metrics.confusion == evaluate(model, features, 10, batch_size=2).confusion
+
+
+def test_replays_do_not_hide_features_that_are_not_finite(digits):
+    model = build_model(PromptConfig(), list(digits.classnames), loaded_tiny_clip())
+    features = random_features(WORTH_RECORDING)
+    features.image[-1, 0] = torch.nan
+    model.check, checked = lambda image, label=None: None, model.check  # as in a replay
+    model.check = lambda image, label=None: checked(image, label) if len(image) > 2 else None
+    with pytest.raises(UserError, match=f"row {len(features.image) - 1}"):
+        evaluate(model, features, 10, batch_size=2, record=FakeGraphs())
+
+
+def test_what_cannot_or_need_not_be_recorded_is_not(digits):
+    def forbidden(work):
+        pytest.fail("it was recorded")
+
+    clip, names = loaded_tiny_clip(), list(digits.classnames)
+    few, many, messages = random_features(WORTH_RECORDING - 1), random_features(WORTH_RECORDING), []
+    evaluate(build_model(PromptConfig(), names, clip), few, 10, batch_size=2, record=forbidden)
+    evaluate(
+        build_model(PromptConfig(method="zeroshot"), names, clip), many, 10, batch_size=2, record=forbidden
+    )
+    in_shards = build_model(PromptConfig(), names, clip)
+    in_shards.tree_encoder.memory.shards = lambda tree: True
+    evaluate(in_shards, many, 10, batch_size=2, record=forbidden, on_message=messages.append)
+    [message] = messages
+    assert message.startswith("Batches of an evaluation are not recorded") and "in shards" in message

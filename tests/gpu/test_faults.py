@@ -10,10 +10,10 @@ from tiny_runs import loaded_tiny_clip
 from tiny_training import NAMES, Recorder, clip_model, make_batches
 
 from cocoop_fast.config import OptimConfig, PromptConfig
+from cocoop_fast.engine.graphs import WARM_UP_STEPS, CudaGraphs, Recorded
 from cocoop_fast.methods import build_model
 from cocoop_fast.training.precision import LossScaler
 from cocoop_fast.training.step import StepResult, loss_and_gradients
-from cocoop_fast.training.step_graph import WARM_UP_STEPS, CudaGraphs, RecordedSteps
 from cocoop_fast.training.trainer import Trainer
 
 pytestmark = [
@@ -59,7 +59,7 @@ def test_the_device_is_as_before_after_a_recording_that_failed(fault):
 
 def test_a_step_that_waits_is_launched_as_it_is():
     messages = []
-    steps = RecordedSteps(lambda x, label: waits(x), messages.append, CudaGraphs(GPU))
+    steps = Recorded(lambda x, label: waits(x), messages.append, CudaGraphs(GPU))
     for number in range(2 * WARM_UP_STEPS):
         x = torch.full((10,), float(number), device=GPU)
         assert float(steps(x, torch.zeros(1, device=GPU)).report) == 10.0 * number

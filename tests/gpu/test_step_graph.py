@@ -12,11 +12,11 @@ from tiny_training import NAMES, Recorder, clip_model, make_batches
 
 from cocoop_fast import UserError
 from cocoop_fast.config import OptimConfig, PromptConfig
+from cocoop_fast.engine.graphs import WARM_UP_STEPS, CudaGraphs, Recorded
 from cocoop_fast.methods import build_model
 from cocoop_fast.training.features import ImageFeatures
 from cocoop_fast.training.precision import LossScaler
 from cocoop_fast.training.step import loss_and_gradients
-from cocoop_fast.training.step_graph import WARM_UP_STEPS, CudaGraphs, RecordedSteps
 from cocoop_fast.training.trainer import Trainer
 
 pytestmark = [
@@ -46,7 +46,7 @@ def test_replays_equal_plain_steps(precision, method):
     """For inputs, parameters and batch sizes that change under the graphs."""
     model = gpu_model(precision, method)
     plain = plain_step(model, precision)
-    recorded = RecordedSteps(plain, pytest.fail, CudaGraphs(GPU))
+    recorded = Recorded(plain, pytest.fail, CudaGraphs(GPU))
     parameters = list(model.prompt_learner.parameters())
     generator = torch.Generator(GPU).manual_seed(0)
     for number in range(4 * WARM_UP_STEPS):

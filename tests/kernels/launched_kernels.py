@@ -46,7 +46,7 @@ def train_one_step(ops: Any, dtype: torch.dtype, names: list[list[int]]) -> None
     constants = compute_constants(FrozenCLIP(clip).text_weights(), tree_of(names))
     ctx, shift = (torch.zeros(*shape, requires_grad=True) for shape in ((4, 512), (2, 512)))
     tower = FusedTower(constants, ops)
-    features = tower.encode(ContextRows(ctx, shift))[:, constants.leaf_of_class]
+    features = constants.classes(tower.encode(ContextRows(ctx, shift)), ops)
     image = torch.zeros(2, 512, dtype=dtype)
     loss, _ = _CosineCrossEntropy.apply(
         features, image, torch.ones(1), torch.zeros(2, dtype=torch.int64), ops, None

@@ -9,9 +9,9 @@ import torch
 from tiny_encoders import encoder
 from tiny_training import Recorder, fast_model, large_model, make_batches, recipe, run_out_of_memory
 
-from cocoop_fast.training import step_graph
+from cocoop_fast.engine import graphs, pieces
+from cocoop_fast.engine.graphs import WARM_UP_STEPS, CudaGraphs, Recorded
 from cocoop_fast.training.step import StepResult
-from cocoop_fast.training.step_graph import WARM_UP_STEPS, CudaGraphs, RecordedSteps
 from cocoop_fast.training.trainer import Launching, Trainer
 
 GPU_1 = torch.device("cuda", 1)
@@ -82,7 +82,7 @@ class StubCuda:
 
 def stub_of(monkeypatch, **fails):
     stub = StubCuda(**fails)
-    monkeypatch.setattr(step_graph, "cuda", stub)
+    monkeypatch.setattr(graphs, "cuda", stub)
     return stub
 
 
@@ -154,6 +154,19 @@ def test_a_graph_keeps_the_memory_that_the_steps_before_used(monkeypatch):
     assert warm.scratch.get("h", 1).data_ptr() == addresses
 
 
+def test_passes_of_one_recording_that_follow_each_other_share_memory(monkeypatch):
+    """A batch of an evaluation goes through in groups of images."""
+    stub_of(monkeypatch)
+    monkeypatch.setitem(pieces.ROWS_PER_INFERENCE_PASS, "cpu", 1)
+    engine = encoder(backend="cpu")
+    contexts, encode, passes = torch.zeros(3, 4, engine.frozen.width), engine.tower.encode, []
+    engine.tower.encode = lambda rows: passes.append(rows) or encode(rows)
+    with torch.no_grad():
+        _, replay = CudaGraphs(GPU_1)(lambda: engine(contexts))
+    assert len(passes) == 3 and len(replay.memory) == 1
+    assert not engine.tower.shared.inference._free
+
+
 def trainer_with(monkeypatch, model, observer, record=None, **options):
     launching = Launching(record=record or CudaGraphs(GPU_1))
     return Trainer(
@@ -193,7 +206,7 @@ def test_out_of_memory_in_a_recording_goes_on_in_smaller_pieces(monkeypatch):
 
 
 def test_graphs_give_their_memory_back_when_memory_runs_out():
-    steps = RecordedSteps(lambda features, label: RESULT, print, lambda work: (work(), lambda: None))
+    steps = Recorded(lambda features, label: RESULT, print, lambda work: (work(), lambda: None))
     for _ in range(WARM_UP_STEPS + 1):
         steps(torch.zeros(2, 3), torch.zeros(2))
     assert len(steps._recordings) == 1

@@ -46,7 +46,7 @@ class Run:
     def step(self, number, *, overflow=False):
         self.scales.append(self.scaler.current().item())
         self.scaler.observe(self.scales[-1])
-        loss = self.scaler.scale((self.parameter * self.gradients[number]).sum())
+        loss = self.scaler.current() * (self.parameter * self.gradients[number]).sum()
         (self.parameter.grad,) = torch.autograd.grad(loss * (math.inf if overflow else 1), [self.parameter])
         self.scaler.step(self.optimizer)
 

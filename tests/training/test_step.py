@@ -81,7 +81,7 @@ def scaled_run(*, fused):
     parameter = torch.nn.Parameter(torch.ones(4))
     optimizer = build_optimizer([parameter], recipe(), fused=fused)
     scaler = LossScaler(torch.device("cpu"), enabled=True)
-    (parameter.grad,) = torch.autograd.grad(scaler.scale(parameter.square().sum()), [parameter])
+    (parameter.grad,) = torch.autograd.grad(scaler.current() * parameter.square().sum(), [parameter])
     return optimizer, scaler
 
 

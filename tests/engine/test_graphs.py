@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cocoop_fast.engine.graphs import MOST_GRAPHS, WARM_UP_STEPS, Recorded
 from cocoop_fast.training.step import StepResult
-from cocoop_fast.training.step_graph import MOST_GRAPHS, WARM_UP_STEPS, RecordedSteps
 
 
 class FakeGraphs:
@@ -61,7 +61,7 @@ def same(result, expected):
 
 def test_replays_equal_plain_steps_for_changing_inputs_shapes_and_parameters():
     graphs, step, plain, messages = FakeGraphs(), Quadratic(), Quadratic(), []
-    recorded = RecordedSteps(step, messages.append, graphs)
+    recorded = Recorded(step, messages.append, graphs)
     for number in range(30):
         batch = 2 if number % 5 == 4 else 4
         features, label = inputs(batch, number)
@@ -74,7 +74,7 @@ def test_replays_equal_plain_steps_for_changing_inputs_shapes_and_parameters():
 
 
 def test_the_inputs_are_copied_and_the_result_stays_in_place():
-    recorded = RecordedSteps(Quadratic(), print, FakeGraphs())
+    recorded = Recorded(Quadratic(), print, FakeGraphs())
     results = []
     for number in range(WARM_UP_STEPS + 3):
         features, label = inputs(4, number)
@@ -95,7 +95,7 @@ def test_what_cannot_be_recorded_is_done_as_it_is_and_said_once(error):
         raise error
 
     step, plain, messages = Quadratic(), Quadratic(), []
-    recorded = RecordedSteps(step, messages.append, refuse)
+    recorded = Recorded(step, messages.append, refuse)
     for number in range(10):
         features, label = inputs(4 if number < 7 else 2, number)
         assert same(recorded(features, label), plain(features, label))
@@ -105,7 +105,7 @@ def test_what_cannot_be_recorded_is_done_as_it_is_and_said_once(error):
 
 
 def test_a_bug_in_a_step_is_not_taken_for_a_refusal():
-    recorded = RecordedSteps(Quadratic(), print, lambda work: 1 / 0)
+    recorded = Recorded(Quadratic(), print, lambda work: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         for number in range(WARM_UP_STEPS + 1):
             recorded(*inputs(4, number))
@@ -113,7 +113,7 @@ def test_a_bug_in_a_step_is_not_taken_for_a_refusal():
 
 def test_the_number_of_graphs_is_bounded():
     graphs, step, plain, messages = FakeGraphs(), Quadratic(), Quadratic(), []
-    recorded = RecordedSteps(step, messages.append, graphs)
+    recorded = Recorded(step, messages.append, graphs)
     for number in range(8 * (MOST_GRAPHS + 2)):
         features, label = inputs(1 + number % (MOST_GRAPHS + 2), number)
         assert same(recorded(features, label), plain(features, label))

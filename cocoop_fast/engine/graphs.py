@@ -1,8 +1,8 @@
-"""A step recorded as a CUDA graph: hundreds of small launches become one.
+"""Work recorded as a CUDA graph: hundreds of small launches become one.
 
-The class tree is fixed, so a step's shapes depend on the batch size alone, and with few classes its kernels run
-shorter than their launches take. The optimizer stays outside of the graph: it is one fused kernel, and outside its learning
-rate may change and its loss scaler may skip it without recording anew.
+The class tree is fixed, so the shapes of a training step, or of an evaluated batch, depend on the batch size alone, and with few
+classes its kernels run shorter than their launches take. The optimizer stays outside of the graph: it is one fused kernel, and
+outside its learning rate may change and its loss scaler may skip it without recording anew.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, cuda
 
 from cocoop_fast.engine.memory import PassMemory, lent_for_good
-from cocoop_fast.training.step import Step, StepResult
 
-# Steps of a shape that are done without a graph first: they compile kernels and let libraries allocate
+# Calls of a shape that are done without a graph first: they compile kernels and let libraries allocate
 # their workspaces, neither of which can be recorded.
 WARM_UP_STEPS = 3
 
 # Each graph holds the activations of its batch size. A run has one size, and a second where the last batch is smaller.
 MOST_GRAPHS = 4
 
-Record: TypeAlias = Callable[[Callable[[], StepResult]], tuple[StepResult, Callable[[], None]]]
+Record: TypeAlias = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+R = TypeVar("R")
 
 # Of streams: the image encoder's is 0, so that a step goes before the features of the steps to come.
 _BEFORE_THE_ENCODER = -1
@@ -47,7 +47,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def __call__(self, work: Callable[[], StepResult]) -> tuple[StepResult, Callable[[], None]]:
+    def __call__(self, work: Callable[[], R]) -> tuple[R, Callable[[], None]]:
         """Record the launches of ``work``, without running them.
 
         The passes of ``work`` get the memory that passes before it used, and keep it.
@@ -90,81 +90,83 @@ class _Replay:
         self.graph.replay()
 
 
-class RecordedSteps:
-    """A :data:`Step` that records another one, once for each shape of its inputs, and replays it.
+class Recorded(Generic[R]):
+    """A function of tensors that records another one, once for each shape of its inputs, and replays it.
 
-    What it returns is overwritten by the next step of the same shape. Weights of the model may not be replaced
-    between steps; the parameters it learns are read anew by each.
+    What it returns is overwritten by the next call of the same shape. Weights of the model may not be replaced
+    between calls; the parameters it learns are read anew by each.
 
     Args:
-        step: without data-dependent shapes. One that cannot be recorded is done as it is.
-        on_message: told, once, why steps are not recorded.
+        work: without data-dependent shapes. What cannot be recorded is done as it is.
+        on_message: told, once, why it is not recorded.
         record: how work is recorded.
-        why_not: asked before recording: why the step waits for the device and so cannot be recorded, or ``None``.
+        why_not: asked before recording: why the work waits for the device and so cannot be recorded, or ``None``.
+        name: what a call is to a user, in the plural.
     """
 
     def __init__(
         self,
-        step: Step,
+        work: Callable[..., R],
         on_message: Callable[[str], None],
         record: Record,
         why_not: Callable[[], str | None] = lambda: None,
+        name: str = "steps",
     ) -> None:
-        self._step = step
+        self._work = work
         self._on_message = on_message
         self._record = record
         self._why_not = why_not
-        self._recordings: dict[Hashable, _Recording] = {}
+        self._name = name
+        self._recordings: dict[Hashable, _Recording[R]] = {}
         self._seen: Counter[Hashable] = Counter()
         self._given_up = False
 
-    def __call__(self, features: Tensor, label: Tensor) -> StepResult:
-        shape = (features.shape, features.dtype, label.shape)
+    def __call__(self, *inputs: Tensor) -> R:
+        shape = tuple((one.shape, one.dtype) for one in inputs)
         self._seen[shape] += 1
         if self._seen[shape] > WARM_UP_STEPS and not self._given_up and shape not in self._recordings:
-            self._make(shape, features, label)
+            self._make(shape, inputs)
         recording = self._recordings.get(shape)
         if recording is None:
-            return self._step(features, label)
-        recording.features.copy_(features)
-        recording.label.copy_(label)
+            return self._work(*inputs)
+        for memory, value in zip(recording.inputs, inputs, strict=True):
+            memory.copy_(value)
         recording.replay()
         return recording.result
 
     def release(self) -> None:
-        """Let go of the graphs and their memory; steps are not recorded from now on. For want of memory."""
+        """Let go of the graphs and their memory; nothing is recorded from now on. For want of memory."""
         self._given_up = True
         self._recordings.clear()
 
-    def _make(self, shape: Hashable, features: Tensor, label: Tensor) -> None:
-        """Record a step of this shape, or give up recording and tell why."""
+    def _make(self, shape: Hashable, inputs: tuple[Tensor, ...]) -> None:
+        """Record a call of this shape, or give up recording and tell why."""
         reason = self._why_not()
         if reason is None and len(self._recordings) == MOST_GRAPHS:
             reason = f"there are graphs of {MOST_GRAPHS} batch sizes already"
         if reason is None:
-            reason = self._try(shape, features, label)
+            reason = self._try(shape, inputs)
         if reason is not None:
             self._given_up = True
             self._on_message(
-                f"Steps are not recorded as CUDA graphs from here on ({reason}); the result is the same, "
-                "but small steps may be slower."
+                f"{self._name.capitalize()} are not recorded as CUDA graphs from here on ({reason}); the result is the "
+                f"same, but small {self._name} may be slower."
             )
 
-    def _try(self, shape: Hashable, features: Tensor, label: Tensor) -> str | None:
+    def _try(self, shape: Hashable, inputs: tuple[Tensor, ...]) -> str | None:
         """Why not, if not. Nothing refers to what a failed recording allocated when this is over."""
         try:
-            features, label = features.clone(), label.clone()  # the inputs' memory
-            result, replay = self._record(lambda: self._step(features, label))
+            own = tuple(one.clone() for one in inputs)  # the inputs' memory
+            result, replay = self._record(lambda: self._work(*own))
         except RuntimeError as error:
             # From an operation, the driver or the allocator: not everything can be recorded.
             return (str(error).strip().splitlines() or [type(error).__name__])[0]
-        self._recordings[shape] = _Recording(features, label, result, replay)
+        self._recordings[shape] = _Recording(own, result, replay)
         return None
 
 
 @dataclass(frozen=True)
-class _Recording:
-    features: Tensor  # the inputs' memory
-    label: Tensor
-    result: StepResult
+class _Recording(Generic[R]):
+    inputs: tuple[Tensor, ...]  # their memory
+    result: R
     replay: Callable[[], None]

@@ -1,0 +1,61 @@
+"""How many launches a training step makes beside the layers of the tower; docs/kernels.md has the numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import IMAGE_SIZE, tiny_clip
+from tiny_training import recipe
+
+from cocoop_fast import CustomCLIP
+from cocoop_fast.engine.contexts import ContextRows
+from cocoop_fast.methods.cocoop import reference_cfg
+from cocoop_fast.training.optimizer import build_optimizer
+from cocoop_fast.training.precision import LossScaler
+from cocoop_fast.training.step import loss_and_gradients
+
+pytest.importorskip("triton.runtime.interpreter")
+
+from launches import Launches
+
+TEMPLATE = Path(__file__).parents[2] / "tools" / "make_kernels_page.py"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted in the interpreter")
+@pytest.mark.parametrize("scaled", [False, True], ids=["fp32", "scaled"])
+def test_launches_beside_the_tower(monkeypatch, scaled):
+    """From image features to the parameters of the next step; on a CPU torch's operations stand for their launches."""
+    options = {"layers": 2, "width": 32, "heads": 2, "embed_dim": 32}
+    cfg = reference_cfg(ctx_init="", n_ctx=2, precision="fp32", image_size=IMAGE_SIZE)
+    model = CustomCLIP(cfg, ["cat", "dog"], tiny_clip(**options), backend="triton")
+    monkeypatch.setattr(model, "check", lambda *_: None)  # on a GPU no value is looked at
+    parameters = list(model.prompt_learner.parameters())
+    scaler = LossScaler(torch.device("cpu"), enabled=scaled)
+    optimizer = build_optimizer(parameters, recipe(), fused=True)
+    step = loss_and_gradients(model, parameters, "fp32", scaler)
+    features, label = torch.randn(2, 32), torch.tensor([0, 1])
+
+    def update():
+        result = step(features, label)
+        for parameter, gradient in zip(parameters, result.gradients, strict=True):
+            parameter.grad = gradient
+        scaler.step(optimizer)
+
+    def counted(work):
+        with monkeypatch.context() as patched, Launches(patched, run=False) as launches:
+            work()
+        return launches.count()
+
+    update()  # lays the memory out
+    whole = counted(update)
+    contexts = ContextRows(torch.randn(2, 32).requires_grad_(), torch.randn(2, 32).requires_grad_())
+    gradient = torch.ones(2, 2, 32)
+    tower = counted(lambda: model.tree_encoder.tower.encode(contexts).backward(gradient))
+    beside = whole - tower
+    for name in ("promote_types", "_record_function_enter_new", "_record_function_exit"):  # the host's alone
+        del beside[name]
+    [said] = re.findall(r"(\d+) launches, and (\d+) with loss scaling", TEMPLATE.read_text())
+    assert beside.total() == int(said[scaled]), dict(beside)
