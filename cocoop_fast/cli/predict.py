@@ -109,7 +109,7 @@ def _files(images: list[Path]) -> list[Path]:
 
     files: list[Path] = []
     for image in images:
-        if image.parts[0] in ("http:", "https:") and not image.exists():
+        if str(image).startswith(("http:/", "https:/")) and not image.exists():
             address = str(image).replace(":/", "://", 1)  # of whose slashes a path keeps one
             raise UserError(f"{address} is an address; download the image, and name its file.")
         found = images_below(image) if image.is_dir() else [image]
