@@ -135,6 +135,7 @@ def test_pretraining_script(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))  # as for a script that is run
     spec = importlib.util.spec_from_file_location(
         "pretrain_demo_clip", ROOT / "tools" / "pretrain_demo_clip.py"
     )
