@@ -43,8 +43,9 @@ from cocoop_fast.training.stop_signals import StopSignals
 _STEPS_UNDER_WAY = 4
 # After so many steps in a row without a finite loss and gradient it is no single image's fault.
 _MOST_SKIPPED_IN_A_ROW = 10
-# A device that waited for images for more than this share of an epoch could do more; that is said once.
-_MOST_WAITING = 0.5
+# A device that waited for images for more than this share of an epoch, and than these seconds, could do more; that is
+# said once.
+_MOST_WAITING, _LEAST_SECONDS_WAITING = 0.5, 0.5
 # A group is read, and on a GPU encoded, while the steps of the group before it run.
 _GROUPS_AHEAD = 2
 
@@ -251,7 +252,7 @@ class Trainer:
 
     def _tell_of_waiting(self, epoch: int, seconds: float) -> None:
         """Say, once, if the device could have done more. On a CPU reading and computing share the cores."""
-        idle = self._on_gpu and self._waiting > _MOST_WAITING * seconds
+        idle = self._on_gpu and self._waiting > max(_MOST_WAITING * seconds, _LEAST_SECONDS_WAITING)
         if idle and not self._told_of_waiting:
             self._told_of_waiting = True
             self.observer.on_message(
