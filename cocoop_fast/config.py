@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -343,11 +344,13 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+@cache
 def field_names() -> tuple[str, ...]:
     """Dotted names of all fields of :class:`RunConfig`."""
     return tuple(name for name, _ in flatten(dataclasses.asdict(RunConfig())))
 
 
+@cache
 def sections() -> frozenset[str]:
     """Names of those fields that hold others."""
     return frozenset(name.partition(".")[0] for name in field_names() if "." in name)

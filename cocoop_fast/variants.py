@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cocoop_fast.errors import UserError
-from cocoop_fast.spelling import meant, near
+from cocoop_fast.spelling import choice, meant
 
 if TYPE_CHECKING:
     from cocoop_fast.config import RunConfig
@@ -98,11 +98,8 @@ def additions(name: str, where: str) -> tuple[Addition, ...]:
     for part in name.split(PLUS)[1:]:
         known = meant(part, ADDITIONS)
         if known is None:
-            alike = [f"did you mean {one}? Known are" for one in near(part, ADDITIONS)]
-            raise UserError(
-                f"{where}: {name} adds {part.strip()!r}, which does not exist; {(*alike, 'choose from')[0]} "
-                f"{', '.join(ADDITIONS)}."
-            )
+            choices = choice(part, ADDITIONS, "Known are")
+            raise UserError(f"{where}: {name} adds {part.strip()!r}, which does not exist; {choices}.")
         one = ADDITIONS[known]
         if meant(method, one.methods) is None:
             raise UserError(

@@ -34,7 +34,7 @@ import typer
 from cocoop_fast.cli.reference_config import is_reference_key, open_clip_name
 from cocoop_fast.config import Method, RunConfig, field_names
 from cocoop_fast.errors import UserError
-from cocoop_fast.spelling import near
+from cocoop_fast.spelling import choice
 from cocoop_fast.variants import plain, spelled
 
 if TYPE_CHECKING:
@@ -311,6 +311,12 @@ def list_of(text: str, option: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def refuse_file(output_dir: Path) -> None:
+    """Raises a UserError if the directory that ``--output-dir`` names is a file."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output-dir {output_dir} is a file; name a directory.")
+
+
 def methods_of(text: str, option: str) -> tuple[str, ...]:
     """The methods and variants of methods that it names, in any spelling.
 
@@ -321,10 +327,8 @@ def methods_of(text: str, option: str) -> tuple[str, ...]:
     for name in list_of(text, option):
         method = spelled(name, option, METHODS)
         if method is None:
-            alike = [f"did you mean {one}? The methods are" for one in near(plain(name), METHODS)]
-            raise UserError(
-                f"{option}: there is no method {name!r}; {(*alike, 'choose from')[0]} {', '.join(METHODS)}."
-            )
+            choices = choice(plain(name), METHODS, "The methods are")
+            raise UserError(f"{option}: there is no method {name!r}; {choices}.")
         found.append(method)
     return tuple(dict.fromkeys(found))
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from cocoop_fast.cli import options, output
 from cocoop_fast.cli.options import AtLeastOne, NotNegative
-from cocoop_fast.errors import UserError
 
 
 @options.command()
@@ -39,8 +38,7 @@ def command(
         Only what is on disk, no model: report output/base2new --close-ups 0
     """
     folder = output_dir or (runs[0] / "report" if len(runs) == 1 else Path("report"))
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir {folder} is a file; name a directory.")
+    options.refuse_file(folder)
 
     from cocoop_fast.report.make_report import make_report
 

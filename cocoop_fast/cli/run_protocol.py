@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,8 +130,7 @@ def run(
         shots=shots_of(setting, shot_counts),
     )
     refuse_common(asked.config, asked.methods)
-    if asked.root.exists() and not asked.root.is_dir():
-        raise UserError(f"--output-dir {asked.root} is a file; name a directory.")
+    options.refuse_file(asked.root)
     check_present(asked)
 
     launch, asked, device = choose_launcher(launcher, asked, devices, jobs, resources)
@@ -226,7 +225,7 @@ def finish(
     from cocoop_fast.protocols.table import make_table
 
     if json:
-        measured = {} if dense is None else {"dense_time": dense.to_mapping()}
+        measured = {} if dense is None else {"dense_time": asdict(dense)}
         output.print_json({"command": "run", "output_dir": str(experiment.root), **results, **measured})
     else:
         entries = make_table(experiment, outcomes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cocoop_fast.measure.compare import compare
 from cocoop_fast.measure.contestants import choose
@@ -26,28 +25,25 @@ class DenseTime:
         steps: that it made.
         seconds: that they took, images and all.
         engine, dense: seconds of a step of its size on random features, the best of a few; ``dense``: 77 tokens a prompt,
-            as the reference computes it, ``None`` if that needs more time or memory than there is.
+            as the reference computes it. ``None``: what was not measured.
         why: there is no ``dense``.
     """
 
     run: str
     steps: int
     seconds: float
-    engine: float
+    engine: float | None
     dense: float | None
     why: str = ""
 
     def __str__(self) -> str:
-        if self.dense is None:
+        if self.dense is None or self.engine is None:
             return f"The dense computation of {self.run} was not measured: {self.why}."
         return (
             f"The {self.steps:,} steps of {self.run} took {readable_time(self.seconds)}, images and all; the dense computation's "
             f"text towers alone would have taken {readable_time(self.steps * self.dense)}: {readable_seconds(self.dense)} a step "
             f"against {readable_seconds(self.engine)}, best of {_ROUNDS}."
         )
-
-    def to_mapping(self) -> dict[str, Any]:
-        return dict(self.__dict__)
 
 
 def dense_time(outcomes: Sequence[Outcome]) -> DenseTime | None:
@@ -66,14 +62,12 @@ def dense_time(outcomes: Sequence[Outcome]) -> DenseTime | None:
     compared = compare(
         build_problem(spec), choose(["dense", "engine"]), rounds=_ROUNDS, max_seconds=_MAX_SECONDS
     )
-    dense, engine = compared.results.get("dense"), compared.results.get("engine")
-    if engine is None:
-        return DenseTime(str(outcome.cell), newest.step, newest.seconds, 0.0, None, compared.notes["engine"])
+    engine, dense = (compared.results.get(name) for name in ("engine", "dense"))
     return DenseTime(
         str(outcome.cell),
         newest.step,
         newest.seconds,
-        engine.step.best,
+        None if engine is None else engine.step.best,
         None if dense is None else dense.step.best,
-        compared.notes.get("dense", ""),
+        "; ".join(compared.notes.values()),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cocoop_fast.config import Subset
 from cocoop_fast.errors import UserError
-from cocoop_fast.spelling import meant, near
+from cocoop_fast.spelling import choice, meant
 
 # In the order of the paper's tables.
 IMAGENET = "imagenet"
@@ -84,8 +84,6 @@ def find_protocol(name: str) -> Protocol:
     """
     found = meant(name, PROTOCOLS)
     if found is None:
-        alike = [f"did you mean {one}? The protocols are" for one in near(name, PROTOCOLS)]
-        raise UserError(
-            f"There is no protocol {name!r}; {(*alike, 'choose one of')[0]} {', '.join(PROTOCOLS)}."
-        )
+        choices = choice(name, PROTOCOLS, "The protocols are", "choose one of")
+        raise UserError(f"There is no protocol {name!r}; {choices}.")
     return PROTOCOLS[found]
