@@ -230,8 +230,12 @@ def render(style: str, character: int, rng: random.Random | None) -> Image.Image
 
 @lru_cache(maxsize=4096)
 def _glyph(style: str, character: int) -> Image.Image:
-    """The drawing alone, white on black, cut to its box."""
-    font, text = _font(style), chr(character)
+    return glyph_of(_font(style), character)
+
+
+def glyph_of(font: ImageFont.FreeTypeFont, character: int) -> Image.Image:
+    """A drawing alone, white on black, cut to its box; "L"."""
+    text = chr(character)
     left, top, right, bottom = font.getbbox(text)
     glyph = Image.new("L", (max(1, round(right - left)), max(1, round(bottom - top))))
     ImageDraw.Draw(glyph).text((-left, -top), text, fill=255, font=font)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from cocoop_fast.clip.load import LoadedClip
-from cocoop_fast.config import PromptConfig, ResolvedConfig, ResolvedPrompt, Subset, embedded_clip
+from cocoop_fast.config import PromptConfig, ResolvedConfig, ResolvedPrompt, Subset
 from cocoop_fast.data import Dataset, Sample
 from cocoop_fast.data.check import check_images
 from cocoop_fast.data.few_shot import select_classes
@@ -23,7 +23,7 @@ from cocoop_fast.evaluation.evaluate import Features, Progress, encode_test_imag
 from cocoop_fast.evaluation.feature_cache import TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics
 from cocoop_fast.evaluation.shortlist import ShortlistClassifier, evaluate_by_shortlist
-from cocoop_fast.experiments.shared import Shared
+from cocoop_fast.experiments.shared import Shared, has_own_images
 from cocoop_fast.methods import knows_other_classes
 from cocoop_fast.methods.base import ImageClassifier, PromptedCLIP
 from cocoop_fast.runs.checkpoint import load_parameters
@@ -64,7 +64,7 @@ class Material:
 
     def tell_what_is_used(self) -> None:
         """Say which CLIP it is, and how the data were understood."""
-        own = embedded_clip(self.config.data.name) != self.config.model.name
+        own = has_own_images(self.config)
         self.shared.tell_of_model(self.config.model, self.observer.on_message, own_images=own)
         for note in self.dataset.notes:
             self.observer.on_message(note)

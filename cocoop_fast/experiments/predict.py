@@ -14,11 +14,11 @@ from torch import Tensor
 from cocoop_fast.clip.checkpoints import SUFFIXES
 from cocoop_fast.clip.load import LoadedClip, clip_in_memory, describe
 from cocoop_fast.clip.weights import HUB
-from cocoop_fast.config import ModelConfig, ResolvedConfig, RunConfig, embedded_clip
+from cocoop_fast.config import ModelConfig, ResolvedConfig, RunConfig
 from cocoop_fast.data.images import ImageError, any_rgb
 from cocoop_fast.errors import UserError
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
-from cocoop_fast.experiments.shared import Shared, model_on
+from cocoop_fast.experiments.shared import Shared, has_own_images, model_on
 from cocoop_fast.methods import knows_other_classes
 from cocoop_fast.methods.base import ImageClassifier
 from cocoop_fast.readable import listed
@@ -95,9 +95,7 @@ class Predictor:
         names, shared = newest.classnames if classnames is None else classnames, Shared()
         model = shared.model(config, names)
         load_parameters(model, newest.parameters, str(run_dir))
-        shared.tell_of_model(
-            config.model, on_message, own_images=embedded_clip(config.data.name) != config.model.name
-        )
+        shared.tell_of_model(config.model, on_message, own_images=has_own_images(config))
         others = newest.other_classes if classnames is None else []
         note = _note(names, others, knows_other_classes(config.prompt)) if others else None
         predictor = cls(model, shared.clip(config.model), names, config.eval_batch_size, note)

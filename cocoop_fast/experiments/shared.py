@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 
 from cocoop_fast.clip.demo import DEMO_CLIPS
 from cocoop_fast.clip.load import LoadedClip, describe, load_clip, resolve_device, resolve_precision
-from cocoop_fast.config import DataConfig, Ensemble, ModelConfig, RunConfig
+from cocoop_fast.config import DataConfig, Ensemble, ModelConfig, RunConfig, embedded_clip
 from cocoop_fast.data import Dataset, load_dataset
 from cocoop_fast.evaluation.feature_cache import FeatureCache
 from cocoop_fast.methods import build_model
@@ -70,6 +70,11 @@ class Shared:
     def test_set(self, config: DataConfig) -> Dataset:
         """The same without training and validation images; all of them are kept."""
         return self._load_test_set(_list_of(config))
+
+
+def has_own_images(config: RunConfig) -> bool:
+    """Whether the images are others than those that a CLIP inside the package was made for, if it is one."""
+    return embedded_clip(config.data.name) != config.model.name
 
 
 def model_on(clip: LoadedClip, config: RunConfig, classnames: Sequence[str]) -> PromptedCLIP:

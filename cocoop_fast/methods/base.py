@@ -152,7 +152,10 @@ class PromptedCLIP(nn.Module):
 
     def logits(self, image_features: Tensor) -> Tensor:
         """Scaled cosines (B, K) of image features (B, E) with the text features of their prompts."""
-        image_features = self.checked(image_features)
+        return self._logits(self.checked(image_features))
+
+    def _logits(self, image_features: Tensor) -> Tensor:
+        """Of :meth:`checked` features."""
         return cosine_logits_ref(image_features, self.text_features(image_features), self.logit_scale)
 
     def checked(self, image_features: Tensor, label: Tensor | None = None) -> Tensor:
@@ -348,9 +351,8 @@ class LearnedPromptCLIP(PromptedCLIP):
         beside = cosine_logits_ref(image_features, other[None].to(image_features.dtype), self.logit_scale)
         return (logits + beside) / 2
 
-    def logits(self, image_features: Tensor) -> Tensor:
-        own = super().logits(image_features)
-        return own if self._zero_shot is None else self.averaged(own, self.checked(image_features))
+    def _logits(self, image_features: Tensor) -> Tensor:
+        return self.averaged(super()._logits(image_features), image_features)
 
     @property
     def anchor(self) -> Anchor | None:

@@ -18,6 +18,7 @@ from cocoop_fast.clip.demo import (
     known_token_ids,
     load_demo_clip,
 )
+from cocoop_fast.config import EMBEDDED_CLIPS
 
 DEMO = DEMO_CLIPS["demo"]
 SIZE = DEMO.vision["image_size"]
@@ -128,6 +129,10 @@ def test_asset_of_another_architecture(tmp_path: Path) -> None:
     save_file({"text_projection": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="token rows"):
         load_demo_clip(path=tmp_path / "other.safetensors")
+
+
+def test_a_configuration_knows_the_clips_that_there_are() -> None:
+    assert set(EMBEDDED_CLIPS) == set(DEMO_CLIPS)
 
 
 @pytest.mark.slow
