@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from PIL import Image, ImageDraw, ImageFont
-from pretraining import contrastive_loss, make_optimizer, move_average, uniform
+from pretraining import contrastive_loss, make_optimizer, move_average, options, uniform
 from torch import Tensor, nn
 
 from cocoop_fast.clip.demo import (
@@ -705,22 +705,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--out", type=Path, default=DEMO.path, help="file to write, or with --evaluate to read"
-    )
-    parser.add_argument("--evaluate", action="store_true", help="score --out on the digits and stop")
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch", type=int, default=128, help="images a step")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser = options(__doc__, DEMO, scored_on="digits", steps=800, batch=128, log_every=50)
     parser.add_argument(
         "--strokes-per-class", type=int, default=1000, help="handwritten renderings of each digit"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--log-every", type=int, default=50)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     evaluate(args) if args.evaluate else train(args)

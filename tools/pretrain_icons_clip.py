@@ -30,8 +30,8 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
-from PIL import Image, ImageDraw, ImageFont
-from pretraining import contrastive_loss, make_optimizer, move_average, uniform
+from PIL import Image, ImageFont
+from pretraining import contrastive_loss, make_optimizer, move_average, options, uniform
 from torch import Tensor, nn
 
 from cocoop_fast.clip.demo import DEMO_CLIPS, load_demo_clip, save_demo_clip
@@ -78,11 +78,7 @@ def masters(of: list[Drawing]) -> Tensor:
     """(n, 64, 64) uint8, each fitted to the box."""
     faces, out = {font: ImageFont.truetype(str(font), 128) for font in {one.font for one in of}}, []
     for one in of:
-        face, text = faces[one.font], chr(one.character)
-        left, top, right, bottom = face.getbbox(text)
-        glyph = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
-        ImageDraw.Draw(glyph).text((-left, -top), text, fill=255, font=face)
-        glyph = glyph.crop(glyph.getbbox() or (0, 0, 1, 1))
+        glyph = icons.glyph_of(faces[one.font], one.character)
         scale = BOX / max(glyph.size)
         glyph = glyph.resize([max(1, round(side * scale)) for side in glyph.size], Image.Resampling.BOX)
         square = Image.new("L", (MASTER, MASTER))
@@ -300,20 +296,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--out", type=Path, default=ICONS.path, help="file to write, or with --evaluate to read"
-    )
-    parser.add_argument("--evaluate", action="store_true", help="score --out on the held-out names and stop")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=192, help="images a step")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser = options(__doc__, ICONS, scored_on="held-out names", steps=2400, batch=192, log_every=200)
     parser.add_argument("--every", type=int, default=1, help="take each N-th drawing alone, for a trial")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--log-every", type=int, default=200)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     evaluate(args) if args.evaluate else train(args)

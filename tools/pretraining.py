@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from torch import Tensor
+
+from cocoop_fast.clip.demo import DemoClip
+
+
+def options(
+    about: str | None, demo: DemoClip, *, scored_on: str, steps: int, batch: int, log_every: int
+) -> argparse.ArgumentParser:
+    """Those that the scripts have in common; the numbers are defaults."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--out", type=Path, default=demo.path, help="file to write, or with --evaluate to read"
+    )
+    parser.add_argument("--evaluate", action="store_true", help=f"score --out on the {scored_on} and stop")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=batch, help="images a step")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--log-every", type=int, default=log_every)
+    return parser
 
 
 def uniform(shape, low: float, high: float, rng: torch.Generator) -> Tensor:
