@@ -161,9 +161,17 @@ def test_scripts_with_their_options_and_targets_of_make_are_there(page):
         if program == "make":
             assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), line
         elif program == "python" and words[0].endswith(".py"):
-            source = (ROOT / words[0]).read_text(encoding="utf-8")
+            script = ROOT / words[0]
+            sources = [script, *(script.with_name(f"{name}.py") for name in shared_modules(script))]
+            options = " ".join(source.read_text(encoding="utf-8") for source in sources)
             for option in (word for word in words if word.startswith("--")):
-                assert f'"{option}"' in source, line
+                assert f'"{option}"' in options, line
+
+
+def shared_modules(script: Path) -> list[str]:
+    """Modules beside a script that it imports: scripts of one kind have options in common."""
+    imports = re.findall(r"^(?:from|import) (\w+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+    return [name for name in imports if script.with_name(f"{name}.py").is_file()]
 
 
 def test_every_command_is_in_the_readme():
