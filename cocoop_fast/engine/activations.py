@@ -62,8 +62,9 @@ class Activations:
     def panels(self, rows: int) -> list[slice]:
         """Slices of about as many rows as the backend likes, all of nearly the same length."""
         count = max(1, round(rows / (self.ops.PANEL_ROWS or max(rows, 1))))
-        bounds = [rows * i // count for i in range(count + 1)]
-        return [slice(*pair) for pair in pairwise(bounds)][-1 if self.largest_panel_only else 0 :]
+        first = count - 1 if self.largest_panel_only else 0
+        bounds = [rows * i // count for i in range(first, count + 1)]
+        return [slice(*pair) for pair in pairwise(bounds)]
 
     def rows(self, name: str, rows: int, width: int) -> Tensor:
         """(rows, width) scratch memory, its rows where a linear layer reads them fastest."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 import torch
 from tiny_models import tiny_clip
@@ -172,3 +174,15 @@ def test_on_a_gpu_the_activation_is_a_kernel_of_its_own_whose_traffic_hides_behi
     apart = sum(n * device.seconds(op, 2) for op, n in on_gpu.operations.items())
     together = sum(n * device.seconds(op, 2) for op, n in fused.operations.items())
     assert apart > together
+
+
+def test_what_a_pass_over_many_images_needs_is_known_without_its_panels():
+    """A report asks for millions of images of a small CLIP, to find out how many fit into memory."""
+    cost = cost_of(problem_of())
+    cost.activation_bytes(1, keeps=True)
+    tracemalloc.start()
+    try:
+        cost.activation_bytes(100_000, keeps=True)
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
