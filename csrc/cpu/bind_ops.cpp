@@ -132,13 +132,25 @@ void use_packed(Linear& a, const py::array& packed) {
     a.k_block = a.k;
 }
 
+// At least so many floats, from the beginning of a cache line; a Python thread's own, and kept.
+float* scratch(int64_t floats) {
+    constexpr int64_t line = 64;
+    thread_local std::vector<float> memory;
+    const auto size = (size_t)(floats + line / (int64_t)sizeof(float));
+    if (memory.size() < size) memory.resize(size);
+    return (float*)(((uintptr_t)memory.data() + line - 1) / line * line);
+}
+
 void use_weight(Linear& a, const py::array& weight) {
-    constexpr int64_t block = 512;  // products whose rows of W stay in the second-level cache
+    constexpr int64_t block = 512;  // products whose rows of W stay in the second-level cache, where they lie
+    constexpr int64_t copied = 2048;  // and in copies: no more than its results, so that few are added to in memory
     const Matrix<const float> rows = matrix_in("weight", weight, a.k, a.width);
     a.weight = rows.data;
     a.panel_stride = kPanelColumns;
     a.weight_stride = rows.stride;
     a.k_block = block;
+    a.copied_rows = std::min(a.k, copied);
+    a.copies = scratch(a.threads * a.copied_rows * kPanelColumns);
 }
 
 void linear_fwd(const py::array& x, const py::array& packed, const Optional& bias, const Optional& residual,

@@ -86,12 +86,14 @@ struct Linear {
     int64_t weight_stride;
     Matrix<float> out;             // n rows of `width`
     const float* bias;             // (width,); null only if plain or activation_gradient
-    Matrix<const float> residual;  // plain: n rows of `width` that are added, or null; may be `out` if k_block is k
+    Matrix<const float> residual;  // plain: n rows of `width` that are added, or null; may be `out` if W is packed
     Matrix<float> u;               // n rows of `width`. activation: written, or null; activation_gradient: read
     LinearFinish finish;
     Activation kind;
     int64_t n, k, width;
     int64_t k_block;  // products that are summed before the next rows' are
+    float* copies;    // (threads, copied_rows, kPanelColumns) for panels of a W that is not packed, or null
+    int64_t copied_rows;
     int threads;
 };
 

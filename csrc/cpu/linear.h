@@ -2,7 +2,8 @@
 // in the cache nearest to the core.
 //
 // Tiles of kTileRows x kTileColumns results stay in registers over a whole block of the sum. Rows of x are read where
-// they lie; W is read in packed panels (forward), or where it lies (backward, which needs no transposition). An
+// they lie; W is read in packed panels (forward), or, in backward, which needs no transposition, where it lies or from
+// copies of a thread's own. An
 // element's products are added in ascending order whatever the tiling: the bits depend neither on the threads nor on
 // the other rows.
 #pragma once
@@ -14,12 +15,20 @@ namespace {
 // register, one at a time. NEON multiplies by a lane of a register, so four factors of each row are loaded at once: 18
 // sums (four units with a latency of four cycles keep 16 underway), 9 vectors of factors and 2 of W, of 32 registers.
 #if defined(COCOOP_FAST_NEON)
-constexpr int kTileRows = 9, kFactors = 4;
+constexpr int kTileRows = 9;
+constexpr bool kLoadsFactors = true;
 #else
-constexpr int kTileRows = kLanes == 16 ? 14 : 6, kFactors = 1;
+constexpr int kTileRows = kLanes == 16 ? 14 : 6;
+constexpr bool kLoadsFactors = false;
 #endif
+constexpr int kUnrolled = 4;  // columns of x in one round of the innermost loop
 constexpr int kTileColumns = 2 * kLanes;
 constexpr int kRowsAhead = 12;  // of W: where it is not packed its rows are far apart, and no hardware foresees them
+constexpr int kRowsAheadOfCopy = 16, kCacheLine = 16;  // floats
+// Tiles of rows for which it is worthwhile to copy a panel of W first: where all its rows begin in one set of the first
+// cache, and elsewhere.
+constexpr int kTilesWorthACopy[] = {8, 24};
+constexpr int64_t kFloatsOfAWay = 1024;  // of the first cache: what lies so far apart shares a set
 static_assert(kPanelColumns % kTileColumns == 0, "a panel is a whole number of tiles");
 
 template <class Float>
@@ -38,47 +47,97 @@ struct PartTile {
         : first{columns < kLanes ? columns : kLanes}, second{columns > kLanes ? columns - kLanes : 0} {}
 };
 
-// acc += x[.., k : k + count] b[k : k + count, ..]
+// The factors from `rows` rows of x, from column 0 on.
+//
+// x86 has not the registers for a pointer to each row, but an address may be a pointer plus 1, 2, 4 times an offset: one
+// pointer serves five rows, with an offset of one row's length and another of three. `opaque` keeps the compiler from
+// computing the pointers to all rows in advance, which it would have to keep in memory.
+template <int rows>
+class FactorRows {
+public:
+    FactorRows(const float* x, int64_t stride) : one_(stride), three_(3 * stride) {
+        for (int i = 0; i < kPointers; i++) pointers_[i] = x + i * kRowsOfPointer * stride;
+        opaque(one_);
+        opaque(three_);
+    }
+    // Before the factors of a column are asked for.
+    void settle() {
+#pragma GCC unroll 4
+        for (auto& pointer : pointers_) opaque(pointer);
+    }
+    const float* at(int r) const {
+        const float* pointer = pointers_[r / kRowsOfPointer];
+        const int offset = r % kRowsOfPointer;
+        return offset == 3 ? pointer + three_ : pointer + offset * one_;
+    }
+    void advance(int count) {
+#pragma GCC unroll 4
+        for (auto& pointer : pointers_) pointer += count;
+    }
+
+private:
+    static constexpr int kRowsOfPointer = 5, kPointers = (rows + kRowsOfPointer - 1) / kRowsOfPointer;
+    template <class Value>
+    static void opaque(Value& value) {
+        asm("" : "+r"(value));
+    }
+    const float* pointers_[kPointers];
+    int64_t one_, three_;
+};
+
+// Rows of the panel that comes next, brought nearer on the way: one in each round of the innermost loop.
+struct Ahead {
+    const float* row;
+    int64_t stride;
+};
+
+// acc += x[.., 0 : count] b[0 : count, ..]
 template <int rows, int count, class Columns>
-inline void multiply_columns(int64_t k, const float* x, int64_t x_stride, const float* b, int64_t b_stride,
-                             Vec (&acc)[rows][2], Columns columns) {
+inline void multiply_columns(const FactorRows<rows>& x, const float* b, int64_t b_stride, Vec (&acc)[rows][2],
+                             Columns columns) {
     Vec factors[rows];
-    if constexpr (count == kLanes) {
+    constexpr bool loaded = kLoadsFactors && count == kLanes;
+    if constexpr (loaded) {
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) factors[r] = load(x + r * x_stride + k);
+        for (int r = 0; r < rows; r++) factors[r] = load(x.at(r));
     }
 #pragma GCC unroll 4
     for (int i = 0; i < count; i++) {
-        const float* b_row = b + (k + i) * b_stride;
+        const float* b_row = b + i * b_stride;
         const Vec b0 = columns.first.load(b_row);
         const Vec b1 = columns.second.load(b_row + kLanes);
-        __builtin_prefetch(b_row + kRowsAhead * b_stride);
-        if (kLanes > 4) __builtin_prefetch(b_row + kRowsAhead * b_stride + kLanes);  // it may be another cache line
+        for (int c = 0; c < kTileColumns; c += kCacheLine) __builtin_prefetch(b_row + kRowsAhead * b_stride + c);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            const Vec factor = broadcast(count == kLanes ? factors[r][i] : x[r * x_stride + k + i]);
+            const Vec factor = broadcast(loaded ? factors[r][i] : x.at(r)[i]);
             acc[r][0] += factor * b0;
             acc[r][1] += factor * b1;
         }
     }
 }
 
-// tile = (sum so far) + x[.., begin:end] b[begin:end, ..]
+// tile = (sum so far) + x[.., 0:k] b[0:k, ..], the sum so far being 0 if null
 template <int rows, class Columns>
-void multiply(int64_t begin, int64_t end, const float* x, int64_t x_stride, const float* b, int64_t b_stride,
-              const float* sum_so_far, int64_t sum_stride, float* tile, int64_t tile_stride, Columns columns) {
+void multiply(int64_t k, const float* x, int64_t x_stride, const float* b, int64_t b_stride, const float* sum_so_far,
+              int64_t sum_stride, float* tile, int64_t tile_stride, Ahead ahead, Columns columns) {
     Vec acc[rows][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
-        acc[r][0] = begin ? columns.first.load(sum_so_far + r * sum_stride) : Vec{};
-        acc[r][1] = begin ? columns.second.load(sum_so_far + r * sum_stride + kLanes) : Vec{};
+        acc[r][0] = sum_so_far ? columns.first.load(sum_so_far + r * sum_stride) : Vec{};
+        acc[r][1] = sum_so_far ? columns.second.load(sum_so_far + r * sum_stride + kLanes) : Vec{};
     }
-    int64_t k = begin;
-    for (; k + kFactors <= end; k += kFactors) {
-        multiply_columns<rows, kFactors>(k, x, x_stride, b, b_stride, acc, columns);
+    FactorRows<rows> factors(x, x_stride);
+    int64_t i = 0;
+    for (; i + kUnrolled <= k; i += kUnrolled, b += kUnrolled * b_stride) {
+        for (int64_t c = 0; c < kPanelColumns; c += kCacheLine) __builtin_prefetch(ahead.row + c, 0, 2);
+        ahead.row += ahead.stride;
+        factors.settle();
+        multiply_columns<rows, kUnrolled>(factors, b, b_stride, acc, columns);
+        factors.advance(kUnrolled);
     }
-    if constexpr (kFactors > 1) {
-        for (; k < end; k++) multiply_columns<rows, 1>(k, x, x_stride, b, b_stride, acc, columns);
+    for (; i < k; i++, b += b_stride) {
+        multiply_columns<rows, 1>(factors, b, b_stride, acc, columns);
+        factors.advance(1);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
@@ -126,17 +185,37 @@ struct Differentiated {
     }
 };
 
+// The rows begin .. end of what x is multiplied by, at a panel's columns: packed, where they lie, or copied.
+struct Block {
+    int64_t begin, end;
+    const float* b;
+    int64_t stride;
+    Ahead ahead;
+};
+
+// What a tile is finished with is further away than what it is computed from.
+template <class Float>
+inline void prefetch_rows(const Matrix<Float>& matrix, int64_t row, int64_t rows, int64_t column) {
+    for (int64_t r = row; r < row + rows; r++) {
+        for (int64_t c = 0; c < kTileColumns; c += kCacheLine) __builtin_prefetch(row_of(matrix, r) + column + c);
+    }
+}
+
 template <class Finish, class Columns>
-void compute_tile(const Linear& a, int64_t row, int64_t rows, int64_t column, int64_t begin, int64_t end) {
+void compute_tile(const Linear& a, int64_t row, int64_t rows, int64_t column, const Block& block) {
     const Columns columns(a.width - column);
-    const float* b = a.weight + column / kPanelColumns * a.panel_stride + column % kPanelColumns;
+    const float* b = block.b + column % kPanelColumns;
     float* out = row_of(a.out, row) + column;
     const int64_t out_stride = a.out.stride;
+    prefetch_rows(a.out, row, rows, column);
+    if (a.residual.data != nullptr) prefetch_rows(a.residual, row, rows, column);
+    if (a.finish == LinearFinish::activation_gradient) prefetch_rows(a.u, row, rows, column);
     const auto multiply_into = [&](float* tile, int64_t stride) {
-        multiply_rows<kTileRows, Columns>(rows, begin, end, row_of(a.x, row), a.x.stride, b, a.weight_stride,
-                                          (const float*)out, out_stride, tile, stride, columns);
+        multiply_rows<kTileRows, Columns>(rows, block.end - block.begin, row_of(a.x, row) + block.begin, a.x.stride, b,
+                                          block.stride, block.begin ? (const float*)out : nullptr, out_stride, tile,
+                                          stride, block.ahead, columns);
     };
-    if (end < a.k) return multiply_into(out, out_stride);
+    if (block.end < a.k) return multiply_into(out, out_stride);
     alignas(64) float tile[kTileRows * kTileColumns];  // not `out`: the residual may lie there
     multiply_into(tile, kTileColumns);
     for (int64_t r = 0; r < rows; r++) {
@@ -146,22 +225,53 @@ void compute_tile(const Linear& a, int64_t row, int64_t rows, int64_t column, in
     }
 }
 
+// A panel's rows begin .. end of W side by side, as in a packed weight.
+void copy_panel(const Linear& a, const float* from, int64_t count, int64_t columns, float* to) {
+    for (int64_t i = 0; i < count; i++, from += a.weight_stride, to += kPanelColumns) {
+        for (int64_t c = 0; c < kPanelColumns; c += kCacheLine) {
+            __builtin_prefetch(from + kRowsAheadOfCopy * a.weight_stride + c);
+        }
+        if (columns == kPanelColumns) {
+            for (int64_t c = 0; c < kPanelColumns; c += kLanes) store(to + c, load(from + c));
+        } else {
+            for (int64_t c = 0; c < columns; c++) to[c] = from[c];
+        }
+    }
+}
+
 // All rows of one panel of columns.
+//
+// Where W is not packed, its rows at these columns are pages apart: each 128 bytes are of another page, and many rows
+// share few sets of the first cache. So they are copied side by side, once for all rows of x if those are many.
 template <class Finish>
-void compute_panel(const Linear& a, int64_t panel, int64_t first_row, int64_t last_row) {
-    const int64_t panel_end = (panel + 1) * kPanelColumns;
-    const int64_t last_column = panel_end < a.width ? panel_end : a.width;
-    const int64_t rows = last_row - first_row, blocks = (rows + kTileRows - 1) / kTileRows;
-    for (int64_t begin = 0; begin < a.k; begin += a.k_block) {
-        const int64_t end = begin + a.k_block < a.k ? begin + a.k_block : a.k;
-        for (int64_t block = 0; block < blocks; block++) {  // nearly equal blocks: no small one is left over
-            const int64_t row = first_row + rows * block / blocks;
-            const int64_t next = first_row + rows * (block + 1) / blocks;
-            for (int64_t column = panel * kPanelColumns; column < last_column; column += kTileColumns) {
-                if (column + kTileColumns <= a.width) {
-                    compute_tile<Finish, WholeTile>(a, row, next - row, column, begin, end);
+void compute_panel(const Linear& a, int64_t panel, int64_t first_row, int64_t last_row, float* copy) {
+    const int64_t column = panel * kPanelColumns;
+    const int64_t last_column = column + kPanelColumns < a.width ? column + kPanelColumns : a.width;
+    const int64_t rows = last_row - first_row, tiles = (rows + kTileRows - 1) / kTileRows;
+    const bool copies = copy != nullptr && tiles >= kTilesWorthACopy[a.weight_stride % kFloatsOfAWay != 0];
+    const int64_t at_once = copies ? a.copied_rows : a.k_block;
+    for (int64_t begin = 0; begin < a.k; begin += at_once) {
+        const int64_t end = begin + at_once < a.k ? begin + at_once : a.k;
+        const float* b = a.weight + panel * a.panel_stride + begin * a.weight_stride;
+        const bool last = column + kPanelColumns >= a.width;
+        Block block{begin, end, b, a.weight_stride, {}};
+        if (copies) {
+            copy_panel(a, b, end - begin, last_column - column, copy);
+            block.b = copy;
+            block.stride = kPanelColumns;
+        }
+        for (int64_t i = 0; i < tiles; i++) {  // nearly equal numbers of rows: no small one is left over
+            const int64_t row = first_row + rows * i / tiles, next = first_row + rows * (i + 1) / tiles;
+            // A quarter of the next panel's rows in each of the first four tiles.
+            block.ahead = {b, 0};
+            if (i < kUnrolled && !last) {
+                block.ahead = {b + a.panel_stride + (end - begin) * i / kUnrolled * a.weight_stride, a.weight_stride};
+            }
+            for (int64_t c = column; c < last_column; c += kTileColumns) {
+                if (c + kTileColumns <= a.width) {
+                    compute_tile<Finish, WholeTile>(a, row, next - row, c, block);
                 } else {
-                    compute_tile<Finish, PartTile>(a, row, next - row, column, begin, end);
+                    compute_tile<Finish, PartTile>(a, row, next - row, c, block);
                 }
             }
         }
@@ -173,13 +283,14 @@ void compute_panel(const Linear& a, int64_t panel, int64_t first_row, int64_t la
 template <class Finish>
 void compute(const Linear& a) {
     const int64_t panels = (a.width + kPanelColumns - 1) / kPanelColumns;
-    const int64_t blocks = (a.n + kTileRows - 1) / kTileRows;
+    const int64_t tiles = (a.n + kTileRows - 1) / kTileRows;
     const int64_t wanted = panels % a.threads == 0 ? 1 : (4 * a.threads + panels - 1) / panels;
-    const int64_t chunks = wanted < blocks ? wanted : blocks;
+    const int64_t chunks = wanted < tiles ? wanted : tiles;
 #pragma omp parallel for schedule(static) num_threads(a.threads)
     for (int64_t task = 0; task < panels * chunks; task++) {
         const int64_t chunk = task % chunks;
-        compute_panel<Finish>(a, task / chunks, a.n * chunk / chunks, a.n * (chunk + 1) / chunks);
+        float* copy = a.copies ? a.copies + thread_number() * a.copied_rows * kPanelColumns : nullptr;
+        compute_panel<Finish>(a, task / chunks, a.n * chunk / chunks, a.n * (chunk + 1) / chunks, copy);
     }
 }
 

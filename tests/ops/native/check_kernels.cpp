@@ -139,7 +139,7 @@ void check_activation(const Kernels& kernels, Report& report, Random& random) {
 // ---- linear
 
 void check_linear(const Kernels& kernels, Report& report, Random& random) {
-    const int64_t n = random.from(1, 30);
+    const int64_t n = random.below(8) ? random.from(1, 30) : random.from(150, 400);  // panels are copied for many rows
     const int64_t k = random.coin() ? random.from(1, 12) : random.from(13, 150);
     const int64_t width = random.coin() ? random.from(1, 40) : random.from(41, 100);
     const int64_t panels = (width + kPanelColumns - 1) / kPanelColumns;
@@ -152,6 +152,12 @@ void check_linear(const Kernels& kernels, Report& report, Random& random) {
     a.x = x.const_matrix();
     a.weight = lying.data, a.panel_stride = kPanelColumns, a.weight_stride = lying.inner_stride;
     a.k_block = random.one_of<int64_t>({1, 3, 4, 8, 50, 512});
+    std::vector<float> copies;
+    if (random.coin()) {
+        a.copied_rows = random.one_of<int64_t>({1, 4, 7, 64, 2048});
+        copies.resize(7 * a.copied_rows * kPanelColumns);
+        a.copies = copies.data();
+    }
     if (packs) {
         Array weight(random, width, k);
         for (int64_t c = 0; c < width; c++) {
@@ -164,13 +170,14 @@ void check_linear(const Kernels& kernels, Report& report, Random& random) {
             report.same("packed", packed.at(0, at), column < width ? lying.at(at / kPanelColumns % k, column) : 0.0f);
         }
         a.weight = packed.data, a.panel_stride = k * kPanelColumns, a.weight_stride = kPanelColumns, a.k_block = k;
+        a.copies = nullptr;
     }
     a.out = out.matrix();
     a.finish = random.one_of({LinearFinish::plain, LinearFinish::activation, LinearFinish::activation_gradient});
     a.kind = random.coin() ? Activation::gelu : Activation::quick_gelu;
     const bool plain = a.finish == LinearFinish::plain, activates = a.finish == LinearFinish::activation;
     if (activates || (plain && random.coin())) a.bias = bias.data;
-    const bool adds = plain && random.coin(), in_place = adds && a.k_block >= k && random.coin();
+    const bool adds = plain && random.coin(), in_place = adds && a.k_block >= k && a.copies == nullptr && random.coin();
     if (adds) a.residual = in_place ? out.const_matrix() : residual.const_matrix();
     if (in_place) {
         for (int64_t r = 0; r < n; r++) std::memcpy(&out.at(r, 0), &residual.at(r, 0), sizeof(float) * width);
