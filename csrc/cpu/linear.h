@@ -27,7 +27,7 @@ constexpr int kRowsAhead = 12;  // of W: where it is not packed its rows are far
 constexpr int kRowsAheadOfCopy = 16, kCacheLine = 16;  // floats
 // Tiles of rows for which it is worthwhile to copy a panel of W first: where all its rows begin in one set of the first
 // cache, and elsewhere.
-constexpr int kTilesWorthACopy[] = {8, 24};
+constexpr int kTilesWorthACopy[] = {4, 24};
 constexpr int64_t kFloatsOfAWay = 1024;  // of the first cache: what lies so far apart shares a set
 static_assert(kPanelColumns % kTileColumns == 0, "a panel is a whole number of tiles");
 
