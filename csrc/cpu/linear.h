@@ -3,9 +3,8 @@
 //
 // Tiles of kTileRows x kTileColumns results stay in registers over a whole block of the sum. Rows of x are read where
 // they lie; W is read in packed panels (forward), or, in backward, which needs no transposition, where it lies or from
-// copies of a thread's own. An
-// element's products are added in ascending order whatever the tiling: the bits depend neither on the threads nor on
-// the other rows.
+// copies of a thread's own. An element's products are added in ascending order whatever the tiling: the bits depend
+// neither on the threads nor on the other rows.
 #pragma once
 
 namespace cocoop_fast {
@@ -24,7 +23,8 @@ constexpr bool kLoadsFactors = false;
 constexpr int kUnrolled = 4;  // columns of x in one round of the innermost loop
 constexpr int kTileColumns = 2 * kLanes;
 constexpr int kRowsAhead = 12;  // of W: where it is not packed its rows are far apart, and no hardware foresees them
-constexpr int kRowsAheadOfCopy = 16, kCacheLine = 16;  // floats
+constexpr int kRowsAheadOfCopy = 16;
+constexpr int kCacheLine = 16;  // floats
 // Tiles of rows for which it is worthwhile to copy a panel of W first: where all its rows begin in one set of the first
 // cache, and elsewhere.
 constexpr int kTilesWorthACopy[] = {4, 24};
