@@ -84,6 +84,8 @@ class ModelConfig:
     """Number format of CLIP's arithmetic; auto is fp32 on a CPU and fp16 on a GPU."""
     backend: Literal["auto", "torch", "cpu", "triton", "cuda", "triton-gemm"] = "auto"
     """Implementation of the text tower; auto takes the fastest that is available."""
+    image_backend: Literal["torch", "cpu"] = "torch"
+    """Implementation of the image tower; cpu: C++ kernels, for a ViT in fp32 on a CPU."""
     memory_budget: str | None = None
     """For all that a step allocates, e.g. 4GB; the result is the same. Default: most of what is free."""
     device: str = "auto"

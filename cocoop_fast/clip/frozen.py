@@ -5,10 +5,10 @@ Nothing here changes a weight, a mode or a gradient flag of the model it looks a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Affine(_Weights):
 
 
 @dataclass(frozen=True, eq=False)
-class TextBlock(_Weights):
+class TransformerBlock(_Weights):
     """Weights of one pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
     ln_1: Affine
@@ -76,7 +76,7 @@ class TextWeights(_Weights):
 
     token_embedding: Tensor  # (V, d)
     positional_embedding: Tensor  # (L, d)
-    blocks: tuple[TextBlock, ...]
+    blocks: tuple[TransformerBlock, ...]
     ln_final: Affine
     projection: Affine  # weight (d, E), applied as `x @ weight`; bias (E,), zero in most models
     heads: int
@@ -142,6 +142,46 @@ def version_of(tensor: Tensor) -> int:
 
 _SAMPLED = 4  # elements of a tensor
 
+W = TypeVar("W")
+
+
+class Followed(Generic[W]):
+    """What is read of a model's parameters, and read again when they have changed.
+
+    Args:
+        parameters: all that decides.
+        read: from them.
+    """
+
+    def __init__(self, parameters: Callable[[], Iterable[Tensor]], read: Callable[[], W]) -> None:
+        self._parameters, self._read_them = parameters, read
+        self._last: tuple[W, list[tuple[int, int]], list[Tensor], Tensor | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: it is read again, of the copied model."""
+        return {**self.__dict__, "_last": None}
+
+    def current(self) -> W:
+        """The same object until a parameter is moved, cast, loaded or modified in place. In place through `.data`, which
+        autograd does not count, it is noticed on a CPU by a few elements of each tensor.
+        """
+        versions = [(p.data_ptr(), version_of(p)) for p in self._parameters()]
+        if self._last is not None:
+            value, read_at, samples, values = self._last
+            if read_at == versions and (values is None or torch.equal(torch.cat(samples), values)):
+                return value
+        samples = _samples(self._parameters())
+        value = self._read_them()
+        self._last = value, versions, samples, torch.cat(samples) if samples else None
+        return value
+
+
+def _samples(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Views of a few elements of each, where looking at them makes nobody wait."""
+    here = [p.detach() for p in parameters if p.device.type == "cpu" and p.is_contiguous()]
+    return [p.view(-1)[:: max(1, p.numel() // _SAMPLED)] for p in here]
+
+
 # What is read of a block. Forks keep their deep prompts beside these, which change at every step.
 _PARTS_OF_BLOCK = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2")
 
@@ -164,10 +204,10 @@ class FrozenCLIP:
         self._text_dtype = text_dtype
         _check_supported(clip_model, self._text)
         self._resblocks = tuple(self._text.transformer.resblocks)
-        self._last_read: _Read | None = None
+        self._text_weights = Followed(self._parameters, self._read_weights)
         self.heads: int = self._resblocks[0].attn.num_heads
         self.layers = len(self._resblocks)
-        self.activation = _activation(self._resblocks[0].mlp.gelu)
+        self.activation = read_activation(self._resblocks[0].mlp.gelu)
         self.context_length = int(self._text.positional_embedding.shape[0])
         self.width = int(self._text.positional_embedding.shape[1])
         self.vocab_size: int = self._text.token_embedding.weight.shape[0]
@@ -186,23 +226,9 @@ class FrozenCLIP:
         """(n, d) embeddings of (n,) tokens on the model's device, in the dtype that the transformer computes in."""
         return self._text.token_embedding.weight.detach()[tokens].to(self.dtype)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the weights are read again, from the copied model."""
-        return {**self.__dict__, "_last_read": None}
-
     def text_weights(self) -> TextWeights:
-        """The current weights, by role.
-
-        The same object is returned until a weight is moved, cast, loaded or modified in place. In place through `.data`,
-        which autograd does not count, it is noticed on a CPU by a few elements of each tensor.
-        """
-        versions = [(p.data_ptr(), version_of(p)) for p in self._parameters()]
-        if self._last_read is None or not self._last_read.is_of(versions):
-            weights = self._read_weights()
-            if self._text_dtype not in (None, weights.dtype):
-                weights = weights.in_dtype(self._text_dtype)
-            self._last_read = _Read(versions, weights, _samples(self._parameters()))
-        return self._last_read.weights
+        """The current weights, by role: see :meth:`Followed.current`."""
+        return self._text_weights.current()
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         yield self._text.positional_embedding
@@ -215,34 +241,16 @@ class FrozenCLIP:
 
     def _read_weights(self) -> TextWeights:
         text = self._text
-        return TextWeights(
+        weights = TextWeights(
             token_embedding=text.token_embedding.weight.detach(),
             positional_embedding=text.positional_embedding.detach(),
-            blocks=tuple(_read_block(block) for block in self._resblocks),
-            ln_final=_layer_norm(text.ln_final),
+            blocks=tuple(read_block(block) for block in self._resblocks),
+            ln_final=read_layer_norm(text.ln_final),
             projection=_projection(text),
             heads=self.heads,
             activation=self.activation,
         )
-
-
-class _Read:
-    """Weights as they were read, and what tells that they have changed since."""
-
-    def __init__(self, versions: list[tuple[int, int]], weights: TextWeights, samples: list[Tensor]) -> None:
-        self.versions, self.weights, self._samples = versions, weights, samples
-        self._values = torch.cat(samples) if samples else None
-
-    def is_of(self, versions: list[tuple[int, int]]) -> bool:
-        if self.versions != versions:
-            return False
-        return self._values is None or torch.equal(torch.cat(self._samples), self._values)
-
-
-def _samples(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Views of a few elements of each, where looking at them makes nobody wait."""
-    here = [p.detach() for p in parameters if p.device.type == "cpu" and p.is_contiguous()]
-    return [p.view(-1)[:: max(1, p.numel() // _SAMPLED)] for p in here]
+        return weights if self._text_dtype in (None, weights.dtype) else weights.in_dtype(self._text_dtype)
 
 
 def text_module(clip_model: ClipModel) -> Any:
@@ -288,17 +296,22 @@ def _is_causal(mask: Tensor) -> bool:
     return bool((blocked == above).all())
 
 
-def _activation(module: nn.Module) -> str:
+def read_activation(module: nn.Module) -> str:
+    """ "quick_gelu" or "gelu".
+
+    Raises:
+        UserError: neither.
+    """
     if type(module).__name__ == "QuickGELU":
         return "quick_gelu"
     if isinstance(module, nn.GELU) and module.approximate == "none":
         return "gelu"
     raise UserError(
-        f"The text tower's activation {module!r} is not supported; use a CLIP model with QuickGELU or exact GELU."
+        f"The activation {module!r} is not supported; use a CLIP model with QuickGELU or exact GELU."
     )
 
 
-def _layer_norm(module: nn.LayerNorm) -> Affine:
+def read_layer_norm(module: nn.LayerNorm) -> Affine:
     return Affine(module.weight.detach(), module.bias.detach(), module.eps)
 
 
@@ -310,12 +323,12 @@ def _linear(module: nn.Linear, scale: Any = None) -> Affine:
     return Affine(weight, bias)
 
 
-def _read_block(block: Any) -> TextBlock:
-    return TextBlock(
-        ln_1=_layer_norm(block.ln_1),
+def read_block(block: Any) -> TransformerBlock:
+    return TransformerBlock(
+        ln_1=read_layer_norm(block.ln_1),
         in_proj=Affine(block.attn.in_proj_weight.detach(), block.attn.in_proj_bias.detach()),
         out_proj=_linear(block.attn.out_proj, getattr(block, "ls_1", None)),
-        ln_2=_layer_norm(block.ln_2),
+        ln_2=read_layer_norm(block.ln_2),
         fc=_linear(block.mlp.c_fc),
         proj=_linear(block.mlp.c_proj, getattr(block, "ls_2", None)),
     )

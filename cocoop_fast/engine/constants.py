@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip.frozen import Affine, TextBlock, TextWeights
+from cocoop_fast.clip.frozen import Affine, TextWeights, TransformerBlock
 from cocoop_fast.engine.class_rows import ClassRows
 from cocoop_fast.ops.activation import activation_ref
 from cocoop_fast.ops.layer_norm import layer_norm_ref
@@ -19,7 +19,7 @@ from cocoop_fast.prompts.tree import ClassTree
 
 
 def qkv_rows(
-    x: Tensor, block: TextBlock, heads: int, query_rows: Tensor | None = None
+    x: Tensor, block: TransformerBlock, heads: int, query_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(..., R, d) rows to their query, key and value, (..., R, H, D) each; queries of `query_rows` only."""
     normed = layer_norm_ref(x, block.ln_1)
@@ -34,7 +34,7 @@ def qkv_rows(
     return q, k, v
 
 
-def finish_block(x: Tensor, o: Tensor, block: TextBlock, activation: str) -> Tensor:
+def finish_block(x: Tensor, o: Tensor, block: TransformerBlock, activation: str) -> Tensor:
     """From attention outputs o (..., H, D) to the block's output: both residual branches."""
     x = x + linear_ref(o.flatten(-2), block.out_proj)
     u = linear_ref(layer_norm_ref(x, block.ln_2), block.fc)

@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from cocoop_fast.clip.frozen import Affine, TextBlock, TextWeights
+from cocoop_fast.clip.frozen import Affine, TextWeights, TransformerBlock
 from cocoop_fast.engine.activations import Activations, LayerActivations, lay_out
 from cocoop_fast.engine.constants import TowerConstants, own_types
 from cocoop_fast.engine.contexts import ContextRows
@@ -216,7 +216,7 @@ class BlockLinears:
             yield self.leaf_q
 
 
-def _block_linears(block: TextBlock, layer: int, last: int, ops: Ops) -> BlockLinears:
+def _block_linears(block: TransformerBlock, layer: int, last: int, ops: Ops) -> BlockLinears:
     d = block.out_proj.weight.shape[0]
     skipped = d if layer == last else 0
     qkv = Affine(block.in_proj.weight[skipped:], block.in_proj.bias[skipped:])

@@ -137,7 +137,10 @@ def export_onnx(run_dir: Path | str, file: Path, *, classnames: Sequence[str] | 
     if file.is_dir():
         raise UserError(f"--onnx {file} is a folder; name a file.")
     config, _ = read_run(run_dir)
-    single = replace(config, model=replace(config.model, precision="fp32", device="cpu", backend="torch"))
+    single = replace(
+        config,
+        model=replace(config.model, precision="fp32", device="cpu", backend="torch", image_backend="torch"),
+    )
     predictor = Predictor.from_run(run_dir, classnames=classnames, config=single)
     model, clip = predictor.model, predictor.clip
     assert isinstance(model, PromptedCLIP)

@@ -10,6 +10,7 @@ from cocoop_fast.clip.demo import DEMO_CLIPS
 from cocoop_fast.clip.load import LoadedClip, describe, load_clip, resolve_device, resolve_precision
 from cocoop_fast.config import DataConfig, Ensemble, ModelConfig, RunConfig, embedded_clip
 from cocoop_fast.data import Dataset, load_dataset
+from cocoop_fast.engine.image_tower import FrozenViT
 from cocoop_fast.evaluation.feature_cache import FeatureCache
 from cocoop_fast.methods import build_model
 from cocoop_fast.methods.base import PromptedCLIP
@@ -83,7 +84,7 @@ def model_on(clip: LoadedClip, config: RunConfig, classnames: Sequence[str]) -> 
     Raises:
         UserError: as :func:`cocoop_fast.methods.build_model`.
     """
-    return build_model(
+    model = build_model(
         config.prompt,
         list(classnames),
         clip,
@@ -92,6 +93,9 @@ def model_on(clip: LoadedClip, config: RunConfig, classnames: Sequence[str]) -> 
         prune_mass=config.optim.prune_mass,
         consistency=consistency_of(config),
     )
+    if config.model.image_backend == "cpu":
+        model.image_encoder = FrozenViT(model.image_encoder)
+    return model
 
 
 def consistency_of(config: RunConfig) -> Consistency | None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cocoop_fast.clip.frozen import Affine, TextBlock, TextWeights
+from cocoop_fast.clip.frozen import Affine, TextWeights, TransformerBlock
 from cocoop_fast.engine.constants import compute_constants
 from cocoop_fast.engine.contexts import ContextRows
 from cocoop_fast.engine.fused_tower import FusedTower
@@ -107,7 +107,7 @@ def _key(op: Operation) -> Key:
 
 def _short(like: TextWeights) -> TextWeights:
     """Random float32 weights of the same shapes, of as many layers as overflow a cache, three at least."""
-    generator, parts = torch.Generator().manual_seed(0), [one.name for one in fields(TextBlock)]
+    generator, parts = torch.Generator().manual_seed(0), [one.name for one in fields(TransformerBlock)]
 
     def drawn(like: Affine) -> Affine:
         weight, bias = (torch.randn(one.shape, generator=generator) / 50 for one in (like.weight, like.bias))
@@ -119,7 +119,9 @@ def _short(like: TextWeights) -> TextWeights:
         like,
         token_embedding=torch.ones(1, like.width).expand(like.token_embedding.shape),
         positional_embedding=torch.randn(like.positional_embedding.shape, generator=generator),
-        blocks=tuple(TextBlock(**{part: drawn(getattr(one, part)) for part in parts}) for one in blocks),
+        blocks=tuple(
+            TransformerBlock(**{part: drawn(getattr(one, part)) for part in parts}) for one in blocks
+        ),
         ln_final=drawn(like.ln_final),
         projection=drawn(like.projection),
     )
