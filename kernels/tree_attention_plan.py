@@ -15,7 +15,7 @@ order: no atomics, and the same bits every time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,55 +89,78 @@ def plan_attention(tree: Tree, queries: Tensor | None, device: torch.device | st
     Raises:
         ValueError: `parent` is no tree in depth-first order, or `queries` are no ascending nodes.
     """
-    n_ctx, above = tree.n_ctx, _rows_above(tree)
-    asking = (
-        np.arange(len(above)) if queries is None else n_ctx + _checked_queries(queries, len(above) - n_ctx)
-    )
-    tile_query, tile_chunk = [0], [0]
-    slot_row: list[np.ndarray] = []
-    visible: list[np.ndarray] = []
-    for end, keys, seen in _tiles(above, asking):
-        chunks = -(-len(keys) // SLOTS)
-        row = np.full(chunks * SLOTS, -1)
-        row[: len(keys)] = keys
-        slot_row.append(row.reshape(chunks, SLOTS))
-        visible.append(_words(seen, chunks))
-        tile_query.append(end)
-        tile_chunk.append(tile_chunk[-1] + chunks)
-    rows_of_slots = np.concatenate(slot_row)
-    partial, summed_row, summed_start = _partials(rows_of_slots, len(above))
-
-    def on_device(values: np.ndarray | list[int]) -> Tensor:
-        return torch.from_numpy(np.asarray(values).astype(np.int32)).to(device)
-
+    n_ctx, path = tree.n_ctx, _paths(tree)
+    rows = len(path)
+    if queries is not None:
+        path = path[n_ctx + _checked_queries(queries, rows - n_ctx)]
+    depth, brings = _keys_of_queries(path)
+    tile_query = _tiles(depth, brings)
+    tile_chunk, rows_of_slots, visible = _chunks(path, depth, brings, tile_query)
+    partial, summed_row, summed_start = _partials(rows_of_slots, rows)
+    arrays = tile_query, tile_chunk, rows_of_slots, partial, visible, summed_row, summed_start
+    tensors = _on_device(arrays, device)
     return AttentionPlan(
         n_ctx=n_ctx,
-        rows=len(above),
-        queries=len(asking),
-        one_chunk=len(rows_of_slots) == len(slot_row),
-        tile_query=on_device(tile_query),
-        tile_chunk=on_device(tile_chunk),
-        slot_row=on_device(rows_of_slots),
-        slot_partial=on_device(partial),
-        visible=on_device(np.concatenate(visible).view(np.int32)),
-        summed_row=on_device(summed_row),
-        summed_start=on_device(summed_start),
+        rows=rows,
+        queries=len(path),
+        one_chunk=len(rows_of_slots) == len(tile_query) - 1,
+        tile_query=tensors[0],
+        tile_chunk=tensors[1],
+        slot_row=tensors[2],
+        slot_partial=tensors[3],
+        visible=tensors[4],
+        summed_row=tensors[5],
+        summed_start=tensors[6],
         summed_context=int((summed_row < n_ctx).sum()),
         partials=int(summed_start[-1]),
     )
 
 
-def _rows_above(tree: Tree) -> list[int]:
-    """The parent of each of the M + N rows; -1 is SOS."""
-    parent = tree.parent.tolist()
-    path: list[int] = []
-    for node, up in enumerate(parent):
-        while path and path[-1] != up:
-            path.pop()
-        if (up != -1 and not path) or up >= node:
-            raise ValueError(f"`parent` must be a tree in depth-first order, got parent {up} at node {node}")
-        path.append(node)
-    return [*range(-1, tree.n_ctx - 1), *(tree.n_ctx + up if up >= 0 else tree.n_ctx - 1 for up in parent)]
+def _on_device(arrays: Sequence[np.ndarray], device: torch.device | str) -> list[Tensor]:
+    """As int32 tensors, by one transfer. Each begins at 16 bytes, as memory of its own would: Triton compiles for that."""
+    ends = np.cumsum([-(-one.size // 4) * 4 for one in arrays])
+    together = np.zeros(ends[-1], dtype=np.int32)
+    begins = [0, *ends.tolist()[:-1]]
+    for begin, one in zip(begins, arrays, strict=True):
+        together[begin : begin + one.size] = one.ravel()
+    there = torch.from_numpy(together).to(device)
+    return [
+        there[begin : begin + one.size].view(one.shape) for begin, one in zip(begins, arrays, strict=True)
+    ]
+
+
+def _paths(tree: Tree) -> np.ndarray:
+    """(R, P) int32: the rows from the first context row down to and including each one, padded with -1."""
+    parent = tree.parent.cpu().numpy()
+    node = np.arange(len(parent))
+    _check_order(parent, (parent >= node) | (parent < -1))
+    depth = np.ones(len(parent), dtype=np.int32)  # nodes on the path to each
+    above, ended = np.append(parent, -1), parent
+    while (ended >= 0).any():
+        depth += ended >= 0
+        ended = above[ended]
+    depth = np.concatenate([1 + np.arange(tree.n_ctx), tree.n_ctx + depth])
+    # In depth-first order the path has, at each depth, the last row before that is so deep.
+    place, row = np.arange(depth.max()), np.arange(len(depth))
+    path = _last_before(place == depth[:, None] - 1)
+    path[place >= depth[:, None]] = -1
+    up = np.where(depth > 1, path[row, depth - 2], -1)[tree.n_ctx :]
+    _check_order(parent, up != tree.n_ctx + np.where(parent < 0, -1, parent))
+    return path
+
+
+def _last_before(marked: np.ndarray) -> np.ndarray:
+    """For each entry of an (n, P) array the last row up to its own that is marked in its column, or -1."""
+    row = np.arange(len(marked), dtype=np.int32)[:, None]
+    return np.maximum.accumulate(np.where(marked, row, np.int32(-1)), axis=0)
+
+
+def _check_order(parent: np.ndarray, wrong: np.ndarray) -> None:
+    if wrong.any():
+        node = int(wrong.argmax())
+        raise ValueError(
+            f"`parent` must be a tree in depth-first order, got parent {parent[node]} at node {node}"
+        )
 
 
 def _checked_queries(queries: Tensor, nodes: int) -> np.ndarray:
@@ -153,61 +176,69 @@ def _checked_queries(queries: Tensor, nodes: int) -> np.ndarray:
     return asking
 
 
-def _tiles(above: list[int], asking: np.ndarray) -> Iterator[tuple[int, list[int], list[list[int]]]]:
-    """For each tile: its end among `asking`, the rows of its slots, and the slots that each of its queries sees."""
-    begin = 0
-    while begin < len(asking):
-        keys = [-1]
-        slot_of = {-1: 0}
-        seen: list[list[int]] = []
-        sizes: list[int] = []  # slots in use after each query
-        limit = 0
-        for row in asking[begin : begin + QUERIES].tolist():
-            path = _path(above, row)
-            new = [key for key in path if key not in slot_of]
-            # Room for half a tile at least.
-            limit = limit or -(-(1 + len(new) + QUERIES // 2) // SLOTS) * SLOTS
-            if len(keys) + len(new) > limit:
-                break
-            slot_of.update((key, len(keys) + i) for i, key in enumerate(new))
-            keys += new
-            seen.append([0, *(slot_of[key] for key in path)])
-            sizes.append(len(keys))
-        count = _best_cut([len(slots) for slots in seen], begin, above, asking)
-        begin += count
-        yield begin, keys[: sizes[count - 1]], seen[:count]
+def _keys_of_queries(path: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(Q,) each: how many keys a query sees besides SOS, and how many of them the query before it does not see. In
+    depth-first order no earlier one sees those either."""
+    there = path >= 0
+    depth, brings = there.sum(axis=1), there.sum(axis=1)
+    brings[1:] -= ((path[1:] == path[:-1]) & there[1:]).sum(axis=1)
+    return depth, brings
 
 
-def _best_cut(depths: list[int], begin: int, above: list[int], asking: np.ndarray) -> int:
-    """How many of these queries to take: more than half, and such that the next tile has few open ancestors."""
-    best, fewest = len(depths), None
-    for count in range(len(depths), len(depths) // 2, -1):
-        if begin + count == len(asking):
-            return count
-        depth = depths[count] if count < len(depths) else 1 + len(_path(above, int(asking[begin + count])))
-        if fewest is None or depth < fewest:
-            best, fewest = count, depth
-    return best
+def _tiles(depth: np.ndarray, brings: np.ndarray) -> np.ndarray:
+    """(T + 1,) where the tiles begin, and the end of the last.
+
+    As many queries as there is room for the keys of, or fewer, but more than half: such that the next tile has few open
+    ancestors. It is found for a tile that begins at any query, since what lies before a tile does not matter to it.
+    """
+    asking = len(depth)
+    begin, count = np.arange(asking)[:, None], 1 + np.arange(QUERIES)
+    end = np.minimum(begin + count, asking)
+    known = np.append(0, np.cumsum(brings))
+    slots = 1 + depth[:, None] + known[end] - known[begin + 1]
+    # Room for half a tile at least.
+    room = -(-(1 + depth + QUERIES // 2) // SLOTS) * SLOTS
+    most = ((slots <= room[:, None]) & (begin + count <= asking)).sum(axis=1, keepdims=True)
+    open_there = np.append(depth, -1)[end]  # behind the last query none are open
+    open_there = np.where((count > most // 2) & (count <= most), open_there, open_there.max() + 1)
+    taken = (QUERIES - open_there[:, ::-1].argmin(axis=1)).tolist()  # of equals the largest tile
+    bounds = [0]
+    while bounds[-1] < asking:
+        bounds.append(bounds[-1] + taken[bounds[-1]])
+    return np.array(bounds)
 
 
-def _path(above: list[int], row: int) -> list[int]:
-    """The rows from the first context row down to and including `row`."""
-    path = []
-    while row >= 0:
-        path.append(row)
-        row = above[row]
-    return path[::-1]
+def _chunks(
+    path: np.ndarray, depth: np.ndarray, brings: np.ndarray, tile_query: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tile_chunk, slot_row and visible of :class:`AttentionPlan`.
 
+    Slots of a tile are filled query by query. A query brings the end of its path; what lies above is in the slots of the
+    last query before it that brought a key of that depth.
+    """
+    first, sizes = tile_query[:-1], np.diff(tile_query)
+    tile = np.repeat(np.arange(len(first)), sizes)
+    brings = brings.copy()
+    brings[first] = depth[first]  # the first query all of its path
+    filled = np.cumsum(brings) - brings
+    slot = 1 + filled - filled[first][tile]  # the first that each query fills; SOS has slot 0
+    used = slot[tile_query[1:] - 1] + brings[tile_query[1:] - 1]
+    tile_chunk = np.append(0, np.cumsum(-(-used // SLOTS)))
 
-def _words(seen: list[list[int]], chunks: int) -> np.ndarray:
-    """(chunks, QUERIES) uint32: a bit for each slot that a query sees."""
-    bits = np.zeros((QUERIES, chunks * SLOTS), dtype=bool)
-    bits[:, 0] = True
-    for query, slots in enumerate(seen):
-        bits[query, slots] = True
-    weights = np.uint32(1) << np.arange(SLOTS, dtype=np.uint32)
-    words = (bits.reshape(QUERIES, chunks, SLOTS) * weights).sum(axis=2, dtype=np.uint32)
-    return np.ascontiguousarray(words.T)
+    place, above = np.arange(path.shape[1]), (depth - brings)[:, None]
+    seen, own = path >= 0, (path >= 0) & (place >= above)
+    by = _last_before(place >= above)
+    slots = SLOTS * tile_chunk[tile][:, None] + slot[by] + place - above[by, 0]
+    slot_row = np.full((tile_chunk[-1], SLOTS), -1)
+    slot_row.ravel()[slots[own]] = path[own]
+
+    # A word is a sum of different powers of two, which float64 has exactly.
+    query = (np.arange(len(path)) - first[tile])[:, None]
+    words = (slots // SLOTS * QUERIES + query)[seen]
+    bits = np.bincount(words, np.exp2(slots % SLOTS)[seen], QUERIES * tile_chunk[-1]).astype(np.uint32)
+    visible = bits.reshape(-1, QUERIES)
+    visible[tile_chunk[:-1]] |= 1
+    return tile_chunk, slot_row, visible.view(np.int32)
 
 
 def _partials(slot_row: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -215,7 +246,7 @@ def _partials(slot_row: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, 
     readers = np.bincount(slot_row[slot_row >= 0], minlength=rows)
     summed_row = np.flatnonzero(readers != 1)
     summed_start = np.concatenate([[0], np.cumsum(readers[summed_row])])
-    shared = np.isin(slot_row, summed_row)
+    shared = (slot_row >= 0) & (readers[slot_row] != 1)
     partial = np.full(slot_row.shape, -1)
     # The slots of one row after the other; within a row, by the stable sort, in the order of the tiles.
     order = np.argsort(slot_row[shared], kind="stable")

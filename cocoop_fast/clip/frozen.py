@@ -230,14 +230,14 @@ class FrozenCLIP:
         """The current weights, by role: see :meth:`Followed.current`."""
         return self._text_weights.current()
 
-    def _parameters(self) -> Iterator[nn.Parameter]:
+    def _parameters(self) -> Iterator[Tensor]:
         yield self._text.positional_embedding
         parts = (getattr(block, name, None) for block in self._resblocks for name in _PARTS_OF_BLOCK)
         for module in (self._text.token_embedding, self._text.ln_final, *parts):
             if isinstance(module, nn.Module):  # OpenAI's blocks have no LayerScale
-                yield from module.parameters()
+                yield from _parameters_below(module)
         projection = self._text.text_projection
-        yield from projection.parameters() if isinstance(projection, nn.Module) else (projection,)
+        yield from _parameters_below(projection) if isinstance(projection, nn.Module) else (projection,)
 
     def _read_weights(self) -> TextWeights:
         text = self._text
@@ -251,6 +251,15 @@ class FrozenCLIP:
             activation=self.activation,
         )
         return weights if self._text_dtype in (None, weights.dtype) else weights.in_dtype(self._text_dtype)
+
+
+def _parameters_below(module: nn.Module) -> list[Tensor]:
+    """As ``module.parameters()``, which takes the host a millisecond a tower: every pass asks."""
+    found: list[Tensor] = [one for one in module._parameters.values() if one is not None]
+    for child in module._modules.values():
+        if child is not None:
+            found += _parameters_below(child)
+    return found
 
 
 def text_module(clip_model: ClipModel) -> Any:

@@ -264,8 +264,9 @@ class EncoderPart:
         tree, whole = encoder.tree, encoder.tower
         leaves, asked = tree.leaf_of_class[classes.cpu()].unique(return_inverse=True)
         nodes = tree.ancestors(tree.leaves[leaves])
-        self._encoder = encoder
-        self._tower = whole.for_part(whole.constants.part(tree.subtree(nodes)))
+        self._encoder, self._whole = encoder, whole
+        every = len(leaves) == len(tree.leaves)
+        self._tower = whole if every else whole.for_part(whole.constants.part(tree.subtree(nodes)))
         self._asked = ClassRows(asked, whole.constants.weights.device)
 
     @torch.compiler.disable
@@ -284,7 +285,7 @@ class EncoderPart:
             fits: it is known that they do not have to go through in pieces.
         """
         with _outside_inference_mode():
-            if fits:
+            if fits or (rows.requires_grad and self._encoder.memory.holds(self._whole, rows.batch)):
                 features = self._tower.encode(rows)
             else:
                 features = encode_in_pieces(self._tower, rows, self._encoder.memory)

@@ -134,7 +134,11 @@ class MemoryBudget:
 
     def __init__(self, budget: int | str | None) -> None:
         self.bytes = None if budget is None else parse_bytes(budget)
+        self._forget()
+
+    def _forget(self) -> None:
         self._known: WeakKeyDictionary[ClassTree, dict[tuple[int, bool], Pieces]] = WeakKeyDictionary()
+        self._holds: WeakKeyDictionary[ClassTree, dict[int, bool]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: what is known is of trees that are not copied along."""
@@ -142,7 +146,7 @@ class MemoryBudget:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.bytes = state["bytes"]
-        self._known = WeakKeyDictionary()
+        self._forget()
 
     def pieces(self, tower: Tower, batch: int, *, keeps: bool) -> Pieces:
         """The largest pieces that fit; images are parted before classes.
@@ -159,6 +163,20 @@ class MemoryBudget:
         if (batch, keeps) not in known:
             known[batch, keeps] = self._decide(tower, batch, keeps)
         return known[batch, keeps]
+
+    def holds(self, tower: Tower, batch: int) -> bool:
+        """Whether a batch fits undivided, with all that is kept for backward. Then so does every part of the tree, and nobody
+        has to find out again, which takes longer than to make the part.
+
+        Args:
+            tower: whose tree it is.
+            batch: B.
+        """
+        known = self._holds.setdefault(tower.constants.tree, {})
+        if batch not in known:
+            total = self._total(tower.constants.weights.device)
+            known[batch] = total is None or _whole_bytes(tower, batch) <= total
+        return known[batch]
 
     def shards(self, tree: ClassTree) -> bool:
         """Whether a batch has gone through this tree in shards of its classes."""
@@ -199,7 +217,7 @@ class MemoryBudget:
         pieces = self.pieces(tower, batch, keeps=True)
         largest = _size(tower, pieces, keeps=True)
         self.bytes = _fixed_bytes(tower, batch) + int(largest.total / 2 / _share(tower, keeps=True))
-        self._known.clear()
+        self._forget()
         for keeps in (True, False):
             self.pieces(tower, batch, keeps=keeps)
 
@@ -208,11 +226,9 @@ class MemoryBudget:
         rows = ROWS_PER_INFERENCE_PASS[tower.constants.weights.device.type]
         most = batch if keeps else max(1, min(batch, rows // tree.rows))
         total = self._total(tower.constants.weights.device)
-        if total is None:
+        if total is None or (keeps and self.holds(tower, batch)):
             return Pieces(most)
         fixed = _fixed_bytes(tower, batch)
-        if keeps and tower.pass_size([tree], most, keeps=True).total + fixed <= total:
-            return Pieces(most)
         share = _share(tower, keeps=keeps)
         left = int(share * (total - fixed))
         if not keeps and tower.pass_size([tree], most, keeps=False).total <= left:
@@ -264,6 +280,11 @@ def _fixed_bytes(tower: Tower, batch: int) -> int:
     itemsize = weights.dtype.itemsize + (4 if weights.copied_bytes else 0)
     kept = tower.kept_bytes + weights.copied_bytes
     return kept + batch * features * weights.projection.weight.shape[1] * itemsize
+
+
+def _whole_bytes(tower: Tower, batch: int) -> int:
+    """Of a step that goes through the whole tree at once."""
+    return tower.pass_size([tower.constants.tree], batch, keeps=True).total + _fixed_bytes(tower, batch)
 
 
 def _size(tower: Tower, pieces: Pieces, *, keeps: bool) -> PassSize:

@@ -177,6 +177,31 @@ def test_encode_classes(classes):
     assert_close(gradient, expected, 1e-12)
 
 
+def test_memory_is_not_asked_about_for_every_part_of_a_tree_that_fits(monkeypatch):
+    """Pruning makes a part at every step. Where the whole does not fit, each is looked at."""
+    one, asked = encoder(backend="torch", memory_budget="1GB"), []
+    kind = type(one.tower)
+    size = kind.pass_size
+    noted = lambda self, trees, *sizes, **how: asked.append(trees) or size(self, trees, *sizes, **how)  # noqa: E731
+    monkeypatch.setattr(kind, "pass_size", noted)
+    ctx = context(2).requires_grad_()
+    for first in range(3):
+        one.encode_classes(ctx, torch.arange(first, 20)).sum().backward()
+    assert asked == [[one.tree]]
+    one.memory.bytes, whole = 10**5, one.encode_classes(ctx, torch.arange(2, 20))
+    one.lower_memory(2)
+    asked.clear()
+    assert_close(one.encode_classes(ctx, torch.arange(2, 20)), whole, 1e-6)
+    assert any(tree is not one.tree for trees in asked for tree in trees)
+
+
+def test_a_part_of_all_classes_is_the_whole():
+    one = encoder(backend="torch")
+    assert one.part(torch.arange(62).flip(0))._tower is one.tower
+    assert one.part(torch.arange(61))._tower is one.tower  # the last one has the prompt of another
+    assert one.part(torch.arange(59))._tower is not one.tower
+
+
 @pytest.mark.skipif(CPP.why_unavailable(), reason="the engine's buffers")
 def test_lowering_the_budget_gives_the_memory_of_larger_pieces_back():
     one = encoder()

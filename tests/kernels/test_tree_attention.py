@@ -1,6 +1,7 @@
 """Tree attention in Triton against its torch twin in float64, between guard regions; its plan against the tree."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -259,6 +260,30 @@ def test_plan(names, n_ctx, leaves):
         assert partials == list(ranges[row]) if row in ranges else partials == [-1]
     assert plan.partials == starts[-1]
     assert plan.summed_context == sum(row < n_ctx for row in ranges)
+
+
+def test_a_plan_is_made_without_python_for_each_row():
+    """Pruning makes one at every step."""
+
+    def calls(count):
+        tree, seen = tree_of([[1 + k // 20, 1 + k % 20] for k in range(count)]), []
+        sys.setprofile(lambda frame, event, argument: seen.append(event))
+        try:
+            plan_attention(tree, None, "cpu")
+        finally:
+            sys.setprofile(None)
+        return len(tree), len(seen)
+
+    (few, before), (many, after) = calls(20), calls(380)
+    assert many - few == 738
+    assert after - before < 738 / 2  # some for each tile
+
+
+def test_a_plan_goes_to_the_device_at_once():
+    plan = plan_attention(tree_of(NAMES["deep"]), None, "cpu")
+    tensors = [one for one in vars(plan).values() if isinstance(one, torch.Tensor)]
+    assert len(tensors) == 7 and len({one.untyped_storage().data_ptr() for one in tensors}) == 1
+    assert all(one.is_contiguous() and one.storage_offset() * one.itemsize % 16 == 0 for one in tensors)
 
 
 def test_tiles_are_full_and_mostly_closed():
