@@ -91,7 +91,7 @@ class ModelConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     cuda_graph: bool = True
-    """On a GPU: record a training step, or a batch of a long evaluation, once and replay it."""
+    """On a GPU: record a training step, or a batch of a long evaluation or of many predictions, once and replay it."""
     shard: ShardBy = "auto"
     """What the processes of torchrun share out; auto is images, or classes in batches of one."""
 

@@ -72,6 +72,9 @@ shortlists. Before, its attention was planned row by row, and memory was looked 
 whole arrays, and a part fits where the whole tree does. Its plan goes to the GPU in one transfer. What is left is the first
 pass of a new shape, whose memory is laid out and whose arguments are looked at.
 
+Training steps, the batches of an evaluation and those of a `Predictor` are recorded as graphs. Evaluation by shortlists is not: each
+image has a tree of its own classes, of other shapes than the image's before, and a graph would serve one image.
+
 ## What is proved how
 
 | what | how, without a GPU | where |
@@ -82,7 +85,7 @@ pass of a new shape, whose memory is laid out and whose arguments are looked at.
 | that rows come in loads of 128 bits, that attention is on tensor cores, that nothing is in local memory | the machine code of a step's launches, disassembled | `tests/kernels/test_machine_code.py` |
 | what bounds a kernel | its instructions and its bytes, counted of a step's launches: see below | `tools/kernel_bounds.py` |
 | that a step launches nothing else | a step's launches, bound for a driver that is not there, are compared with what was compiled | `tests/kernels/launched_kernels.py` |
-| a recording that fails, memory that runs out in it, a second GPU | a stub in the driver's place | `tests/training/test_cuda_graphs.py` |
+| a recording that fails, memory that runs out in it, a second GPU | a stub in the driver's place | `tests/training/test_cuda_graphs.py`, `tests/experiments/test_predict.py` |
 | a driver older than the toolkit; a GPU that waits for images | a stub | `tests/cuda/test_extension.py`, `tests/training/test_trainer.py` |
 | a text tower in half precision under float32 masters, loss scaling | the interpreter and torch on a CPU | `tests/engine/test_text_dtype.py` |
 | that the first hour on a GPU runs | every section of the report in the interpreter | `tests/tools/test_gpu_report.py` |

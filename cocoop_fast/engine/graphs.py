@@ -102,6 +102,7 @@ class Recorded(Generic[R]):
         record: how work is recorded.
         why_not: asked before recording: why the work waits for the device and so cannot be recorded, or ``None``.
         name: what a call is to a user, in the plural.
+        after: calls of a shape before it is recorded; the first ones warm up.
     """
 
     def __init__(
@@ -111,12 +112,14 @@ class Recorded(Generic[R]):
         record: Record,
         why_not: Callable[[], str | None] = lambda: None,
         name: str = "steps",
+        after: int = WARM_UP_STEPS,
     ) -> None:
         self._work = work
         self._on_message = on_message
         self._record = record
         self._why_not = why_not
         self._name = name
+        self._after = after
         self._recordings: dict[Hashable, _Recording[R]] = {}
         self._seen: Counter[Hashable] = Counter()
         self._given_up = False
@@ -124,7 +127,7 @@ class Recorded(Generic[R]):
     def __call__(self, *inputs: Tensor) -> R:
         shape = tuple((one.shape, one.dtype) for one in inputs)
         self._seen[shape] += 1
-        if self._seen[shape] > WARM_UP_STEPS and not self._given_up and shape not in self._recordings:
+        if self._seen[shape] > self._after and not self._given_up and shape not in self._recordings:
             self._make(shape, inputs)
         recording = self._recordings.get(shape)
         if recording is None:
@@ -134,10 +137,15 @@ class Recorded(Generic[R]):
         recording.replay()
         return recording.result
 
-    def release(self) -> None:
-        """Let go of the graphs and their memory; nothing is recorded from now on. For want of memory."""
-        self._given_up = True
+    def release(self) -> bool:
+        """Let go of the graphs and their memory; nothing is recorded from now on. For want of memory.
+
+        Returns:
+            Whether there were any.
+        """
+        found, self._given_up = bool(self._recordings), True
         self._recordings.clear()
+        return found
 
     def _make(self, shape: Hashable, inputs: tuple[Tensor, ...]) -> None:
         """Record a call of this shape, or give up recording and tell why."""

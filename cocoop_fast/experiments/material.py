@@ -18,12 +18,11 @@ from cocoop_fast.data.few_shot import select_classes
 from cocoop_fast.data.few_shot_files import few_shot_sample
 from cocoop_fast.data.workers import reading_processes
 from cocoop_fast.distributed.ranks import ALONE, Ranks
-from cocoop_fast.engine.graphs import CudaGraphs, Record
 from cocoop_fast.evaluation.evaluate import Features, Progress, encode_test_images, evaluate
 from cocoop_fast.evaluation.feature_cache import TestFeatures
 from cocoop_fast.evaluation.metrics import Metrics
 from cocoop_fast.evaluation.shortlist import ShortlistClassifier, evaluate_by_shortlist
-from cocoop_fast.experiments.shared import Shared, has_own_images
+from cocoop_fast.experiments.shared import Shared, has_own_images, recorder
 from cocoop_fast.methods import knows_other_classes
 from cocoop_fast.methods.base import ImageClassifier, PromptedCLIP
 from cocoop_fast.runs.checkpoint import load_parameters
@@ -180,7 +179,7 @@ class Material:
                     features,
                     model.n_classes,
                     **how,
-                    record=self._record,
+                    record=recorder(self.clip, self.config.model),
                     on_message=observer.on_message,
                 )
             else:
@@ -189,12 +188,6 @@ class Material:
             seconds = time.perf_counter() - start
             observer.on_evaluation_end(EvaluationInfo(method, subset, metrics[subset], seconds))
         return metrics
-
-    @property
-    def _record(self) -> Record | None:
-        """What records the batches of an evaluation."""
-        device = self.clip.device
-        return CudaGraphs(device) if device.type == "cuda" and self.config.model.cuda_graph else None
 
     def _features_of(self, subset: Subset, model: ImageClassifier, progress: Progress) -> Features:
         """Test features of one set of classes; every method has the same image encoder. Ranks have a share each."""

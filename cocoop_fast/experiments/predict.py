@@ -16,11 +16,13 @@ from cocoop_fast.clip.load import LoadedClip, clip_in_memory, describe
 from cocoop_fast.clip.weights import HUB
 from cocoop_fast.config import ModelConfig, ResolvedConfig, RunConfig
 from cocoop_fast.data.images import ImageError, any_rgb
-from cocoop_fast.errors import UserError
+from cocoop_fast.engine.graphs import Record
+from cocoop_fast.errors import UserError, is_out_of_memory
 from cocoop_fast.evaluation.evaluate import autocast, test_transform
-from cocoop_fast.experiments.shared import Shared, has_own_images, model_on
+from cocoop_fast.evaluation.recorded import RecordedLogits
+from cocoop_fast.experiments.shared import Shared, has_own_images, model_on, recorder
 from cocoop_fast.methods import knows_other_classes
-from cocoop_fast.methods.base import ImageClassifier
+from cocoop_fast.methods.base import ImageClassifier, LearnedPromptCLIP
 from cocoop_fast.readable import listed
 from cocoop_fast.runs.checkpoint import load_parameters
 from cocoop_fast.runs.directory import read_run
@@ -46,6 +48,8 @@ class Predictor:
         classnames: (K,) names of the model's classes.
         batch_size: images at once.
         note: a sentence for who reads its answers; ``None``: there is nothing to say.
+        record: by it the batches of a size that comes often are recorded as a CUDA graph, and replayed; ``None``: each is launched anew.
+        on_message: told why they are not recorded, if they cannot be.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class Predictor:
         classnames: Sequence[str],
         batch_size: int = 100,
         note: str | None = None,
+        record: Record | None = None,
+        on_message: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model = model
         self.clip = clip
@@ -66,6 +72,9 @@ class Predictor:
         self._trained: tuple[str, ...] | None = None
         self._about = ""
         model.prompt_learner.eval()
+        self._recorded: RecordedLogits | None = None
+        if record is not None and isinstance(model, LearnedPromptCLIP):
+            self._recorded = RecordedLogits(model, record, on_message)
 
     @classmethod
     def from_run(
@@ -98,7 +107,8 @@ class Predictor:
         shared.tell_of_model(config.model, on_message, own_images=has_own_images(config))
         others = newest.other_classes if classnames is None else []
         note = _note(names, others, knows_other_classes(config.prompt)) if others else None
-        predictor = cls(model, shared.clip(config.model), names, config.eval_batch_size, note)
+        clip, size = shared.clip(config.model), config.eval_batch_size
+        predictor = cls(model, clip, names, size, note, recorder(clip, config.model), on_message)
         predictor._named, predictor._trained = config, tuple(newest.classnames)
         predictor._about = about_run(Path(run_dir), config, newest)
         return predictor
@@ -164,7 +174,7 @@ class Predictor:
         check_clip(kept, clip.model, str(place))
         model = model_on(clip, config, names)
         load_parameters(model, kept.parameters, str(place))
-        predictor = cls(model, clip, names)
+        predictor = cls(model, clip, names, record=recorder(clip, named), on_message=on_message)
         predictor._named, predictor._trained = config, kept.classnames
         return predictor
 
@@ -237,14 +247,34 @@ class Predictor:
         return best
 
     def _ranked(self, views: Tensor, topk: int) -> list[list[tuple[str, float]]]:
-        batch = views.to(self.clip.device, self.model.dtype)
-        with autocast(self.clip.precision, self.clip.device):
-            logits = self.model.forward_features(self.model.image_encoder(batch))
-        probabilities, labels = logits.float().softmax(dim=1).topk(min(topk, len(self.classnames)))
+        # What a graph keeps is made here, and serves calls outside of an inference mode that this one may be in.
+        with torch.inference_mode(False), torch.no_grad():
+            best = None
+            try:
+                best = self._best(views, topk)
+            except (MemoryError, RuntimeError) as error:
+                if self._recorded is None or not is_out_of_memory(error) or not self._recorded.release():
+                    raise
+            if best is None:  # not while the error is there, which holds what was allocated
+                best = self._best(views, topk)
         return [
             [(self.classnames[label], probability) for label, probability in zip(*pair, strict=True)]
-            for pair in zip(labels.tolist(), probabilities.tolist(), strict=True)
+            for pair in zip(*best, strict=True)
         ]
+
+    def _best(self, views: Tensor, topk: int) -> tuple[list[list[int]], list[list[float]]]:
+        """The likeliest classes of each image, and their probabilities."""
+
+        def read(logits: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+            probabilities, labels = logits.float().softmax(dim=1).topk(min(topk, len(self.classnames)))
+            return labels.tolist(), probabilities.tolist()
+
+        batch = views.to(self.clip.device, self.model.dtype)
+        with autocast(self.clip.precision, self.clip.device):
+            features = self.model.image_encoder(batch)
+            if self._recorded is not None:
+                return self._recorded(features, read)
+            return read(self.model.forward_features(features))
 
 
 def _note(trained_on: Sequence[str], others: Sequence[str], nameable: bool) -> str:

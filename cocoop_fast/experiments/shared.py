@@ -10,6 +10,7 @@ from cocoop_fast.clip.demo import DEMO_CLIPS
 from cocoop_fast.clip.load import LoadedClip, describe, load_clip, resolve_device, resolve_precision
 from cocoop_fast.config import DataConfig, Ensemble, ModelConfig, RunConfig, embedded_clip
 from cocoop_fast.data import Dataset, load_dataset
+from cocoop_fast.engine.graphs import CudaGraphs, Record
 from cocoop_fast.engine.image_tower import FrozenViT
 from cocoop_fast.evaluation.feature_cache import FeatureCache
 from cocoop_fast.methods import build_model
@@ -96,6 +97,11 @@ def model_on(clip: LoadedClip, config: RunConfig, classnames: Sequence[str]) -> 
     if config.model.image_backend == "cpu":
         model.image_encoder = FrozenViT(model.image_encoder)
     return model
+
+
+def recorder(clip: LoadedClip, config: ModelConfig) -> Record | None:
+    """What records batches as CUDA graphs; ``None``: nothing does."""
+    return CudaGraphs(clip.device) if clip.device.type == "cuda" and config.cuda_graph else None
 
 
 def consistency_of(config: RunConfig) -> Consistency | None:

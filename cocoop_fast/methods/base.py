@@ -387,6 +387,14 @@ class LearnedPromptCLIP(PromptedCLIP):
             return "the classes go through the text tower in shards, for want of memory"
         return None
 
+    def made_of(self) -> tuple[object, ...]:
+        """What a recorded graph has of this model, and reads without being told: as long as all of it is the same, a replay is
+        what a call would be. Values may change in place."""
+        learner = self.prompt_learner
+        tensors = *learner.parameters(), *learner.buffers(), self.logit_scale, self.averaged_with
+        memory = (None if one is None else (one.data_ptr(), one.shape, one.dtype) for one in tensors)
+        return self.tree_encoder.tower, learner.training, *memory
+
     def text_features(self, image_features: Tensor) -> Tensor:
         features = self.tree_encoder(self.prompt_learner.contexts(image_features))
         return features if features.ndim == 3 else features[None]

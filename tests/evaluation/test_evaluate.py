@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stub_cuda import FakeGraphs
 from tiny_runs import loaded_tiny_clip
 
 from cocoop_fast import UserError
@@ -81,23 +82,6 @@ def test_mixed_precision_agrees(digits):
 
 
 # Batches recorded as a CUDA graph, by a recorder that runs on a CPU
-
-
-class FakeGraphs:
-    """Records by keeping the work: its result has no content until it is replayed, and then always the same memory."""
-
-    def __init__(self):
-        self.recorded = self.replayed = 0
-
-    def __call__(self, work):
-        self.recorded += 1
-        logits = work().fill_(torch.nan)
-
-        def replay():
-            self.replayed += 1
-            logits.copy_(work())
-
-        return logits, replay
 
 
 def random_features(batches, extra=0):

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import tiny_config, use_tiny_clip, write_images
+from stub_cuda import GPU_1, FakeGraphs, stub_of, untouched
+from tiny_runs import loaded_tiny_clip, tiny_config, use_tiny_clip, write_images
 
 from cocoop_fast import UserError, cli
+from cocoop_fast.config import ModelConfig, PromptConfig
+from cocoop_fast.engine.graphs import WARM_UP_STEPS, CudaGraphs
+from cocoop_fast.evaluation import recorded
 from cocoop_fast.evaluation.evaluate import test_transform
+from cocoop_fast.experiments import predict
 from cocoop_fast.experiments.experiment import run
 from cocoop_fast.experiments.predict import Predictor
+from cocoop_fast.experiments.shared import recorder
+from cocoop_fast.methods import build_model
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +115,149 @@ def test_bad_input(run_dir, tmp_path):
         Predictor.from_run(tmp_path)
     with pytest.raises(UserError):
         Predictor.from_run(run_dir, classnames=[])
+
+
+# Batches recorded as a CUDA graph, by a recorder that runs on a CPU
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Recorded is what has come four times."""
+    monkeypatch.setattr(recorded, "WORTH_RECORDING", WARM_UP_STEPS)
+
+
+def predictors(**how):
+    """One that records, and one that does not, and images."""
+    torch.manual_seed(0)
+    clip, names = loaded_tiny_clip(), ["cat", "dog", "red fox"]
+    model = build_model(PromptConfig(), names, clip)
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(9)]
+    return Predictor(model, clip, names, 2, **how), Predictor(model, clip, names, 2), images
+
+
+def test_replays_give_the_same(soon):
+    """All batches of two but the first few, and none of the one that is smaller; in inference mode or out of it."""
+    graphs = FakeGraphs()
+    recording, plain, images = predictors(record=graphs, on_message=pytest.fail)
+    with torch.inference_mode():
+        answers = recording.predict(images)
+    assert answers == plain.predict(images) and (graphs.recorded, graphs.replayed) == (1, 1)
+    assert recording.predict(images[::-1]) == plain.predict(images[::-1])
+    assert (graphs.recorded, graphs.replayed) == (1, 5)
+    assert pickle.loads(pickle.dumps(recording)).predict(images) == answers
+
+
+def test_nothing_learned_is_not_recorded_and_few_batches_are_not():
+    few, plain, images = predictors(record=lambda work: pytest.fail("it was recorded"))
+    assert few.predict(images) == plain.predict(images)
+    model = build_model(PromptConfig(method="zeroshot"), list(plain.classnames), plain.clip)
+    assert Predictor(model, plain.clip, plain.classnames, record=FakeGraphs())._recorded is None
+
+
+@pytest.mark.parametrize("fault", ["begin_fails", "end_fails", "memory"])
+def test_a_recording_that_fails_leaves_predictions_right_and_is_said_once(soon, monkeypatch, fault):
+    stub, messages = stub_of(monkeypatch, **({} if fault == "memory" else {fault: True})), []
+    recording, plain, images = predictors(record=CudaGraphs(GPU_1), on_message=messages.append)
+    if fault == "memory":
+        encode, of_plain = type(recording.model.tree_encoder).forward, plain.predict(images)
+
+        def out_of_memory(self, *contexts):
+            if stub.capturing:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return encode(self, *contexts)
+
+        monkeypatch.setattr(type(recording.model.tree_encoder), "forward", out_of_memory)
+        assert recording.predict(images) == of_plain
+    for _ in range(2):
+        assert recording.predict(images) == plain.predict(images)
+    [message] = messages
+    assert (
+        message.startswith("Batches of a prediction are not recorded as CUDA graphs") and "CUDA " in message
+    )
+    assert untouched(stub)
+
+
+def test_graphs_give_their_memory_back_where_the_rest_has_too_little(soon):
+    graphs = FakeGraphs()
+    recording, _, images = predictors(record=graphs)
+    answers, replayed = recording.predict(images), graphs.replayed
+    encoder, failures = recording.model.image_encoder, [torch.OutOfMemoryError("CUDA out of memory.")]
+    encoder.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(failures.pop()) if failures else None)
+    assert recording.predict(images) == answers and not failures
+    assert graphs.replayed == replayed and graphs.recorded == 1
+    failures.append(torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(torch.OutOfMemoryError):  # there is nothing left to give back
+        recording.predict(images)
+
+
+def _other_classes(model):
+    model.set_classnames(["wolf", "dog", "polar bear"])
+
+
+def _other_parameter(model):
+    model.prompt_learner.ctx = torch.nn.Parameter(-model.prompt_learner.ctx.detach())
+
+
+def _other_weight(model):
+    model.tree_encoder.frozen._text.ln_final.weight.data.mul_(1.5)
+
+
+def _other_dtype(model):
+    model.double()
+
+
+def _averaged(model):
+    model.average_with(lambda names: torch.randn(3, 64), ["cat", "dog", "red fox"])
+
+
+@pytest.mark.parametrize("change", [_other_classes, _other_parameter, _other_weight, _other_dtype, _averaged])
+def test_a_graph_of_the_model_as_it_was_is_not_replayed(soon, change):
+    graphs = FakeGraphs()
+    recording, plain, images = predictors(record=graphs)
+    recording.predict(images)
+    replayed = graphs.replayed
+    change(recording.model)
+    changed = recording.predict(images[:2])
+    assert graphs.replayed == replayed and changed == plain.predict(images[:2])
+    recording.predict(images[:8])
+    assert graphs.recorded == 2
+    with torch.no_grad():  # the same memory: it is read anew
+        recording.model.prompt_learner.ctx.mul_(-2)
+    replayed = graphs.replayed
+    assert recording.predict(images[:2]) == plain.predict(images[:2]) and graphs.replayed == replayed + 1
+
+
+def test_threads_wait_for_each_other(soon):
+    """What a replay has written is read before the next one writes."""
+    recording, plain, _ = predictors(record=FakeGraphs())
+    features = torch.randn(12, 1, 64)
+    with torch.no_grad():
+        expected = [plain.model.forward_features(one) for one in features]
+
+    def slowly(logits):
+        time.sleep(0.003)
+        return logits.clone()
+
+    def ask(one):
+        with torch.no_grad():
+            return recording._recorded(one, slowly)
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(ask, features))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    features[-1, 0, 0] = torch.nan
+    with pytest.raises(UserError, match="NaN or infinite values in row 0"):
+        ask(features[-1])
+
+
+def test_runs_record_on_a_gpu_unless_told_otherwise(run_dir, monkeypatch):
+    on_gpu = dataclasses.replace(loaded_tiny_clip(), device=torch.device("cuda"))
+    assert isinstance(recorder(on_gpu, ModelConfig()), CudaGraphs)
+    assert (
+        recorder(on_gpu, ModelConfig(cuda_graph=False)) is recorder(loaded_tiny_clip(), ModelConfig()) is None
+    )
+    assert Predictor.from_run(run_dir)._recorded is None
+    monkeypatch.setattr(predict, "recorder", lambda clip, config: FakeGraphs())
+    assert Predictor.from_run(run_dir)._recorded is not None
