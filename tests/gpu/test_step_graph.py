@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from comparison import assert_close
+from PIL import Image
 from tiny_runs import loaded_tiny_clip
 from tiny_training import NAMES, Recorder, clip_model, make_batches
 
 from cocoop_fast import UserError
 from cocoop_fast.config import OptimConfig, PromptConfig
 from cocoop_fast.engine.graphs import WARM_UP_STEPS, CudaGraphs, Recorded
+from cocoop_fast.evaluation import recorded
+from cocoop_fast.experiments.predict import Predictor
 from cocoop_fast.methods import build_model
 from cocoop_fast.training.features import ImageFeatures
 from cocoop_fast.training.precision import LossScaler
@@ -140,3 +144,19 @@ def test_a_broken_loss_is_named_and_not_saved():
     with pytest.raises(UserError, match=rf"became nan at step 11 \(epoch 2\), on {images}; "):
         trainer.fit(save=save, save_every=4)
     assert saved == [4, 8, 10]
+
+
+def test_predictions_replayed_equal_those_launched_anew(monkeypatch):
+    """For two batch sizes, and parameters that change under the graphs."""
+    monkeypatch.setattr(recorded, "WORTH_RECORDING", WARM_UP_STEPS)
+    model, clip, graphs = gpu_model(), replace(loaded_tiny_clip(), device=GPU), CudaGraphs(GPU)
+    recording, plain = (
+        Predictor(model, clip, NAMES, 2, record=record, on_message=pytest.fail) for record in (graphs, None)
+    )
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(9)]
+    for _ in range(2 * WARM_UP_STEPS):
+        assert recording.predict(images) == plain.predict(images)
+        with torch.no_grad():
+            model.prompt_learner.ctx.mul_(-1.5)
+    assert len(recording._recorded._recorded._recordings) == 2
