@@ -180,7 +180,8 @@ def _keys_of_queries(path: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(Q,) each: how many keys a query sees besides SOS, and how many of them the query before it does not see. In
     depth-first order no earlier one sees those either."""
     there = path >= 0
-    depth, brings = there.sum(axis=1), there.sum(axis=1)
+    depth = there.sum(axis=1)
+    brings = depth.copy()
     brings[1:] -= ((path[1:] == path[:-1]) & there[1:]).sum(axis=1)
     return depth, brings
 

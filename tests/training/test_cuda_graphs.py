@@ -54,7 +54,7 @@ def test_a_launch_that_cannot_be_recorded_ends_the_recording_and_is_the_reason(m
 
 
 def test_a_graph_keeps_the_memory_that_the_steps_before_used(monkeypatch):
-    """And nobody else gets it, as long as the graph is there."""
+    """As they laid it out: the copies of layer 0's constants are no part of it. Nobody else gets it while the graph is there."""
     stub_of(monkeypatch)
     engine = encoder(backend="cpu")
     pool = engine.tower.shared.training
@@ -66,7 +66,9 @@ def test_a_graph_keeps_the_memory_that_the_steps_before_used(monkeypatch):
 
     step()
     [warm] = pool._free
+    layout = warm.layout()
     _, replay = CudaGraphs(GPU_1)(step)
+    assert warm.layout() is layout is not None
     assert len(replay.memory) == 1 and replay.memory[0] is warm and not pool._free
     addresses = warm.scratch.get("h", 1).data_ptr()
     step()
