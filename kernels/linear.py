@@ -364,9 +364,10 @@ def _check_whole(width: int) -> None:
 
 
 def _precision(x: Tensor) -> str:
-    """As torch's own products: TF32 where it is allowed, which AMD's GPUs do not have."""
-    tf32 = torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None
-    return "tf32" if x.dtype == torch.float32 and tf32 else "ieee"
+    """As torch's own products: TF32 where it is allowed, which AMD's GPUs do not have, and NVIDIA's from sm_80 on."""
+    if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" or torch.version.hip:
+        return "ieee"
+    return "ieee" if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0) else "tf32"
 
 
 def _variants() -> tuple[Variant, ...]:

@@ -98,8 +98,14 @@ def read(folder: Path) -> Found:
         for vendor in TARGETS:
             path = folder / f"triton-{version}-{vendor}.json"
             for one in json.loads(path.read_text()) if path.exists() else ():
-                found.setdefault((version, one["target"]), []).append(one)
+                if launched(one):
+                    found.setdefault((version, one["target"]), []).append(one)
     return found
+
+
+def launched(one: dict[str, Any]) -> bool:
+    """Whether a GPU is ever given this form: TF32 is not asked of those that have none."""
+    return "TF32" not in one["name"] or one["target"] not in ("sm_75", *TARGETS["AMD"])
 
 
 def judge(one: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """Linear layers with their epilogues in Triton against the torch twins in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from comparison import assert_close
@@ -114,3 +116,22 @@ def test_bad_arguments(device):
     with pytest.raises(ValueError, match="rows of 2000 numbers: a program takes at most 512"):
         one, stat = x.new_zeros(2000), x.new_zeros(2)
         linear.linear_norm_fwd(x, x.new_zeros(2000, 8), one, wide, one, one, 1e-5, wide, wide, stat, stat)
+
+
+@pytest.mark.parametrize(
+    "capability, hip, allowed, expected",
+    [
+        ((8, 0), None, "high", "tf32"),
+        ((8, 0), None, "highest", "ieee"),
+        ((7, 5), None, "high", "ieee"),  # has none, and Triton 3.2 fails to compile it there
+        ((9, 4), "6.2", "high", "ieee"),
+    ],
+)
+def test_tf32_is_asked_of_gpus_that_have_it(monkeypatch, capability, hip, allowed, expected):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: allowed)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    on_gpu = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda"))
+    assert linear._precision(on_gpu) == expected
+    on_gpu.dtype = torch.float16
+    assert linear._precision(on_gpu) == "ieee"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -36,6 +37,15 @@ def test_a_cell_says_what_is_wrong_with_how_many(tool):
     assert tool.cell([found(shared_bytes=10**6)]) == "1: 1 shared"
     assert tool.cell([found("sm_120", failure=tool.UNSERVED)] * 2) == "none"
     assert tool.cell([found("sm_75"), found("sm_75", "bf16", failure="ptxas")]) == "2: 1 no bf16"
+
+
+def test_what_a_gpu_is_never_given_is_no_failure_of_it(tool, tmp_path):
+    forms = [found(target, "fp32", name="64x64, TF32") for target in ("sm_75", "sm_80", "gfx90a")]
+    (tmp_path / "triton-3.0.0-NVIDIA.json").write_text(json.dumps([*forms, found("sm_75")]))
+    assert {key: len(own) for key, own in tool.read(tmp_path).items()} == {
+        ("3.0.0", "sm_80"): 1,
+        ("3.0.0", "sm_75"): 1,
+    }
 
 
 def test_the_page_has_every_version_and_gpu_and_the_reasons(tool):
