@@ -2,7 +2,7 @@
 
     python tools/check_triton_versions.py                        # all variants; hours of a small machine
     python tools/check_triton_versions.py --version 3.0.0 --version 3.9.0
-    python tools/check_triton_versions.py -- --widest --dtype fp16   # a fourteenth of it: arguments of compile_kernels.py
+    python tools/check_triton_versions.py -- --widest            # arguments of compile_kernels.py; an hour of a processor
 
 Each version is installed into a folder of its own (--folder, half a gigabyte each) and put before the installed one; torch
 stays as it is, as the compiler does not use it. What is found is kept in that folder, a file a version and vendor: with
@@ -45,9 +45,10 @@ machine code as a launch compiles them, and behind a colon what was wrong with h
 or breaks), *no bf16* (likewise, of that type on sm_75, whose hardware has none), *shared* (more shared memory than the GPU
 has), *spill* (registers in local memory: right and slow). "none" is a GPU that this Triton compiles nothing for, be it an
 addition. Where a machine has no ROCm linker, AMD's machine code of the Tritons before 3.4 is assembled and
-not linked.
+not linked. Forms with TF32 are not counted where there is none, as no launch asks for them there. `--widest` stands for the
+widest rows of each kernel and type, the likeliest to spill.
 
-This page is generated: `python tools/check_triton_versions.py`.
+This page is generated: `COMMAND`.
 """
 Found = dict[tuple[str, str], list[dict[str, Any]]]  # version, target -> what compile_kernels.py found
 
@@ -130,7 +131,9 @@ def cell(found: Sequence[dict[str, Any]]) -> str:
     return f"{len(found)}: {', '.join(wrong)}" if wrong else str(len(found))
 
 
-def page(found: Found) -> str:
+def page(found: Found, arguments: Sequence[str] = ()) -> str:
+    command = " ".join(["python tools/check_triton_versions.py", *["--"] * bool(arguments), *arguments])
+    introduction = INTRODUCTION.replace("COMMAND", command)
     targets = [target for own in TARGETS.values() for target in own]
     lines = [["Triton", *targets], ["---", *["---:"] * len(targets)]]
     lines += [
@@ -146,7 +149,7 @@ def page(found: Found) -> str:
                 reasons.setdefault(f"{version} for {target}", []).append(f"{form}: {reason}")
     notes = [f"- Triton {what}: {len(own)} fail, such as {own[0]}" for what, own in reasons.items()]
     return (
-        "\n".join(filter(None, (INTRODUCTION, table, "\n" * bool(notes) + "\n".join(notes)))).rstrip() + "\n"
+        "\n".join(filter(None, (introduction, table, "\n" * bool(notes) + "\n".join(notes)))).rstrip() + "\n"
     )
 
 
@@ -185,7 +188,7 @@ def main() -> int:
             except RuntimeError as error:
                 print(f"check_triton_versions: {error}", file=sys.stderr)
                 failed = True
-    PAGE.write_text(page(found := read(folder)), encoding="utf-8")
+    PAGE.write_text(page(found := read(folder), options.arguments), encoding="utf-8")
     for (version, target), own in found.items():
         if allowed(version) and any(judge(one) == "fail" for one in own):
             print(f"Triton {version} for {target}: {cell(own)}", file=sys.stderr)

@@ -58,6 +58,8 @@ def test_the_page_has_every_version_and_gpu_and_the_reasons(tool):
     )
     targets = [target for own in tool.TARGETS.values() for target in own]
     assert f"| Triton | {' | '.join(targets)} |" in page
+    assert "`python tools/check_triton_versions.py`" in page
+    assert "check_triton_versions.py -- --widest`" in tool.page({}, ["--widest"])
 
 
 def test_the_lower_bound_is_of_a_version_in_the_table(tool):
