@@ -235,9 +235,9 @@ class FrozenCLIP:
         parts = (getattr(block, name, None) for block in self._resblocks for name in _PARTS_OF_BLOCK)
         for module in (self._text.token_embedding, self._text.ln_final, *parts):
             if isinstance(module, nn.Module):  # OpenAI's blocks have no LayerScale
-                yield from _parameters_below(module)
+                yield from parameters_below(module)
         projection = self._text.text_projection
-        yield from _parameters_below(projection) if isinstance(projection, nn.Module) else (projection,)
+        yield from parameters_below(projection) if isinstance(projection, nn.Module) else (projection,)
 
     def _read_weights(self) -> TextWeights:
         text = self._text
@@ -253,12 +253,12 @@ class FrozenCLIP:
         return weights if self._text_dtype in (None, weights.dtype) else weights.in_dtype(self._text_dtype)
 
 
-def _parameters_below(module: nn.Module) -> list[Tensor]:
+def parameters_below(module: nn.Module) -> list[Tensor]:
     """As ``module.parameters()``, which takes the host a millisecond a tower: every pass asks."""
     found: list[Tensor] = [one for one in module._parameters.values() if one is not None]
     for child in module._modules.values():
         if child is not None:
-            found += _parameters_below(child)
+            found += parameters_below(child)
     return found
 
 

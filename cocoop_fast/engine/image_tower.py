@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cocoop_fast.clip.frozen import Affine, Followed, read_activation, read_block, read_layer_norm
+from cocoop_fast.clip.frozen import (
+    Affine,
+    Followed,
+    parameters_below,
+    read_activation,
+    read_block,
+    read_layer_norm,
+)
 from cocoop_fast.errors import UserError
 from cocoop_fast.ops import cpu
 from cocoop_fast.ops.linear import FrozenLinear
@@ -83,7 +90,7 @@ class FrozenViT(nn.Module):
             select_backend(weight.device, weight.dtype, "cpu")
         except UserError as error:
             raise UserError(f"model.image_backend: {error}") from error
-        self._packed = Followed(visual.parameters, partial(_pack, visual))
+        self._packed = Followed(partial(parameters_below, visual), partial(_pack, visual))
         self._compare()
 
     def forward(self, image: Tensor) -> Tensor:
