@@ -38,6 +38,9 @@ class Learner(nn.Module):
         """
         raise NotImplementedError
 
+    def compute_by(self, backend: str) -> None:
+        """What it computes is computed by a backend of :mod:`cocoop_fast.ops.table`, or "auto", where there is a choice."""
+
     def set_classnames(self, classnames: Sequence[str]) -> None:
         """Make :attr:`layout` that of other classes. What was learned stays.
 
