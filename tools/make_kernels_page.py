@@ -51,8 +51,7 @@ A layer is 8 launches forward and 9 backward, 5 and 6 with the backend `triton-g
 or 6 backward. Beside the tower a training step of several images is 12 launches, and 13 with loss scaling, from image features
 to the parameters of the next step; of a single image one less. They are
 
-- the features' length 1, the Meta-Net 1 each way (one more where features are in half precision: they are cast for the Meta-Net's
-  float32 weights);
+- the features' length 1, the Meta-Net 1 each way;
 - the classes' features 1 each way, the head 3 and 2;
 - the report 1: hits, the copies of the gradients, the largest of them, and whether one is infinite or NaN;
 - the optimizer 1, which unscales and skips by itself, and the loss scale's update 1.

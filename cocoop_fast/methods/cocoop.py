@@ -56,9 +56,9 @@ class MetaNet(nn.Sequential):
         self.backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, E) to (B, d)."""
+        """(B, E) of any float dtype to (B, d) in that of the weights."""
         if not self._as_made():
-            return super().forward(x)
+            return super().forward(x.to(next(self.parameters()).dtype))
         one, two = self.linear1, self.linear2
         return meta_net(x, one.weight, one.bias, two.weight, two.bias, self.backend)
 
@@ -90,6 +90,11 @@ class PromptLearner(ContextLearner):
 
     def compute_by(self, backend: str) -> None:
         self.meta_net.backend = backend
+
+    def readable(self, image_features: Tensor) -> Tensor:
+        """In their own dtype where the Meta-Net reads it, which saves a launch."""
+        reads = isinstance(self.meta_net, MetaNet) and self._stand_in is None
+        return image_features if reads else super().readable(image_features)
 
     def shift(self, image_features: Tensor) -> Tensor:
         """h_theta(x): (B, E) to (B, d), the same for all context vectors."""

@@ -32,14 +32,14 @@ def meta_net_ref(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> T
     """h = W_2 relu(W_1 x + b_1) + b_2 (paper, section 3.2).
 
     Args:
-        x: (B, E).
+        x: (B, E), in any float dtype.
         w1, b1: (H, E) and (H,).
         w2, b2: (d, H) and (d,).
 
     Returns:
         (B, d).
     """
-    return F.linear(F.linear(x, w1, b1).relu(), w2, b2)
+    return F.linear(F.linear(x.to(w1.dtype), w1, b1).relu(), w2, b2)
 
 
 def meta_net(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: str = "auto") -> Tensor:

@@ -102,3 +102,11 @@ def test_unit_rows():
     unit_rows(learning, "triton").sum().backward()
     assert learning.grad.any()
     assert unit_rows(x, "torch").equal(x / x.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("change", [None, by_torch, listened_to])
+def test_features_in_half_precision_give_a_shift_in_float32(net, change):
+    x = torch.randn(2, 32).half()
+    if change is not None:
+        change(net)
+    assert net(x).equal(net(x.float())) and net(x).dtype == torch.float32

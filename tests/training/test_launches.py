@@ -29,23 +29,26 @@ TEMPLATE = Path(__file__).parents[2] / "tools" / "make_kernels_page.py"
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted in the interpreter")
 
 
-def tiny_model(backend):
+def tiny_model(backend, dtype=torch.float32):
     torch.manual_seed(0)
     cfg = reference_cfg(ctx_init="", n_ctx=2, precision="fp32", image_size=IMAGE_SIZE)
-    clip = tiny_clip(layers=2, width=32, heads=2, embed_dim=32)
+    clip = tiny_clip(dtype=dtype, layers=2, width=32, heads=2, embed_dim=32)
+    clip.logit_scale.data = clip.logit_scale.data.float()  # as a CLIP in half precision is loaded
     return CustomCLIP(cfg, ["cat", "dog"], clip, backend=backend)
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["fp32", "scaled"])
-def test_launches_beside_the_tower(monkeypatch, scaled):
+@pytest.mark.parametrize(
+    "scaled, dtype", [(False, torch.float32), (True, torch.float16)], ids=["fp32", "fp16"]
+)
+def test_launches_beside_the_tower(monkeypatch, scaled, dtype):
     """From image features to the parameters of the next step; on a CPU torch's operations stand for their launches."""
-    model = tiny_model("triton")
+    model = tiny_model("triton", dtype)
     monkeypatch.setattr(model, "check", lambda *_: None)  # on a GPU no value is looked at
     parameters = list(model.prompt_learner.parameters())
     scaler = LossScaler(torch.device("cpu"), enabled=scaled)
     optimizer = build_optimizer(parameters, recipe(), fused=True)
     step = loss_and_gradients(model, parameters, "fp32", scaler)
-    features, label = torch.randn(2, 32), torch.tensor([0, 1])
+    features, label = torch.randn(2, 32).to(dtype), torch.tensor([0, 1])
 
     def update():
         result = step(features, label)
@@ -61,7 +64,7 @@ def test_launches_beside_the_tower(monkeypatch, scaled):
     update()  # lays the memory out
     whole = counted(update)
     contexts = ContextRows(torch.randn(2, 32).requires_grad_(), torch.randn(2, 32).requires_grad_())
-    gradient = torch.ones(2, 2, 32)
+    gradient = torch.ones(2, 2, 32, dtype=dtype)
     tower = counted(lambda: model.tree_encoder.tower.encode(contexts).backward(gradient))
     beside = whole - tower
     for name in ("promote_types", "_record_function_enter_new", "_record_function_exit"):  # the host's alone
