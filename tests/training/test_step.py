@@ -89,6 +89,10 @@ def test_the_update_reads_nothing_even_to_skip_an_overflow():
     optimizer, scaler = scaled_run(fused=True)
     with NoReading():
         scaler.step(optimizer)
+    optimizer, scaler = scaled_run(fused=True)
+    with NoReading():
+        scaler.step(optimizer, torch.tensor(1.0))
+    assert scaler.current() == 2.0**15
     optimizer, scaler = scaled_run(fused=False)
     with pytest.raises(AssertionError, match="the host reads a value"), NoReading():
         scaler.step(optimizer)  # what the fused optimizer is for, and what the mode catches
