@@ -192,18 +192,18 @@ def head_case(p: Problem, *, backward: bool) -> Pair:
     image = torch.nn.functional.normalize(torch.randn(1, e, generator=generator), dim=-1)
     logits, inverse = torch.empty(1, k), torch.empty(1, k)
     log_scale = scale.log()
-    cpu.head_fwd(text, image, scale, logits, inverse)
+    cpu.head_fwd(text, image, log_scale, logits, inverse)
     if backward:
         d_logits, d_text = torch.randn(1, k, generator=generator), torch.empty(1, k, e)
 
         def fast_backward() -> Tensor:
-            cpu.head_bwd(text, image, scale, logits, inverse, d_logits, d_text)
+            cpu.head_bwd(text, image, log_scale, logits, inverse, d_logits, d_text)
             return d_text.flatten()
 
         return fast_backward, gradient(cosine_logits_ref(image, text, log_scale), (text,), d_logits)
 
     def fast() -> Tensor:
-        cpu.head_fwd(text, image, scale, logits, inverse)
+        cpu.head_fwd(text, image, log_scale, logits, inverse)
         return logits
 
     def twin() -> Tensor:

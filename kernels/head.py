@@ -28,7 +28,7 @@ CLASS_BLOCK, CLASS_WARPS = 1024, 4
 def _head_fwd_kernel(
     features,
     image,
-    scale,
+    log_scale,
     logits,
     inverse_norms,
     classes,
@@ -44,30 +44,32 @@ def _head_fwd_kernel(
     f = tl.load(features + b * stride_fb + k * stride_fk + columns, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(image + b * width + columns, mask=inside, other=0.0).to(tl.float32)
     inverse_norm = tl.rsqrt(tl.sum(f * f, axis=0))
-    tl.store(logits + row, tl.load(scale) * tl.sum(f * v, axis=0) * inverse_norm)
+    tl.store(logits + row, tl.exp(tl.load(log_scale)) * tl.sum(f * v, axis=0) * inverse_norm)
     tl.store(inverse_norms + row, inverse_norm)
 
 
-def head_fwd(features: Tensor, image: Tensor, scale: Tensor, logits: Tensor, inverse_norms: Tensor) -> None:
+def head_fwd(
+    features: Tensor, image: Tensor, log_scale: Tensor, logits: Tensor, inverse_norms: Tensor
+) -> None:
     """inverse_norms = 1 / |features|, logits = scale (features . image) inverse_norms.
 
     Args:
         features: rows (B, K, E), E <= 2048.
         image: (B, E), of unit length.
-        scale: (1,) fp32: the logit scale itself, not its logarithm.
+        log_scale: (1,) fp32: the logarithm of the logit scale.
         logits, inverse_norms: (B, K) fp32, written.
     """
     batch, classes = _batch_and_classes(features, logits)
     rows = row_layout(features=features)
     check_array("image", image, (batch, rows.width), features)
-    check_array("scale", scale, (1,), features, torch.float32)
+    check_array("log_scale", log_scale, (1,), features, torch.float32)
     check_array("inverse_norms", inverse_norms, (batch, classes), features, torch.float32)
     if not rows.count:
         return
     block, warps = row_block(rows.width)
     with torch.cuda.device_of(features):
         _head_fwd_kernel[(rows.count,)](
-            features, image, scale, logits, inverse_norms, classes, rows.width, *rows.strides,
+            features, image, log_scale, logits, inverse_norms, classes, rows.width, *rows.strides,
             BLOCK=block, num_warps=warps, num_stages=1,
         )  # fmt: skip
 
@@ -76,7 +78,7 @@ def head_fwd(features: Tensor, image: Tensor, scale: Tensor, logits: Tensor, inv
 def _head_bwd_kernel(
     features,
     image,
-    scale,
+    log_scale,
     logits,
     inverse_norms,
     d_logits,
@@ -97,7 +99,7 @@ def _head_bwd_kernel(
     v = tl.load(image + b * width + columns, mask=inside, other=0.0).to(tl.float32)
     inverse_norm = tl.load(inverse_norms + row)
     # The image's part along t = f / |f|, times the scale, is the logit: no division by the scale.
-    across = tl.load(scale) * v - f * (inverse_norm * tl.load(logits + row))
+    across = tl.exp(tl.load(log_scale)) * v - f * (inverse_norm * tl.load(logits + row))
     gradient = tl.load(d_logits + row) * inverse_norm * across
     tl.store(d_features + b * stride_dfb + k * stride_dfk + columns, gradient, mask=inside)
 
@@ -105,7 +107,7 @@ def _head_bwd_kernel(
 def head_bwd(
     features: Tensor,
     image: Tensor,
-    scale: Tensor,
+    log_scale: Tensor,
     logits: Tensor,
     inverse_norms: Tensor,
     d_logits: Tensor,
@@ -114,14 +116,14 @@ def head_bwd(
     """With t = f / |f|: d_f = d_logit scale (image - t (t . image)) / |f|.
 
     Args:
-        features, image, scale, logits, inverse_norms: of :func:`head_fwd`.
+        features, image, log_scale, logits, inverse_norms: of :func:`head_fwd`.
         d_logits: (B, K) fp32.
         d_features: rows (B, K, E), written; may be `features`.
     """
     batch, classes = _batch_and_classes(features, logits)
     rows = row_layout(features=features, d_features=d_features)
     check_array("image", image, (batch, rows.width), features)
-    check_array("scale", scale, (1,), features, torch.float32)
+    check_array("log_scale", log_scale, (1,), features, torch.float32)
     check_array("inverse_norms", inverse_norms, (batch, classes), features, torch.float32)
     check_array("d_logits", d_logits, (batch, classes), features, torch.float32)
     if not rows.count:
@@ -129,7 +131,7 @@ def head_bwd(
     block, warps = row_block(rows.width)
     with torch.cuda.device_of(features):
         _head_bwd_kernel[(rows.count,)](
-            features, image, scale, logits, inverse_norms, d_logits, d_features, classes, rows.width,
+            features, image, log_scale, logits, inverse_norms, d_logits, d_features, classes, rows.width,
             *rows.strides, BLOCK=block, num_warps=warps, num_stages=1,
         )  # fmt: skip
 
@@ -253,7 +255,7 @@ def _variants() -> tuple[Variant, ...]:
             forward = {
                 "features": f"*{dtype}",
                 "image": f"*{image}",
-                "scale": s,
+                "log_scale": s,
                 "logits": s,
                 "inverse_norms": s,
             }

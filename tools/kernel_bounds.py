@@ -25,6 +25,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from math import inf, prod
 from typing import Any
 
@@ -40,6 +42,7 @@ from cocoop_fast.engine.fused_tower import shape_pass
 from cocoop_fast.measure.devices import find_gpu
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
 from cocoop_fast.ops import triton as ops
+from cocoop_fast.ops import triton_small as small
 
 # The GPUs, their architectures, and their boost clocks in GHz: the data sheets of each.
 GPUS = {"A100": ("sm_80", 1.41), "H100": ("sm_90", 1.98)}
@@ -101,7 +104,7 @@ def bound(launch: Launch, gpu: str) -> Bound:
 def launches_of_step(
     classes: int, batch: int, target: str, dtype: torch.dtype = torch.float16
 ) -> list[Launch]:
-    """Those of forward and backward of a tower of two layers, and of logits and loss, in their order.
+    """Those of forward and backward of a tower of two layers, of logits and loss, and of Meta-Net and report.
 
     Args:
         classes: of ImageNet's, the first.
@@ -118,7 +121,9 @@ def launches_of_step(
         text = torch.empty(
             batch, classes, problem.weights.projection.weight.shape[1], dtype=dtype, device=meta
         )
-        _head(text, text.new_empty(batch, text.shape[2]))
+        image = text.new_empty(batch, text.shape[2])
+        _head(text, image)
+        _small(image, problem.weights.width, classes)
     return found
 
 
@@ -131,6 +136,22 @@ def _head(text: Tensor, image: Tensor) -> None:
     ops.cross_entropy_fwd(logits, label, one)
     ops.cross_entropy_bwd(logits, label, one, d_logits)
     ops.head_bwd(text, image, one, logits, norms, d_logits, torch.empty_like(text))
+
+
+def _small(image: Tensor, width: int, classes: int) -> None:
+    """The Meta-Net in fp32 with the length of what it reads, and the report on its gradients and those of four context
+    vectors."""
+    f = partial(torch.empty, device=image.device)
+    batch, inner = image.shape
+    weights = f(inner // 16, inner), f(inner // 16), f(width, inner // 16), f(width)
+    u, shift = f(batch, inner // 16), f(batch, width)
+    small.unit_rows(image, image)
+    small.meta_net_fwd(image, *weights, u, shift)
+    small.meta_net_bwd(image, weights[2], u, shift, *weights)
+    gradients = (f(4, width), *weights)
+    copies, one = f(sum(each.numel() for each in gradients)), f(())
+    label, shared = f(batch, dtype=torch.int64), f(3, dtype=torch.int32)
+    small.step_report(one, f(batch, classes), label, one, gradients, copies, shared, f(5))
 
 
 @contextmanager
@@ -168,6 +189,9 @@ def _trips(given: dict[str, Any]) -> float:
 # In Triton's own language: what a name is made from, and what is read and written through pointers.
 DEFINED = re.compile(r"^(%\w+)(?::\d+)? = ([\w.]+) (.*)$")
 MOVED = re.compile(r"^(?:%\w+ = )?tt\.(load|store) (%\w+)[^:]* : (?:tensor<([\dx]+)x)?!tt\.ptr<\w?(\d+)>")
+SHARED = re.compile(
+    r"^%\w+ = tt\.atomic_rmw \w+, \w+, \w+, (%\w+), .* : \(!tt\.ptr<\w?(\d+)>,"
+)  # one number, both ways
 MADE_OF_ONE = ("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast", "tt.reshape")
 
 
@@ -200,6 +224,12 @@ def traffic(ttir: str, given: dict[str, Any], programs: int) -> float:
                 tensor = given[argument]
                 place = found[1], (id(tensor), tensor.shape)
                 moved[place] += inf if loops else programs * numbers * int(found[4]) / 8
+                sizes[place] = tensor.numel() * tensor.element_size()
+        elif found := SHARED.match(line):
+            for way, argument in product(("load", "store"), _arguments(found[1], sources, given)):
+                tensor = given[argument]
+                place = way, (id(tensor), tensor.shape)
+                moved[place] += programs * int(found[2]) / 8
                 sizes[place] = tensor.numel() * tensor.element_size()
         elif re.match(r"(%\w+ = )?tt\.(load|store|atomic)", line):
             raise ValueError(f"what does this read or write? {line}")

@@ -48,12 +48,20 @@ spilled to. B: images, K: classes, M: context tokens, R: rows of an image, d: wi
 ## What a step launches
 
 A layer is 8 launches forward and 9 backward, 5 and 6 with the backend `triton-gemm`; the tower launches 5 more forward and 5
-or 6 backward. Beside the tower a training step is 26 launches, and 35 with loss scaling, from image features to the
-parameters of the next step: the Meta-Net's and the features' norm 5 forward and 6 backward, the classes' features 1 each way,
-the head 4 and 2, the copy of the gradients 1, the report 5 or 6, the optimizer 1, and 8 more of torch's `GradScaler`. It was 35
-and 46 before gradients were copied together and backward began from the loss scale. Counted in the interpreter, with torch's
-operations on a CPU for its launches (`tests/training/test_launches.py`). 12 were hoped for: Meta-Net, norm and assembly in one
-kernel each way, and hits and largest gradient with the loss, are not there yet. All but those of optimizer and scaler are in the recorded graph.
+or 6 backward. Beside the tower a training step of several images is 12 launches, and 13 with loss scaling, from image features
+to the parameters of the next step; of a single image one less. They are
+
+- the features' length 1, the Meta-Net 1 each way;
+- the classes' features 1 each way, the head 3 and 2;
+- the report 1: hits, the copies of the gradients, the largest of them, and whether one is infinite or NaN;
+- the optimizer 1, which unscales and skips by itself, and the loss scale's update 1.
+
+It was 26 and 35 before, and 35 and 46 before gradients were copied together and backward began from the loss scale. Predicted
+were, at some 2 µs a launch: of a replayed step 5 launches fewer for the report, 8 for Meta-Net and length, 1 for the
+logit scale's exponential, 28 µs; beside the graph, where a launch costs its host some 8 µs, 8 fewer with loss scaling. Counted are
+14 and 22 fewer, in the interpreter, with torch's operations on a CPU for its launches (`tests/training/test_launches.py`); the times
+only a GPU can show. Under `amp` and with class ranks Meta-Net or report are torch's operations as before. All but the launches of
+optimizer and loss scale are in the recorded graph: the learning rate changes, and a step may be refused, without recording anew.
 
 ## What the host does
 

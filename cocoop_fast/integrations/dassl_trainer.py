@@ -110,7 +110,7 @@ class FastTrainer:
         self.scaler.observe(scale)
         for parameter, gradient in zip(self._parameters, result.gradients, strict=True):
             parameter.grad = gradient
-        self.scaler.step(self.optim)
+        self.scaler.step(self.optim, result.overflow)
         if self.batch_idx + 1 == self.num_batches:
             self.update_lr()
         summary = {"loss": loss, "acc": 100.0 * correct / len(label)}

@@ -314,7 +314,7 @@ def _compute(
             gradients = gradients or _plain(computed, 1 / float(scaler.current()))
             for name, parameter in named.items():
                 parameter.grad = computed.get(name)
-            scaler.step(optimizer)
+            scaler.step(optimizer, result.overflow)
             losses.append(result.report[0].double().cpu())
     return _Results(
         logits=logits.double().cpu(),

@@ -16,6 +16,7 @@ from cocoop_fast.errors import UserError
 from cocoop_fast.methods.learner import Learner
 from cocoop_fast.ops.consistency import Anchor
 from cocoop_fast.ops.head import cosine_cross_entropy, cosine_logits_ref
+from cocoop_fast.ops.meta_net import unit_rows
 from cocoop_fast.prompts.tree import ClassTree
 
 
@@ -165,8 +166,7 @@ class PromptedCLIP(nn.Module):
             UserError: see :meth:`forward_features`.
         """
         self.check(image_features, label)
-        image_features = image_features.to(self.dtype)
-        return image_features / image_features.norm(dim=-1, keepdim=True)
+        return unit_rows(image_features.to(self.dtype), self.backend)
 
     @torch.compiler.disable  # it reads values
     def check(self, image_features: Tensor, label: Tensor | None = None) -> None:
@@ -293,6 +293,7 @@ class LearnedPromptCLIP(PromptedCLIP):
     ) -> None:
         super().__init__(clip_model, len(learner.layout.symbols), backend=backend)
         self.prompt_learner = learner
+        learner.compute_by(backend)
         self.prune_mass = check_prune_mass(prune_mass)
         self._anchor: _OfClasses[Anchor] | None = None
         self._zero_shot: _OfClasses[Tensor] | None = None

@@ -24,6 +24,7 @@ from cocoop_fast.methods.base import EngineOptions
 from cocoop_fast.methods.coop import CoOp
 from cocoop_fast.methods.learner import ContextLearner
 from cocoop_fast.ops.assemble_prompts import assemble_dense_ref
+from cocoop_fast.ops.meta_net import meta_net
 from cocoop_fast.ops.table import select_backend
 
 
@@ -33,7 +34,14 @@ class MetaNet(nn.Sequential):
     Args:
         embed_dim: E, the width of an image feature.
         width: d, the width of a context vector.
+
+    Attributes:
+        backend: what computes it, see :func:`cocoop_fast.ops.meta_net.meta_net`. Layers that were replaced or have hooks
+            are called one after the other, as those of any ``nn.Sequential``.
     """
+
+    linear1: nn.Linear
+    linear2: nn.Linear
 
     def __init__(self, embed_dim: int, width: int) -> None:
         hidden = embed_dim // 16
@@ -45,6 +53,22 @@ class MetaNet(nn.Sequential):
             linear1=nn.Linear(embed_dim, hidden), relu=nn.ReLU(inplace=True), linear2=nn.Linear(hidden, width)
         )
         super().__init__(layers)
+        self.backend = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, E) of any float dtype to (B, d) in that of the weights."""
+        if not self._as_made():
+            return super().forward(x.to(next(self.parameters()).dtype))
+        one, two = self.linear1, self.linear2
+        return meta_net(x, one.weight, one.bias, two.weight, two.bias, self.backend)
+
+    def _as_made(self) -> bool:
+        """Whether its layers are those of the paper, and nobody listens to them."""
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        layers = list(self)
+        own = [type(one) for one in layers] == [nn.Linear, nn.ReLU, nn.Linear]
+        listened_to = any(getattr(one, name) for one in layers for name in hooks)
+        return own and not listened_to and None not in (self.linear1.bias, self.linear2.bias)
 
 
 class PromptLearner(ContextLearner):
@@ -63,6 +87,14 @@ class PromptLearner(ContextLearner):
     def __init__(self, cfg: Any, classnames: Sequence[str], clip_model: ClipModel) -> None:
         super().__init__(cfg, classnames, clip_model)
         self.meta_net = MetaNet(self._frozen.embed_dim, self._frozen.width).to(self.ctx)
+
+    def compute_by(self, backend: str) -> None:
+        self.meta_net.backend = backend
+
+    def readable(self, image_features: Tensor) -> Tensor:
+        """In their own dtype where the Meta-Net reads it, which saves a launch."""
+        reads = isinstance(self.meta_net, MetaNet) and self._stand_in is None
+        return image_features if reads else super().readable(image_features)
 
     def shift(self, image_features: Tensor) -> Tensor:
         """h_theta(x): (B, E) to (B, d), the same for all context vectors."""

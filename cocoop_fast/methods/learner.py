@@ -38,6 +38,9 @@ class Learner(nn.Module):
         """
         raise NotImplementedError
 
+    def compute_by(self, backend: str) -> None:
+        """What it computes is computed by a backend of :mod:`cocoop_fast.ops.table`, or "auto", where there is a choice."""
+
     def set_classnames(self, classnames: Sequence[str]) -> None:
         """Make :attr:`layout` that of other classes. What was learned stays.
 
@@ -136,7 +139,7 @@ class ContextLearner(Learner):
 
     def shifted(self, vectors: Tensor, image_features: Tensor) -> Contexts:
         """:meth:`contexts` from these vectors."""
-        shift = self.shift(image_features.to(self.ctx.dtype))
+        shift = self.shift(self.readable(image_features))
         if shift is None:
             return vectors
         if self.attributes:
@@ -156,6 +159,10 @@ class ContextLearner(Learner):
     def _attribute_contexts(self) -> list[str]:
         """The names of ATPrompt's own state dicts."""
         return [f"ctx_att{n}" for n in range(1, 1 + len(self.attributes))]
+
+    def readable(self, image_features: Tensor) -> Tensor:
+        """(B, E) features as :meth:`shift` takes them: in the dtype of what is learned."""
+        return image_features.to(self.ctx.dtype)
 
     def shift(self, image_features: Tensor) -> Tensor | None:
         """h_m(x): from (B, E) features to (B, d), or (B, M, d) where each vector has its own; None: there is none."""

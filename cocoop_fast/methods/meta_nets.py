@@ -28,6 +28,10 @@ class MetaNetsLearner(ContextLearner):
         nets = (MetaNet(self._frozen.embed_dim, self._frozen.width) for _ in range(self.n_ctx))
         self.meta_nets = nn.ModuleList(nets).to(self.ctx)
 
+    def compute_by(self, backend: str) -> None:
+        for net in self.meta_nets:
+            net.backend = backend  # type: ignore[assignment]
+
     def shift(self, image_features: Tensor) -> Tensor:
         """(B, E) to (B, M, d)."""
         seen = self.seen(image_features)

@@ -135,16 +135,22 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed
 
 
-def _kernel(name: str, scalar: int | None = None) -> Callable[..., None]:
+def _kernel(name: str, scalar: int | None = None, logarithm: int | None = None) -> Callable[..., None]:
     """The extension's function of this name, which checks all that it is given.
 
     Args:
         name: of both.
         scalar: the argument that is a number there, and a tensor of one here.
+        logarithm: the argument that is its logarithm here besides.
     """
 
+    def given(place: int, one: Any) -> object:
+        if place == logarithm:
+            one = one.exp()
+        return float(one) if place in (scalar, logarithm) else _value(one)
+
     def call(*arguments: object, **options: object) -> None:
-        values = [float(one) if i == scalar else _value(one) for i, one in enumerate(arguments)]  # type: ignore[arg-type]
+        values = [given(*numbered) for numbered in enumerate(arguments)]
         getattr(CPP.load(), name)(*values, **{key: _value(one) for key, one in options.items()})
 
     return call
@@ -184,8 +190,8 @@ assemble_prompts_bwd = _kernel("assemble_prompts_bwd")
 assemble_dense = _kernel("assemble_dense")
 gather_rows = _kernel("gather_rows")
 add_rows = _kernel("add_rows")
-head_fwd = _kernel("head_fwd", scalar=2)
-head_bwd = _kernel("head_bwd", scalar=2)
+head_fwd = _kernel("head_fwd", logarithm=2)  # the extension takes the scale itself
+head_bwd = _kernel("head_bwd", logarithm=2)
 cross_entropy_bwd = _kernel("cross_entropy_bwd", scalar=2)
 
 

@@ -83,54 +83,54 @@ def cosine_cross_entropy(
     if fixed and per_image and same_type:
         chosen = select_backend(text_features.device, text_features.dtype, backend)
         if chosen.load is not None:
-            scale = logit_scale.float().exp().reshape(1)
+            log_scale = logit_scale.detach().float().reshape(1)
             loss, logits = _CosineCrossEntropy.apply(
-                text_features, image_features, scale, label, chosen.load(), anchor
+                text_features, image_features, log_scale, label, chosen.load(), anchor
             )
             return loss, logits
     return cosine_cross_entropy_ref(image_features, text_features, logit_scale, label, anchor)
 
 
 class _CosineCrossEntropy(torch.autograd.Function):
-    """Scale, logits, loss and its gradient are float32, and stay on the device."""
+    """The logarithm of the scale, logits, loss and its gradient are float32, and stay on the device."""
 
     @staticmethod
     def forward(
         node: Any,
         text_features: Tensor,
         image_features: Tensor,
-        scale: Tensor,
+        log_scale: Tensor,
         label: Tensor,
         ops: Ops,
         anchor: Anchor | None,
     ) -> tuple[Tensor, Tensor]:
         batch, classes, _ = text_features.shape
         image, label = image_features.contiguous(), label.to(torch.int64).contiguous()
-        logits, inverse_norms = (scale.new_empty(batch, classes) for _ in range(2))  # both aligned
-        ops.head_fwd(text_features, image, scale, logits, inverse_norms)
-        loss = torch.empty_like(scale)
+        logits, inverse_norms = (log_scale.new_empty(batch, classes) for _ in range(2))  # both aligned
+        ops.head_fwd(text_features, image, log_scale, logits, inverse_norms)
+        loss = torch.empty_like(log_scale)
         ops.cross_entropy_fwd(logits, label, loss)
         node.ops, node.anchor = ops, anchor
         node.set_materialize_grads(False)  # or zeros (B, K) are made for the logits, which have none
         told = None
         if anchor is not None:
-            told = anchor_logits(image, scale, anchor).float()
+            told = anchor_logits(image, log_scale.exp(), anchor).float()
             loss += consistency_fwd(text_features, inverse_norms, logits, told, anchor)
-        node.save_for_backward(text_features, image, scale, logits, inverse_norms, label, told)
+        node.save_for_backward(text_features, image, log_scale, logits, inverse_norms, label, told)
         node.mark_non_differentiable(logits)
         return loss.squeeze(0), logits
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(node: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        text_features, image, scale, logits, inverse_norms, label, told = node.saved_tensors
+        text_features, image, log_scale, logits, inverse_norms, label, told = node.saved_tensors
         grad_loss, anchor = grad_loss.reshape(1), node.anchor
         grad_logits = torch.empty_like(logits)
         node.ops.cross_entropy_bwd(logits, label, grad_loss, grad_logits)
         if anchor is not None:
             add_logit_gradient(grad_logits, logits, told, grad_loss, anchor)
         grad_text = torch.empty_like(text_features, memory_format=torch.contiguous_format)
-        node.ops.head_bwd(text_features, image, scale, logits, inverse_norms, grad_logits, grad_text)
+        node.ops.head_bwd(text_features, image, log_scale, logits, inverse_norms, grad_logits, grad_text)
         if anchor is not None:
             add_text_gradient(grad_text, text_features, inverse_norms, grad_loss, anchor)
         return grad_text, None, None, None, None, None

@@ -11,7 +11,7 @@ size, and check their arguments before a kernel runs: a wrong shape, dtype, devi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -234,14 +234,14 @@ class Ops(Protocol):
         """
 
     def head_fwd(
-        self, features: Tensor, image: Tensor, scale: Tensor, logits: Tensor, inverse_norms: Tensor
+        self, features: Tensor, image: Tensor, log_scale: Tensor, logits: Tensor, inverse_norms: Tensor
     ) -> None:
         """inverse_norms = 1 / |features|, logits = scale (features . image) inverse_norms.
 
         Args:
             features: rows (B, K, E).
             image: (B, E), of unit length.
-            scale: (1,) float32, the logit scale itself, not its logarithm.
+            log_scale: (1,) float32, the logarithm of the logit scale.
             logits, inverse_norms: (B, K) float32, written.
         """
 
@@ -249,7 +249,7 @@ class Ops(Protocol):
         self,
         features: Tensor,
         image: Tensor,
-        scale: Tensor,
+        log_scale: Tensor,
         logits: Tensor,
         inverse_norms: Tensor,
         d_logits: Tensor,
@@ -258,7 +258,7 @@ class Ops(Protocol):
         """With t = f / |f|: d_f = d_logit scale (image - t (t . image)) / |f|.
 
         Args:
-            features, image, scale, logits, inverse_norms: of :meth:`head_fwd`.
+            features, image, log_scale, logits, inverse_norms: of :meth:`head_fwd`.
             d_logits: (B, K) float32.
             d_features: rows (B, K, E), written.
         """
@@ -283,6 +283,79 @@ class Ops(Protocol):
         """
 
 
+class SmallOps(Protocol):
+    """What is small and would be many launches of torch's operations. Backends on which a launch costs little have none: there
+    the twins serve."""
+
+    WIDEST: int  # numbers of a row
+    MOST_GRADIENTS: int
+
+    def unit_rows(self, x: Tensor, out: Tensor) -> None:
+        """out = x / |x|, row by row.
+
+        Args:
+            x: (n, d), d <= WIDEST.
+            out: (n, d) in the dtype of `x`, written.
+        """
+
+    def meta_net_fwd(
+        self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, u: Tensor, out: Tensor
+    ) -> None:
+        """u = relu(W_1 x + b_1), out = W_2 u + b_2.
+
+        Args:
+            x: (B, E), E <= WIDEST.
+            w1, b1: (H, E) and (H,), in the dtype of `x` or float32.
+            w2, b2: (d, H) and (d,), in that of `w1`, d <= WIDEST.
+            u: (B, H) float32, written.
+            out: (B, d) in the dtype of `w1`, written.
+        """
+
+    def meta_net_bwd(
+        self,
+        x: Tensor,
+        w2: Tensor,
+        u: Tensor,
+        d_out: Tensor,
+        d_w1: Tensor,
+        d_b1: Tensor,
+        d_w2: Tensor,
+        d_b2: Tensor,
+    ) -> None:
+        """With d_u = (W_2^T d_out) [u > 0]: d_W_1 = d_u x^T, d_b_1 = d_u, d_W_2 = d_out u^T, d_b_2 = d_out, summed over
+        images in ascending order.
+
+        Args:
+            x, w2, u: of :meth:`meta_net_fwd`.
+            d_out: (B, d) in the dtype of `w2`.
+            d_w1, d_b1, d_w2, d_b2: as the weights, written.
+        """
+
+    def step_report(
+        self,
+        loss: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        gradients: Sequence[Tensor],
+        copies: Tensor,
+        shared: Tensor,
+        report: Tensor,
+    ) -> None:
+        """report = loss, images whose label has the first of the highest logits, scale, the gradients' largest absolute value
+        (NaN if one is), and whether that is infinite or NaN (1 or 0); copies = the gradients one after the other.
+
+        Args:
+            loss, scale: () float32.
+            logits: (B, K) float32.
+            labels: (B,) int64.
+            gradients: 1 to MOST_GRADIENTS, float32.
+            copies: (n,) float32, written: their numbers.
+            shared: (3,) int32, zeros before and after.
+            report: (5,) float32, written.
+        """
+
+
 # Triton then runs its kernels on the CPU, slowly: for tests.
 _TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -300,6 +373,7 @@ class Backend:
         load: its operations; None: it has the twins alone, and autograd differentiates what they are composed to.
         why_unavailable: why it cannot be used here; None: it can.
         on_request: device types that it serves only if it is named.
+        load_small: its operations for what is small; None: the twins serve.
     """
 
     name: str
@@ -308,6 +382,7 @@ class Backend:
     load: Callable[[], Ops] | None = None
     why_unavailable: Callable[[], str | None] = lambda: None
     on_request: frozenset[str] = frozenset()
+    load_small: Callable[[], SmallOps] | None = None
 
     def __reduce__(self) -> tuple[Callable[[str], Backend], tuple[str]]:
         """For copies and pickles: a backend is this process's own."""
@@ -340,6 +415,12 @@ def _triton_gemm() -> Ops:
     return triton_gemm
 
 
+def _triton_small() -> SmallOps:
+    from cocoop_fast.ops import triton_small
+
+    return triton_small
+
+
 def _cuda() -> Ops:
     from cocoop_fast.ops import cuda
 
@@ -365,8 +446,9 @@ BACKENDS: tuple[Backend, ...] = (  # in order of preference
         _triton,
         _why_no_triton,
         on_request=frozenset({"cpu"} if _TRITON_INTERPRETS else ()),
+        load_small=_triton_small,
     ),
-    Backend("cuda", frozenset({"cuda"}), _GPU_FLOATS, _cuda, _why_no_cuda),
+    Backend("cuda", frozenset({"cuda"}), _GPU_FLOATS, _cuda, _why_no_cuda, load_small=_triton_small),
     # Its products take along what follows them: whether that gains, only a GPU can say. It is measured beside the others.
     Backend(
         "triton-gemm",
@@ -375,6 +457,7 @@ BACKENDS: tuple[Backend, ...] = (  # in order of preference
         _triton_gemm,
         _why_no_triton,
         on_request=frozenset({"cpu"} if _TRITON_INTERPRETS else ()),
+        load_small=_triton_small,
     ),
     Backend("cpu", frozenset({"cpu"}), frozenset({torch.float32}), _cpu, CPP.why_unavailable),
     Backend("torch", frozenset({"cpu", "cuda"}), _FLOATS),
@@ -404,3 +487,13 @@ def select_backend(device: torch.device, dtype: torch.dtype, explicit: str = "au
                 return backend
             raise UserError(f"The backend '{explicit}' cannot be used here: {reason}; use auto or {names}.")
     raise UserError(f"The backend '{explicit}' is not part of this version; use auto or {names}.")
+
+
+def select_small_ops(device: torch.device, dtype: torch.dtype, explicit: str = "auto") -> SmallOps | None:
+    """What is small, by the backend that :func:`select_backend` would choose; None: by the twins, also where it would
+    refuse."""
+    named = [
+        b for b in BACKENDS if (device.type in b.device_types if explicit == "auto" else b.name == explicit)
+    ]
+    chosen = next((b for b in named if b.refusal(device, dtype) is None), None)
+    return None if chosen is None or chosen.load_small is None else chosen.load_small()

@@ -46,17 +46,43 @@ class LossScaler:
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self._scaler = torch.amp.GradScaler(device.type, enabled=enabled)
-        self._one = torch.ones((), device=device)
         self._observed = self._scaler.get_scale()
         self.enabled = self._scaler.is_enabled()
+        self._scale = torch.ones((), device=device)
+        if self.enabled:
+            self._scaler.scale(self._scale)  # makes its state on the device
+            assert self._scaler._scale is not None
+            self._scale = self._scaler._scale
         self.skipped = 0
 
     def current(self) -> Tensor:
-        """The scale as a scalar on the device, float32: what the gradient of the loss by itself is to be."""
-        return self._scaler.scale(self._one)
+        """The scale as a scalar on the device, float32: what the gradient of the loss by itself is to be. The next
+        :meth:`step` changes it."""
+        return self._scale
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Unscale the gradients, let the optimizer step if all are finite, and adapt the scale."""
+    def step(self, optimizer: torch.optim.Optimizer, overflow: Tensor | None = None) -> None:
+        """Unscale the gradients, let the optimizer step if all are finite, and adapt the scale.
+
+        Args:
+            optimizer: of the parameters whose gradients were computed.
+            overflow: scalar, whether one is infinite or NaN (1.0 or 0.0), if it is known already: then a fused optimizer
+                unscales and steps in one launch, and one more adapts the scale. None: it is looked for.
+        """
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if self.enabled and fused and overflow is not None:
+            # What GradScaler does, without its search for what is not finite.
+            scaler, told = self._scaler, vars(optimizer)
+            assert scaler._growth_tracker is not None
+            told["grad_scale"], told["found_inf"] = self._scale, overflow
+            try:
+                optimizer.step()
+            finally:
+                del told["grad_scale"], told["found_inf"]
+            torch._amp_update_scale_(
+                self._scale, scaler._growth_tracker, overflow,
+                scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval(),
+            )  # fmt: skip
+            return
         self._scaler.step(optimizer)
         self._scaler.update()
 

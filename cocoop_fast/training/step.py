@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import NamedTuple, Protocol
@@ -13,6 +12,7 @@ from torch import Tensor
 from cocoop_fast.distributed.ranks import Group, Ranks
 from cocoop_fast.engine.pruning import Pruned
 from cocoop_fast.evaluation.evaluate import autocast
+from cocoop_fast.ops.step_report import StepReport
 from cocoop_fast.training.precision import LossScaler
 
 
@@ -28,6 +28,9 @@ class StepResult(NamedTuple):
     report: Tensor
     gradients: tuple[Tensor | None, ...]
     pruned: Pruned | None = None  # what was left out of the gradient
+    overflow: Tensor | None = (
+        None  # scalar, 1.0 if a gradient is infinite or NaN, else 0.0; None: nobody looked
+    )
 
 
 Step = Callable[[Tensor, Tensor], StepResult]  # from features (B, E) and label (B,)
@@ -52,6 +55,9 @@ def loss_and_gradients(
         scaler: its scale is read on the device.
     """
 
+    # What a model does not compute by a backend, torch computes.
+    reported = StepReport(getattr(model, "backend", "torch"))
+
     def step(features: Tensor, label: Tensor) -> StepResult:
         with autocast(precision, features.device):
             loss, logits = model.loss_and_logits(features, label)
@@ -62,16 +68,11 @@ def loss_and_gradients(
         # Scaler and optimizer write into them, while autograd may hand out expanded tensors, or one for two parameters: they are
         # copied, all in one launch.
         there = [one for one in gradients if one is not None]
-        flat = torch.cat([one.flatten() for one in there])
+        report, flat, overflow = reported(loss, logits, label, scale, there)
         parts = flat.split([one.numel() for one in there])
         copies = iter([part.view_as(one).to(one.dtype) for part, one in zip(parts, there, strict=True)])
         own = tuple(None if one is None else next(copies) for one in gradients)
-        wide = torch.promote_types(loss.dtype, torch.float32)
-        correct = (logits.argmax(dim=1) == label).sum(dtype=wide)
-        largest = torch.linalg.vector_norm(flat, math.inf)
-        told = (loss, correct, scale, largest)
-        report = torch.stack([value.detach().to(wide) for value in told])
-        return StepResult(report, own, getattr(model, "pruned", None))
+        return StepResult(report, own, getattr(model, "pruned", None), overflow)
 
     return step
 

@@ -281,7 +281,7 @@ class Trainer:
             return []
         for parameter, gradient in zip(self._parameters, result.gradients, strict=True):
             parameter.grad = gradient
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer, result.overflow)
         return read
 
     def _settle(self) -> None:

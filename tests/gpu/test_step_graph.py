@@ -82,7 +82,7 @@ def test_a_step_does_not_wait(precision):
         ):
             parameter.grad = gradient
         trainer.scaler.current()
-        trainer.scaler.step(trainer.optimizer)
+        trainer.scaler.step(trainer.optimizer, result.overflow)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

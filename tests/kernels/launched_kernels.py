@@ -20,8 +20,9 @@ from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.engine.constants import compute_constants
 from cocoop_fast.engine.contexts import ContextRows
 from cocoop_fast.engine.fused_tower import FusedTower
-from cocoop_fast.ops import triton, triton_gemm
+from cocoop_fast.ops import triton, triton_gemm, triton_small
 from cocoop_fast.ops.head import _CosineCrossEntropy
+from cocoop_fast.ops.meta_net import _MetaNet
 
 tree_attention = importlib.import_module("cocoop_fast.kernels.tree_attention")
 seen: set[tuple[object, ...]] = set()
@@ -48,10 +49,15 @@ def train_one_step(ops: Any, dtype: torch.dtype, names: list[list[int]]) -> None
     tower = FusedTower(constants, ops)
     features = constants.classes(tower.encode(ContextRows(ctx, shift)), ops)
     image = torch.zeros(2, 512, dtype=dtype)
-    loss, _ = _CosineCrossEntropy.apply(
-        features, image, torch.ones(1), torch.zeros(2, dtype=torch.int64), ops, None
-    )
+    label = torch.zeros(2, dtype=torch.int64)
+    loss, logits = _CosineCrossEntropy.apply(features, image, torch.ones(1), label, ops, None)
     loss.backward()
+    triton_small.unit_rows(image, image)
+    weights = [torch.zeros(*shape, requires_grad=True) for shape in ((32, 512), (32,), (512, 32), (512,))]
+    _MetaNet.apply(image, *weights, triton_small).sum().backward()
+    gradients = [torch.zeros(3)] * 2
+    copies, report, shared = torch.zeros(6), torch.zeros(5), torch.zeros(3, dtype=torch.int32)
+    triton_small.step_report(loss.detach(), logits, label, torch.ones(()), gradients, copies, shared, report)
 
 
 def _unlike(form: tuple[object, ...]) -> str:

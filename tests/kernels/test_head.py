@@ -20,26 +20,29 @@ def test_cosine_logits(buffers, dtype, tolerance, batch, k, width, fp32_image):
     features = buffers.randn(batch, k, width, dtype=dtype)
     unit = F.normalize(buffers.randn(batch, width), dim=-1)
     image = buffers.copy(unit.to(torch.float32 if fp32_image else dtype), contiguous=True)
-    scale = buffers.copy(torch.tensor([SCALE]))
+    log_scale = buffers.copy(torch.tensor([SCALE]).log())
     exact = features.double().requires_grad_()
     expected = cosine_logits_ref(image.double(), exact, torch.tensor(SCALE, dtype=torch.float64).log())
     d_logits = buffers.randn(batch, k, contiguous=True)
     expected.backward(d_logits.double())
 
     logits, inverse_norms = (buffers.result(batch, k, contiguous=True) for _ in range(2))
-    head.head_fwd(features, image, scale, logits, inverse_norms)
+    head.head_fwd(features, image, log_scale, logits, inverse_norms)
     assert_close(logits, expected, 1e-5, "logits")
     assert_close(inverse_norms, 1 / exact.norm(dim=-1), 1e-5, "inverse norms")
     d_features = buffers.result(batch, k, width, dtype=dtype)
-    head.head_bwd(features, image, scale, logits, inverse_norms, d_logits, d_features)
+    head.head_bwd(features, image, log_scale, logits, inverse_norms, d_logits, d_features)
     assert_close(d_features, exact.grad, tolerance, "d_features")
-    head.head_bwd(features, image, scale, logits, inverse_norms, d_logits, features)
+    head.head_bwd(features, image, log_scale, logits, inverse_norms, d_logits, features)
     assert torch.equal(features, d_features)
 
 
 # One block of classes, one more than a block, several, a single class; one image, more, and more than a block.
-@pytest.mark.parametrize("batch, k", [(1, 100), (3, 1025), (2, 2500), (5, 1), (1100, 3)])
-def test_cross_entropy(buffers, batch, k):
+@pytest.mark.parametrize(
+    "batch, k, block", [(1, 100, 1024), (3, 1025, 1024), (2, 2500, 1024), (5, 1, 1024), (20, 3, 16)]
+)
+def test_cross_entropy(monkeypatch, buffers, batch, k, block):
+    monkeypatch.setattr(head, "CLASS_BLOCK", block)
     logits = buffers.copy(buffers.randn(batch, k, contiguous=True) * 30, contiguous=True)
     labels = buffers.copy(torch.arange(batch) * 7 % k)
     grad_loss = buffers.copy(torch.tensor([0.7]))

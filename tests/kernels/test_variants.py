@@ -7,9 +7,18 @@ import torch
 
 pytest.importorskip("triton")
 
-from cocoop_fast.kernels import activation, assemble_prompts, head, layer_norm, move_rows
+from cocoop_fast.kernels import (
+    activation,
+    assemble_prompts,
+    head,
+    layer_norm,
+    meta_net,
+    move_rows,
+    step_report,
+)
 from cocoop_fast.kernels.variants import STORAGE
 
+MODULES = (layer_norm, activation, assemble_prompts, head, move_rows, meta_net, step_report)
 WIDTHS = (1, 33, 512, 513, 640, 1024, 1025, 1280, 2048)
 
 
@@ -17,7 +26,7 @@ WIDTHS = (1, 33, 512, 513, 640, 1024, 1025, 1280, 2048)
 def launched(monkeypatch, device):
     """What the kernels are launched with, instead of launching them: (kernel, pointer types, constexprs, warps, stages)."""
     seen = []
-    for module in (layer_norm, activation, assemble_prompts, head, move_rows):
+    for module in MODULES:
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(kernel, seen))
@@ -49,7 +58,8 @@ def form(kernel, types, constexprs, num_warps, num_stages):
 
 
 def type_name(tensor):
-    names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+    names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    names |= {torch.int64: "*i64", torch.int32: "*i32"}
     return names[tensor.dtype]
 
 
@@ -80,6 +90,12 @@ def launch_all(device):
             pairs = f(2, 3)
             head.head_fwd(x, z(2, width, dtype=own), f(1), pairs, pairs)
             head.head_bwd(x, z(2, width, dtype=own), f(1), pairs, pairs, pairs, x)
+            images, u = z(2, width), f(2, 3)
+            meta_net.unit_rows(images, images)
+            w1, b1, w2, b2 = (z(*n, dtype=own) for n in ((3, width), (3,), (width, 3), (width,)))
+            out = z(2, width, dtype=own)
+            meta_net.meta_net_fwd(images, w1, b1, w2, b2, u, out)
+            meta_net.meta_net_bwd(images, w2, u, out, w1, b1, w2, b2)
             for kind in activation.KINDS:
                 activation.activation_fwd(x, kind, x)
                 activation.activation_bwd(x, kind, x)
@@ -90,13 +106,16 @@ def launch_all(device):
         pairs = f(2, classes)
         head.cross_entropy_fwd(pairs, index, f(1))
         head.cross_entropy_bwd(pairs, index, f(1), pairs)
+        shared = torch.zeros(3, dtype=torch.int32, device=device)
+        scalar = torch.zeros((), device=device)
+        step_report.step_report(scalar, pairs, index, scalar, [f(3)], f(3), shared, f(5))
 
 
 def test_every_launch_is_a_variant_and_every_variant_is_launched(launched, device):
     launch_all(device)
     listed = {
         form(v.kernel, v.signature, v.constexprs, v.num_warps, v.num_stages)
-        for module in (layer_norm, activation, assemble_prompts, head, move_rows)
+        for module in MODULES
         for v in module.VARIANTS
     }
     assert set(launched) == listed

@@ -279,7 +279,7 @@ def test_head(isa, batch, k, width):
     d_logits_exact, d_features_exact = torch.autograd.grad(loss_exact * 0.7, (expected, exact))
 
     logits, norms = torch.empty(batch, k), torch.empty(batch, k)
-    cpu_kernels.head_fwd(guarded_like(features).tensor, image, scale, logits, norms)
+    cpu_kernels.head_fwd(guarded_like(features).tensor, image, scale.log(), logits, norms)
     assert_close(logits, expected, width, "logits")
     assert_close(norms, 1 / exact.norm(dim=-1), width, "inverse norms")
     logit_error = torch.finfo(torch.float32).eps * (8 + width**0.5) * float(expected.detach().abs().max())
@@ -294,7 +294,7 @@ def test_head(isa, batch, k, width):
     if k > 1:  # else both are zero
         assert float((d_logits - d_rounded).abs().max()) < 1e-6 * 0.7 / batch
     d_features = Guarded(batch, k, width)
-    arguments = (features, image, scale, logits, norms, d_logits_exact.float(), d_features.tensor)
+    arguments = (features, image, scale.log(), logits, norms, d_logits_exact.float(), d_features.tensor)
     cpu_kernels.head_bwd(*arguments)
     if k > 1:
         assert_close(d_features.check(), d_features_exact, width, "d_features")
@@ -401,7 +401,7 @@ def test_same_bits_for_any_number_of_threads(isa, threads):
         d_vectors, d_shift = torch.empty(100, d), torch.empty(3, d)
         cpu_kernels.assemble_prompts_bwd(x.view(3, 100, d), d_vectors, d_shift)
         logits, norms = torch.empty(3, 100), torch.empty(3, 100)
-        cpu_kernels.head_fwd(x.view(3, 100, d), dy[:3], torch.tensor([100.0]), logits, norms)
+        cpu_kernels.head_fwd(x.view(3, 100, d), dy[:3], torch.tensor([4.6]), logits, norms)
         loss = torch.empty(1)
         cpu_kernels.cross_entropy_fwd(logits, torch.tensor([0, 99, 5]), loss)
         return [rows, y, mean, rstd, dx, out, dg, d_vectors, d_shift, logits, norms, loss]

@@ -35,11 +35,12 @@ def test_who_scales(precision, master_weights, device, scaled):
 class Run:
     """A few steps on random gradients; those whose number is in ``overflows`` are infinite."""
 
-    def __init__(self, *, fused=False, enabled=True):
+    def __init__(self, *, fused=False, enabled=True, known=False):
         generator = torch.Generator().manual_seed(0)
         self.parameter = nn.Parameter(torch.randn(5, 7, generator=generator))
         self.gradients = torch.randn(20, 5, 7, generator=generator)
         self.optimizer = build_optimizer([self.parameter], OptimConfig(lr=0.1), fused=fused)
+        self.known = known
         self.scaler = LossScaler(CPU, enabled=enabled)
         self.scales = []
 
@@ -48,7 +49,8 @@ class Run:
         self.scaler.observe(self.scales[-1])
         loss = self.scaler.current() * (self.parameter * self.gradients[number]).sum()
         (self.parameter.grad,) = torch.autograd.grad(loss * (math.inf if overflow else 1), [self.parameter])
-        self.scaler.step(self.optimizer)
+        told = self.parameter.grad.isfinite().all().logical_not().float() if self.known else None
+        self.scaler.step(self.optimizer, told)
 
 
 def test_steps_that_overflow_change_nothing_but_the_scale():
@@ -122,6 +124,26 @@ def test_the_fused_optimizer_takes_the_same_steps(overflow):
         for run in (plain, fused):
             run.step(number, overflow=number in overflow)
     torch.testing.assert_close(fused.parameter, plain.parameter, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_overflows_that_are_known_need_no_search(monkeypatch, fused):
+    """The same bits of parameters, momentum and state as by torch's GradScaler, which looks for what is not finite itself."""
+    search, known = Run(fused=fused), Run(fused=fused, known=True)
+    for run in (search, known):
+        run.scaler.load_state_dict({**run.scaler.state_dict(), "growth_interval": 3})
+    for number in range(12):
+        search.step(number, overflow=number in (0, 1, 7))
+    if fused:
+        monkeypatch.delattr(torch.amp.GradScaler, "step")
+    for number in range(12):
+        known.step(number, overflow=number in (0, 1, 7))
+    assert known.scales == search.scales and max(search.scales[3:]) > min(search.scales[3:])
+    assert known.parameter.equal(search.parameter)
+    momentum = [run.optimizer.state[run.parameter]["momentum_buffer"] for run in (known, search)]
+    assert momentum[0].equal(momentum[1])
+    assert known.scaler.state_dict() == search.scaler.state_dict()
+    assert not {"grad_scale", "found_inf"} & vars(known.optimizer).keys()
 
 
 def test_a_checkpoint_does_not_decide_how_this_machine_steps():

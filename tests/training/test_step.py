@@ -67,7 +67,7 @@ def test_forward_and_backward_read_nothing(monkeypatch, method, dtype):
     clip.to(META), model.to(META)
     parameters = list(model.prompt_learner.parameters())
     step = loss_and_gradients(model, parameters, "fp32", LossScaler(META, enabled=True))
-    report, gradients, _ = step(features.to(META), label.to(META))
+    report, gradients, *_ = step(features.to(META), label.to(META))
     assert report.device == META and report.shape == (4,) and report.dtype == torch.float32
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert gradient.device == META and gradient.shape == parameter.shape
@@ -89,6 +89,10 @@ def test_the_update_reads_nothing_even_to_skip_an_overflow():
     optimizer, scaler = scaled_run(fused=True)
     with NoReading():
         scaler.step(optimizer)
+    optimizer, scaler = scaled_run(fused=True)
+    with NoReading():
+        scaler.step(optimizer, torch.tensor(1.0))
+    assert scaler.current() == 2.0**15
     optimizer, scaler = scaled_run(fused=False)
     with pytest.raises(AssertionError, match="the host reads a value"), NoReading():
         scaler.step(optimizer)  # what the fused optimizer is for, and what the mode catches
