@@ -150,11 +150,14 @@ def with_variant(config: Config, name: str) -> Config:
         there, one = getattr(getattr(config, section), leaf), added.get(field)
         if one is None:
             there = getattr(type(getattr(config, section)), leaf)
-        elif not (one.any_value and there):
-            there = one.value
+        else:
+            given = one.any_value and there
+            there = there if given else one.value
             for other, value in one.also:
                 section_of, _, leaf_of = other.partition(".")
-                values.setdefault(section_of, {})[leaf_of] = value
+                part = getattr(config, section_of)
+                if not given or getattr(part, leaf_of) == getattr(type(part), leaf_of):
+                    values.setdefault(section_of, {})[leaf_of] = value
         values.setdefault(section, {})[leaf] = there
     sections = {section: replace(getattr(config, section), **own) for section, own in values.items()}
     return replace(config, **sections)

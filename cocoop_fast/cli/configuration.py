@@ -123,7 +123,7 @@ def build(
     _name_data(merged)
     if str(merged.get("prompt.csc", "")).lower() == "true":
         merged.setdefault("prompt.ctx_init", "")  # contexts of single classes begin from random vectors
-    if merged.get("prompt.attributes"):
+    if merged.get("prompt.attributes") and not protocol:  # of a table's rows only some have attributes
         merged.setdefault("prompt.ctx_init", "")  # as do those beside attributes
     warnings.extend(_context_length(merged))
     files_keys = reference_defaults.reference_keys(layers[: len(files or ())])

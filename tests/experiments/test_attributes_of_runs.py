@@ -194,3 +194,16 @@ def test_verify_compares_with_the_dense_computation(capsys):
     assert found["within"] and found["attributes"] == ["shape", "digit"]
     assert cli.run(["verify", "--attributes"]) == 2
     assert "list them" in capsys.readouterr().err
+
+
+def test_the_rows_of_a_table_without_attributes_begin_from_words_all_the_same(tmp_path):
+    """Attributes imply random vectors, but only where they are."""
+    built = configuration.build(pairs=["prompt.attributes=shape,color"], protocol=True).config
+    rows = {
+        name: with_method(built, name, tmp_path).prompt
+        for name in ("cocoop", "cocoop+no-image", "cocoop+attributes")
+    }
+    assert rows["cocoop"].ctx_init == rows["cocoop+no-image"].ctx_init == "a photo of a"
+    assert rows["cocoop+attributes"].ctx_init == ""
+    assert rows["cocoop+attributes"].attributes == ("shape", "color")
+    assert rows["cocoop"].attributes == ()
