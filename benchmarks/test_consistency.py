@@ -30,10 +30,8 @@ def test_consistency(benchmark: Any, problem_of: Any, k: int, distance: Any) -> 
             model.keep_near(partial(near.anchor, clip_model=clip_model), names)
         return ModelRunner(model, problem.features, problem.labels)
 
-    plain, near = (
-        runner(None),
-        runner(Consistency(distance, *WEIGHTS[distance], ensemble_templates("select", ""))),
-    )
+    consistency = Consistency(distance, *WEIGHTS[distance], ensemble_templates("select", ""))
+    plain, near = runner(None), runner(consistency)
     seconds: dict[str, list[float]] = {"plain": [], "near": []}
     benchmark.group = f"step near CLIP, {k} classes"
     benchmark.pedantic(
@@ -42,12 +40,10 @@ def test_consistency(benchmark: Any, problem_of: Any, k: int, distance: Any) -> 
         rounds=SIZES[k],
         warmup_rounds=1,
     )
-    by_pair = [with_it / without for with_it, without in zip(seconds["near"], seconds["plain"], strict=True)][
-        1:
-    ]
+    pairs = list(zip(seconds["near"], seconds["plain"], strict=True))[1:]  # after the warm-up
     benchmark.extra_info |= {
         "classes": k,
         "distance": distance,
         "times_the_step_without": min(seconds["near"]) / min(seconds["plain"]),
-        "median_of_pairs": median(by_pair),
+        "median_of_pairs": median(with_it / without for with_it, without in pairs),
     }

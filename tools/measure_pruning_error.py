@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     dataset, transform = load_dataset(config.data), test_transform(predictor.clip)
     number = {name: label for label, name in enumerate(predictor.classnames)}
     samples = [one for one in dataset.test if one.classname in number]
-    chosen = list(islice(samples, 0, None, max(1, len(samples) // args.images)))[: args.images]
+    chosen = samples[:: max(1, len(samples) // args.images)][: args.images]
 
     taus = [0.0, *args.tau]
     errors: dict[float, list[float]] = {tau: [] for tau in taus}

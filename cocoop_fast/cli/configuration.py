@@ -32,8 +32,8 @@ from cocoop_fast.variants import plain, refuse_idle, spelled
 
 # Where and how a run computes: fields that leave its result alone, up to rounding.
 NOT_THE_EXPERIMENT = frozenset([
-    "output_dir", "model.device", "model.backend", "model.image_backend", "model.shard", "data.workers", "print_freq", "checkpoint_steps",
-    "seed",
+    "output_dir", "model.device", "model.backend", "model.image_backend", "model.shard", "data.workers",
+    "print_freq", "checkpoint_steps", "seed",
 ])  # fmt: skip
 
 

@@ -33,6 +33,8 @@ ROWS_AT_ONCE = 512  # of tokens, or else one image
 # Of the largest feature: rounding is a hundred times less, another function much more.
 _TOLERANCE = 1e-4
 
+_PARTS = "conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer", "ln_post", "proj"
+
 Visual: TypeAlias = Any  # open_clip's or OpenAI's VisionTransformer; they share attributes, but no base class
 
 
@@ -96,7 +98,7 @@ class FrozenViT(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to features (B, E)."""
         asks = torch.is_grad_enabled() and (
-            image.requires_grad or any(p.requires_grad for p in self.visual.parameters())
+            image.requires_grad or any(p.requires_grad for p in parameters_below(self.visual))
         )
         ours = image.dtype == self.visual.conv1.weight.dtype == torch.float32 and image.device.type == "cpu"
         if asks or not ours or len(image) == 0 or list(image.shape[1:]) != self._image_shape():
@@ -246,15 +248,7 @@ def _pack(visual: Visual) -> _Packed:
 
 def _why_not(visual: Visual) -> str | None:
     """Why its weights cannot be read as those of CLIP's ViT; None: they can."""
-    for name in (
-        "conv1",
-        "class_embedding",
-        "positional_embedding",
-        "ln_pre",
-        "transformer",
-        "ln_post",
-        "proj",
-    ):
+    for name in _PARTS:
         if getattr(visual, name, None) is None:
             return f"it has no `{name}`"
     if getattr(visual, "attn_pool", None) is not None or getattr(visual, "pool_type", "tok") != "tok":

@@ -34,6 +34,7 @@ class Shared:
         self.features = features
         self._told: set[str] = set()
         self._load_clip = cache(load_clip)
+        self._pack_image_tower = cache(FrozenViT)
         self._load_dataset = lru_cache(_DATASETS_KEPT)(load_dataset)
         self._load_test_set = cache(lambda data: self._load_dataset(data).with_splits(train=(), val=()))
 
@@ -58,12 +59,15 @@ class Shared:
             )
 
     def model(self, config: RunConfig, classnames: Sequence[str]) -> PromptedCLIP:
-        """The model of a configuration over K class names, ready to train. Its CLIP is shared.
+        """The model of a configuration over K class names, ready to train. Its CLIP is shared, and so is what is made of it.
 
         Raises:
             UserError: as :func:`cocoop_fast.methods.build_model` and :meth:`clip`.
         """
-        return model_on(self.clip(config.model), config, classnames)
+        model = model_on(self.clip(config.model), config, classnames)
+        if config.model.image_backend == "cpu":
+            model.image_encoder = self._pack_image_tower(model.image_encoder)
+        return model
 
     def dataset(self, config: DataConfig) -> Dataset:
         """As :func:`cocoop_fast.data.load_dataset`; the last two are kept."""
@@ -85,7 +89,7 @@ def model_on(clip: LoadedClip, config: RunConfig, classnames: Sequence[str]) -> 
     Raises:
         UserError: as :func:`cocoop_fast.methods.build_model`.
     """
-    model = build_model(
+    return build_model(
         config.prompt,
         list(classnames),
         clip,
@@ -94,9 +98,6 @@ def model_on(clip: LoadedClip, config: RunConfig, classnames: Sequence[str]) -> 
         prune_mass=config.optim.prune_mass,
         consistency=consistency_of(config),
     )
-    if config.model.image_backend == "cpu":
-        model.image_encoder = FrozenViT(model.image_encoder)
-    return model
 
 
 def recorder(clip: LoadedClip, config: ModelConfig) -> Record | None:

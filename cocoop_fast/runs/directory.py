@@ -39,7 +39,8 @@ from cocoop_fast.runs.checkpoint import Checkpoint
 # trained on may not: checkpoints hold their fingerprint.)
 _FREE = (
     "output_dir", "print_freq", "checkpoint_steps", "eval_batch_size", "data.root", "data.few_shot", "data.workers",
-    "model.device", "model.backend", "model.image_backend", "model.memory_budget", "model.cuda_graph", "model.shard", "optim.on_nonfinite",
+    "model.device", "model.backend", "model.image_backend", "model.memory_budget", "model.cuda_graph", "model.shard",
+    "optim.on_nonfinite",
 )  # fmt: skip
 # What a run writes, by folder: a pattern of whole file names. --overwrite deletes this and nothing else.
 _WRITTEN = {

@@ -28,9 +28,8 @@ class StepResult(NamedTuple):
     report: Tensor
     gradients: tuple[Tensor | None, ...]
     pruned: Pruned | None = None  # what was left out of the gradient
-    overflow: Tensor | None = (
-        None  # scalar, 1.0 if a gradient is infinite or NaN, else 0.0; None: nobody looked
-    )
+    # Scalar, 1.0 if a gradient is infinite or NaN, else 0.0; None: nobody looked.
+    overflow: Tensor | None = None
 
 
 Step = Callable[[Tensor, Tensor], StepResult]  # from features (B, E) and label (B,)

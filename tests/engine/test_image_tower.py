@@ -10,9 +10,11 @@ from tiny_models import _Block as OpenAIsBlock
 from torch import nn
 
 from cocoop_fast.cli import run
+from cocoop_fast.config import from_mapping
 from cocoop_fast.engine import image_tower
 from cocoop_fast.engine.image_tower import FrozenViT
 from cocoop_fast.errors import UserError
+from cocoop_fast.experiments.shared import Shared
 
 TINY = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3, "head_width": 32}
 
@@ -192,3 +194,11 @@ def test_a_run_says_where_it_cannot_be_used(tmp_path, capsys):
     ]
     assert run(call) == 2
     assert "model.image_backend" in capsys.readouterr().err
+
+
+def test_models_on_one_clip_share_it():
+    """It is packed and compared once, however many rows a table has."""
+    shared, config = Shared(), from_mapping({"model": {"image_backend": "cpu"}})
+    one, other = (shared.model(config, [f"digit {name}", "letter a"]) for name in ("one", "two"))
+    assert isinstance(one.image_encoder, FrozenViT)
+    assert one.image_encoder is other.image_encoder
