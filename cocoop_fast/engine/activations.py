@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from cocoop_fast.engine.constants import TowerConstants
@@ -44,6 +45,7 @@ class Activations:
     largest_panel_only: bool = False  # enough to see how much memory a pass takes
     layers: list[LayerActivations] = field(default_factory=list)
     done: set[Hashable] = field(default_factory=set)  # passes whose arguments have been checked
+    recorded: dict[Hashable, Callable[[], None] | None] = field(default_factory=dict)
     x_out: Tensor = field(init=False)  # (B * Q, d) what the final LayerNorm reads
     stats_out: Statistics = field(init=False)
 
@@ -58,6 +60,24 @@ class Activations:
         with self.ops.known_arguments() if pass_ in self.done else nullcontext():
             yield
         self.done.add(pass_)
+
+    def repeat(self, work: Callable[[], None], *pass_: Hashable) -> None:
+        """Do what a pass does with this memory alone, or what the backend recorded of it. A pass that is done once, through a
+        part of the tree, is not recorded.
+
+        Args:
+            work: reads and writes nothing of the caller's.
+            pass_: which it is.
+        """
+        key = *pass_, torch.get_num_threads()
+        again = self.recorded.get(key)
+        if again is not None:
+            again()
+        elif self.ops.record is None or key in self.recorded or key not in self.done:
+            work()
+        else:
+            self.recorded[key] = self.ops.record(work)
+        self.done.add(key)
 
     def panels(self, rows: int) -> list[slice]:
         """Slices of about as many rows as the backend likes, all of nearly the same length."""

@@ -4,7 +4,7 @@ The weights are frozen, so backward is the chain of input gradients alone. Saved
 input (d), query, key and value (3d), the middle of the block (d), the MLP's pre-activation (4d) and the LayerNorm
 statistics. Attention weights, LayerNorm outputs and activations are recomputed. The memory is borrowed from a pool: after
 the first step nothing of activation size is allocated. Nothing here waits for a device or depends on its results, so that
-a whole step can be recorded as a CUDA graph.
+a whole step can be recorded as a CUDA graph; on a CPU the layers of a pass that comes again are repeated from a recording.
 
 Attention needs all rows of a layer. What lies between two attentions goes panel by panel of rows where the backend asks
 for it, so that what one operation writes is still in the cache when the next one reads it.
@@ -268,20 +268,32 @@ class _Encode(torch.autograd.Function):
 
 
 def _forward(tower: FusedTower, contexts: ContextRows, acts: Activations) -> Tensor:
-    c, w, ops, linears = tower.constants, tower.constants.weights, tower.ops, tower.shared.linears
-    batch, d, m, last = acts.batch, w.width, c.tree.n_ctx, len(w.blocks) - 1
-    first, ln_1 = acts.layers[0], w.blocks[0].ln_1
-    h = acts.rows("h", batch * m, d)
+    c, w, first = tower.constants, tower.constants.weights, acts.layers[0]
+    batch, m, d = acts.batch, c.tree.n_ctx, w.width
     vectors = None if contexts.vectors is None else contexts.vectors.contiguous()
     parts = vectors, contexts.shift.contiguous(), c.positions
-    ops.assemble_prompts_fwd(
+    h, ln_1 = acts.rows("h", batch * m, d), w.blocks[0].ln_1
+    tower.ops.assemble_prompts_fwd(
         *parts, ln_1.weight, ln_1.bias, ln_1.eps, first.x, h.view(batch, m, d), *first.stats_1
     )
-    linears[0].qkv.forward(h, first.qkv)
+    if contexts.deep:
+        _layers_forward(tower, acts, contexts.deep)
+    else:
+        acts.repeat(partial(_layers_forward, tower, acts), "forward")
     features = acts.x_out.new_empty(len(acts.x_out), w.projection.weight.shape[1])
+    rows = acts.rows("o", *acts.x_out.shape)
+    torch.addmm(w.projection.bias, rows, w.projection.weight, out=features)
+    return features.view(batch, -1, features.shape[1])
+
+
+def _layers_forward(tower: FusedTower, acts: Activations, deep: Sequence[Tensor] = ()) -> None:
+    """From the first LayerNorm of the context rows, in "h", to the last one of the leaves, in "o"."""
+    c, w, linears = tower.constants, tower.constants.weights, tower.shared.linears
+    batch, d, last = acts.batch, w.width, len(w.blocks) - 1
+    linears[0].qkv.forward(acts.rows("h", batch * c.tree.n_ctx, d), acts.layers[0].qkv)
     for layer, (block, own, a) in enumerate(zip(w.blocks, linears, acts.layers, strict=True)):
-        if 1 <= layer <= len(contexts.deep):
-            _replace_context(tower, acts, layer, contexts.deep[layer - 1])
+        if 1 <= layer <= len(deep):
+            _replace_context(tower, acts, layer, deep[layer - 1])
         if layer == last:
             _leaf_queries(tower, acts, a, own, block.ln_1)
         o = acts.rows("o", len(a.x_mid), d)
@@ -296,13 +308,12 @@ def _forward(tower: FusedTower, contexts: ContextRows, acts: Activations) -> Ten
             own.fc.forward_activation(h, w.activation, None if a.u is None else a.u[p], g)
             # x = x_mid + W_p act(u) + b_p, and its LayerNorm for the next layer, or the final one
             if following is None:
-                own.proj.forward_norm(g, a.x_mid[p], acts.x_out[p], w.ln_final, h, *_part(acts.stats_out, p))
-                torch.addmm(w.projection.bias, h, w.projection.weight, out=features[p])
+                stats = _part(acts.stats_out, p)
+                own.proj.forward_norm(g, a.x_mid[p], acts.x_out[p], w.ln_final, o[p], *stats)
             else:
                 norm, stats = w.blocks[layer + 1].ln_1, _part(following.stats_1, p)
                 own.proj.forward_norm(g, a.x_mid[p], following.x[p], norm, h, *stats)
                 linears[layer + 1].qkv.forward(h, following.qkv[p])
-    return features.view(batch, -1, features.shape[1])
 
 
 def _part(stats: Statistics, panel: slice) -> Statistics:
@@ -340,10 +351,25 @@ def _leaf_queries(
 
 def _backward(tower: FusedTower, grad_features: Tensor, acts: Activations, gradients: ContextRows) -> None:
     """Writes the gradients of the contexts' parts."""
+    w = tower.constants.weights
+    h = acts.rows("h", *acts.x_out.shape)
+    torch.mm(grad_features.flatten(0, 1), w.projection.weight.T, out=h)
+    if gradients.deep:
+        _layers_backward(tower, acts, gradients.deep)
+    else:
+        acts.repeat(partial(_layers_backward, tower, acts), "backward")
+    tower.ops.assemble_prompts_bwd(_grad_context(acts), gradients.vectors, gradients.shift)
+
+
+def _layers_backward(tower: FusedTower, acts: Activations, deep: Sequence[Tensor] = ()) -> None:
+    """From the gradient of the last LayerNorm's result, in "h", to that of the context rows.
+
+    Args:
+        deep: where the gradients of deep prompts are written.
+    """
     w, ops = tower.constants.weights, tower.ops
     d, last = w.width, len(w.blocks) - 1
     h = acts.rows("h", *acts.x_out.shape)
-    torch.mm(grad_features.flatten(0, 1), w.projection.weight.T, out=h)
     grad_x = acts.rows("grad_leaf", *acts.x_out.shape)
     ops.layer_norm_bwd(h, acts.x_out, w.ln_final.weight, *acts.stats_out, grad_x, accumulate=False)
     for layer in range(last, -1, -1):
@@ -361,7 +387,7 @@ def _backward(tower: FusedTower, grad_features: Tensor, acts: Activations, gradi
         grad_qkv = acts.rows("grad_qkv", *a.qkv.shape)
         grad_q = _attention_backward(tower, acts, layer, grad_o, grad_qkv)
         if layer == 0:
-            _context_backward(tower, acts, grad_qkv, grad_x, gradients)
+            _context_backward(tower, acts, grad_qkv)
         elif layer < last:
             _qkv_backward(tower, acts, layer, grad_qkv, grad_x, accumulate=True)
         else:
@@ -373,9 +399,9 @@ def _backward(tower: FusedTower, grad_features: Tensor, acts: Activations, gradi
             norm = a.residual, block.ln_1.weight, *a.stats_q
             own.leaf_q.backward_norm(grad_q.view(-1, d), *norm, grad_leaf, h, accumulate=True)
             ops.add_rows(grad_leaf.view(acts.batch, -1, d), tower.leaf_rows, grad_x.view(acts.batch, -1, d))
-        if 1 <= layer <= len(gradients.deep):
+        if 1 <= layer <= len(deep):
             of_context = acts.context_of(grad_x)
-            gradients.deep[layer - 1].copy_(of_context)
+            deep[layer - 1].copy_(of_context)
             of_context.zero_()
 
 
@@ -409,21 +435,20 @@ def _qkv_backward(
         tower.shared.linears[layer].qkv.backward_norm(grad_qkv[p], *norm, grad_x[p], h, accumulate=accumulate)
 
 
-def _context_backward(
-    tower: FusedTower,
-    acts: Activations,
-    grad_qkv: Tensor,
-    grad_x: Tensor,
-    gradients: ContextRows,
-) -> None:
-    """From layer 0's query, key and value of the context rows, and what goes past its attention, to the contexts."""
+def _context_backward(tower: FusedTower, acts: Activations, grad_qkv: Tensor) -> None:
+    """From layer 0's query, key and value of the context rows, and what goes past its attention, to these rows."""
     a, batch, m = acts.layers[0], acts.batch, tower.constants.tree.n_ctx
-    passed_on = len(acts.layers) > 1  # in a single layer the context rows end in their keys and values
-    d = a.x.shape[-1]
-    grad_rows = grad_x if passed_on else acts.rows("grad_x", batch * m, d)
-    grad_rows = grad_rows.view(batch, -1, d)[:, :m]
-    h = acts.rows("h", batch * m, d)
+    h = acts.rows("h", batch * m, a.x.shape[-1])
     tower.shared.linears[0].qkv.backward(grad_qkv, h)
     ln_1 = tower.constants.weights.blocks[0].ln_1
-    tower.ops.layer_norm_bwd(h, a.x, ln_1.weight, *a.stats_1, grad_rows, accumulate=passed_on)
-    tower.ops.assemble_prompts_bwd(grad_rows, gradients.vectors, gradients.shift)
+    # In a single layer the context rows end in their keys and values.
+    passed_on = len(acts.layers) > 1
+    norm = a.x, ln_1.weight, *a.stats_1
+    tower.ops.layer_norm_bwd(h, *norm, _grad_context(acts), accumulate=passed_on)
+
+
+def _grad_context(acts: Activations) -> Tensor:
+    """(B, M, d) the gradient of the context rows, as layer 0 leaves it."""
+    batch, m, d = acts.layers[0].x.shape
+    rows = len(acts.layers[1].x) if len(acts.layers) > 1 else batch * m  # what the layers after it pass on to
+    return acts.rows("grad_x", rows, d).view(batch, -1, d)[:, :m]

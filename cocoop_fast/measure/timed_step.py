@@ -133,6 +133,7 @@ class TimedOps:
     PANEL_ROWS, ROW_PADDING, packed_bytes = cpu.PANEL_ROWS, cpu.ROW_PADDING, staticmethod(cpu.packed_bytes)
 
     known_arguments = cpu.known_arguments
+    record = None  # each operation is timed
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self.counting = clock, CountingOps(cpu)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cocoop_fast.clip.frozen import Affine
+from cocoop_fast.ops import recording
 from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.ops.linear import FrozenLinear, GemmLinear
 from cocoop_fast.ops.table import AttentionInputs, ImageRows
@@ -27,6 +28,7 @@ ROW_PADDING: int = 16
 PANEL_COLUMNS = 32  # of a packed weight
 
 known_arguments = nullcontext[None]  # the extension looks at each call
+record = recording.record
 
 
 def available_isas() -> list[str]:
@@ -151,9 +153,14 @@ def _kernel(name: str, scalar: int | None = None, logarithm: int | None = None) 
 
     def call(*arguments: object, **options: object) -> None:
         values = [given(*numbered) for numbered in enumerate(arguments)]
-        getattr(CPP.load(), name)(*values, **{key: _value(one) for key, one in options.items()})
+        _call(name, *values, **{key: _value(one) for key, one in options.items()})
 
     return call
+
+
+def _call(name: str, *arguments: object, **options: object) -> None:
+    getattr(CPP.load(), name)(*arguments, **options)
+    recording.keep(arguments, options)
 
 
 def _value(argument: object) -> object:
@@ -212,7 +219,7 @@ class TreeAttention:
         return int(self.plan.workspace_floats(batch, heads, head_size))
 
     def forward(self, inputs: AttentionInputs, o: Tensor) -> None:
-        CPP.load().tree_attention_fwd(self.plan, *self._arrays(inputs), _array(o))
+        _call("tree_attention_fwd", self.plan, *self._arrays(inputs), _array(o))
 
     def backward(
         self,
@@ -225,7 +232,8 @@ class TreeAttention:
         *,
         context_only: bool = False,
     ) -> None:
-        CPP.load().tree_attention_bwd(
+        _call(
+            "tree_attention_bwd",
             self.plan, _array(grad_o), *self._arrays(inputs), None if dq is None else _array(dq),
             _array(dk), _array(dv), _array(workspace), context_only,
         )  # fmt: skip

@@ -33,6 +33,8 @@ class Layout(Protocol):
 class ShapeOps:
     """Operations without effect, with the layout of a backend's."""
 
+    record = None
+
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self.PANEL_ROWS, self.ROW_PADDING = layout.PANEL_ROWS, layout.ROW_PADDING

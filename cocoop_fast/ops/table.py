@@ -89,6 +89,11 @@ class Ops(Protocol):
         """Calls inside, of this thread, repeat calls whose arguments passed the checks, in shape, strides, dtype and device: a
         backend may do without looking at them again."""
 
+    @property
+    def record(self) -> Callable[[Callable[[], None]], Callable[[], None] | None] | None:
+        """Does some operations, and returns what does them again on the same memory, if that can be had; see
+        :func:`cocoop_fast.ops.recording.record`. None: the backend does not record."""
+
     def frozen_linear(self, layer: Affine, *, packed: bool) -> FrozenLinear:
         """A linear layer with frozen weights, ready to be used.
 

@@ -18,6 +18,7 @@ PANEL_ROWS: int | None = None
 ROW_PADDING: int = 0
 
 known_arguments = rows.known_arguments
+record = None  # a CUDA graph does that
 layer_norm_fwd = layer_norm.layer_norm_fwd
 layer_norm_bwd = layer_norm.layer_norm_bwd
 activation_fwd = activation.activation_fwd

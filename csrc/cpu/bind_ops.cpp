@@ -8,13 +8,16 @@
 #include <cmath>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "cpu/arrays.h"
 #include "cpu/attention_plan.h"
 #include "cpu/dispatch.h"
+#include "cpu/recording.h"
 
 namespace py = pybind11;
 
@@ -23,11 +26,28 @@ namespace {
 
 using Optional = std::optional<py::array>;
 
+// Makes a call now, and leaves it in the recording if there is one.
+template <class Call>
+void make(const Call& call) {
+    {
+        const Kernels& table = kernels();
+        py::gil_scoped_release release;
+        call(table);
+    }
+    if (Recording* recording = Recording::current()) recording->add(call);
+}
+
+// `owned` is what `args` points to beside the caller's arrays.
 template <class Args>
-void run(void (*Kernels::*kernel)(const Args&), const Args& args) {
-    const Kernels& table = kernels();
-    py::gil_scoped_release release;
-    (table.*kernel)(args);
+void run(void (*Kernels::*kernel)(const Args&), const Args& args, const std::shared_ptr<const void>& owned = nullptr) {
+    make([kernel, args, owned](const Kernels& table) { (table.*kernel)(args); });
+}
+
+// Of something that goes with the call, so that it cannot be made again.
+template <class Args>
+void run_once(void (*Kernels::*kernel)(const Args&), const Args& args) {
+    if (Recording::current()) throw std::logic_error("an operation outside the text tower is not recorded");
+    run(kernel, args);
 }
 
 // ---- layer_norm
@@ -150,7 +170,15 @@ void use_weight(Linear& a, const py::array& weight) {
     a.weight_stride = rows.stride;
     a.k_block = block;
     a.copied_rows = std::min(a.k, copied);
-    a.copies = scratch(a.threads * a.copied_rows * kPanelColumns);
+}
+
+// The copies are in memory of the thread that makes the call.
+void run_linear(const Linear& args) {
+    make([args](const Kernels& table) {
+        Linear a = args;
+        if (a.copied_rows > 0) a.copies = scratch(a.threads * a.copied_rows * kPanelColumns);
+        table.linear(a);
+    });
 }
 
 void linear_fwd(const py::array& x, const py::array& packed, const Optional& bias, const Optional& residual,
@@ -160,14 +188,14 @@ void linear_fwd(const py::array& x, const py::array& packed, const Optional& bia
     a.finish = LinearFinish::plain;
     if (bias) a.bias = dense_in("bias", *bias, "(width,)", {a.width});
     if (residual) a.residual = matrix_in("residual", *residual, a.n, a.width);
-    run(&Kernels::linear, a);
+    run_linear(a);
 }
 
 void linear_bwd(const py::array& dy, const py::array& weight, py::array dx) {
     Linear a = linear_arguments(dy, dx);
     use_weight(a, weight);
     a.finish = LinearFinish::plain;
-    run(&Kernels::linear, a);
+    run_linear(a);
 }
 
 void linear_activation_fwd(const py::array& x, const py::array& packed, const py::array& bias,
@@ -178,7 +206,7 @@ void linear_activation_fwd(const py::array& x, const py::array& packed, const py
     a.kind = activation_kind(kind);
     a.bias = dense_in("bias", bias, "(width,)", {a.width});
     if (u) a.u = matrix_out("u", *u, a.n, a.width);
-    run(&Kernels::linear, a);
+    run_linear(a);
 }
 
 void linear_activation_bwd(const py::array& dy, const py::array& weight, const py::array& u, const std::string& kind,
@@ -189,7 +217,7 @@ void linear_activation_bwd(const py::array& dy, const py::array& weight, const p
     a.kind = activation_kind(kind);
     const Matrix<const float> rows = matrix_in("u", u, a.n, a.width);
     a.u = {const_cast<float*>(rows.data), rows.stride};  // only read
-    run(&Kernels::linear, a);
+    run_linear(a);
 }
 
 void pack_weight(const py::array& weight, py::array packed) {
@@ -259,9 +287,9 @@ template <class Args>
 void run_with_scratch(const AttentionPlan& plan, void (*Kernels::*kernel)(const Args&), Args& args,
                       AttentionFwd& inputs) {
     inputs.scratch_bytes = plan.scratch_bytes(inputs.heads);
-    const std::unique_ptr<char[]> scratch(new char[inputs.threads * inputs.scratch_bytes + 1]);
+    const std::shared_ptr<char[]> scratch(new char[inputs.threads * inputs.scratch_bytes + 1]);
     inputs.scratch = scratch.get();
-    run(kernel, args);
+    run(kernel, args, scratch);
 }
 
 void tree_attention_fwd(const AttentionPlan& plan, const Optional& q_ctx, const py::array& k_ctx,
@@ -450,7 +478,7 @@ double cross_entropy_fwd(const py::array& logits, const py::array& labels) {
     CrossEntropy a = cross_entropy_inputs(logits, checked);
     std::vector<double> losses(a.batch);
     a.losses = losses.data();
-    run(&Kernels::cross_entropy, a);
+    run_once(&Kernels::cross_entropy, a);
     double total = 0.0;
     for (const double loss : losses) total += loss;
     return total / (double)a.batch;
@@ -461,13 +489,14 @@ void cross_entropy_bwd(const py::array& logits, const py::array& labels, double 
     CrossEntropy a = cross_entropy_inputs(logits, checked);
     a.d_logits = dense_out("d_logits", d_logits, "(B, K)", {a.batch, a.n_classes});
     a.grad = (float)(grad_loss / (double)a.batch);
-    run(&Kernels::cross_entropy, a);
+    run_once(&Kernels::cross_entropy, a);
 }
 
 // ---- move_rows
 
 // (n,) with 0 <= index < rows, and none of them twice if `distinct`.
-std::vector<int64_t> checked_index(const py::array& index, int64_t n, int64_t rows, bool distinct) {
+std::shared_ptr<const std::vector<int64_t>> checked_index(const py::array& index, int64_t n, int64_t rows,
+                                                         bool distinct) {
     std::vector<int64_t> checked = int64s("index", index, "(n,)", n);
     std::unordered_set<int64_t> seen;  // not a mark for each row: of no images there may be 2^60
     for (int64_t i = 0; i < n; i++) {
@@ -475,7 +504,7 @@ std::vector<int64_t> checked_index(const py::array& index, int64_t n, int64_t ro
         require(checked[i] >= 0 && checked[i] < rows, "index", "be rows 0 .. " + std::to_string(rows - 1), got);
         require(!distinct || seen.insert(checked[i]).second, "index", "have no row twice", got);
     }
-    return checked;
+    return std::make_shared<const std::vector<int64_t>>(std::move(checked));
 }
 
 void check_three_dimensions(const std::string& name, const py::array& array) {
@@ -491,13 +520,13 @@ void gather_rows(const py::array& x, const py::array& index, py::array out) {
     MoveRows a;
     a.from = rows_in("x", x, {batch * rows, d});
     a.to = rows_out("out", out, {batch * n, d});
-    const std::vector<int64_t> checked = checked_index(index, n, rows, false);
-    a.index = checked.data();
+    const auto checked = checked_index(index, n, rows, false);
+    a.index = checked->data();
     a.batch = batch;
     a.n = n;
     a.d = d;
     a.threads = threads_for(batch * n * d);
-    run(&Kernels::gather_rows, a);
+    run(&Kernels::gather_rows, a, checked);
 }
 
 void add_rows(const py::array& x, const py::array& index, py::array out) {
@@ -510,13 +539,13 @@ void add_rows(const py::array& x, const py::array& index, py::array out) {
     MoveRows a;
     a.from = rows_in("x", x, {batch * n, d});
     a.to = rows_out("out", out, {batch * rows, d});
-    const std::vector<int64_t> checked = checked_index(index, n, rows, true);
-    a.index = checked.data();
+    const auto checked = checked_index(index, n, rows, true);
+    a.index = checked->data();
     a.batch = batch;
     a.n = n;
     a.d = d;
     a.threads = threads_for(batch * n * d);
-    run(&Kernels::add_rows, a);
+    run(&Kernels::add_rows, a, checked);
 }
 
 // ---- peak
@@ -530,7 +559,7 @@ double multiply_add_loop(int64_t rounds) {
     a.threads = threads_for(INT64_MAX);
     std::vector<float> out(a.threads);
     a.out = out.data();
-    run(&Kernels::multiply_add_loop, a);
+    run_once(&Kernels::multiply_add_loop, a);
     return 2.0 * kernels().peak_chains * kernels().lanes * (double)rounds * a.threads;
 }
 
@@ -542,7 +571,7 @@ double read_loop(const py::array& data) {
     a.threads = threads_for(a.n);
     std::vector<float> out(a.threads);
     a.out = out.data();
-    run(&Kernels::read_loop, a);
+    run_once(&Kernels::read_loop, a);
     double total = 0;
     for (const float part : out) total += part;
     return total;
@@ -580,6 +609,13 @@ void bind_ops(py::module_& m) {
           arg("u").none(true), arg("out"), "u = x W^T + bias, out = act(u).");
     m.def("linear_activation_bwd", &linear_activation_bwd, arg("dy"), arg("weight"), arg("u"), arg("kind"),
           arg("du"), "du = (dy W) act'(u).");
+
+    py::class_<Recording>(m, "Recording", "Calls of this module, to be made again on the same memory.")
+        .def(py::init<>())
+        .def("begin", &Recording::begin, "Add what this thread calls from now on. The caller keeps the arrays.")
+        .def("end", &Recording::end, "No more.")
+        .def("run", &Recording::run, py::call_guard<py::gil_scoped_release>(), "Make all calls again, in order.")
+        .def("__len__", &Recording::size);
 
     py::class_<AttentionPlan>(m, "AttentionPlan",
                               "Which keys each row of a class tree reads, and which rows read each key.")
