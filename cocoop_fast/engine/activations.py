@@ -45,6 +45,9 @@ class Activations:
     largest_panel_only: bool = False  # enough to see how much memory a pass takes
     layers: list[LayerActivations] = field(default_factory=list)
     done: set[Hashable] = field(default_factory=set)  # passes whose arguments have been checked
+    repeated: set[Hashable] = field(
+        default_factory=set
+    )  # passes that are worth recording when they come again
     recorded: dict[Hashable, Callable[[], None] | None] = field(default_factory=dict)
     x_out: Tensor = field(init=False)  # (B * Q, d) what the final LayerNorm reads
     stats_out: Statistics = field(init=False)
@@ -70,14 +73,13 @@ class Activations:
             pass_: which it is.
         """
         key = *pass_, torch.get_num_threads()
-        again = self.recorded.get(key)
-        if again is not None:
-            again()
-        elif self.ops.record is None or key in self.recorded or key not in self.done:
+        if self.ops.record is None or key not in self.repeated:
             work()
-        else:
+            self.repeated.add(key)
+        elif key not in self.recorded:
             self.recorded[key] = self.ops.record(work)
-        self.done.add(key)
+        else:
+            (self.recorded[key] or work)()
 
     def panels(self, rows: int) -> list[slice]:
         """Slices of about as many rows as the backend likes, all of nearly the same length."""

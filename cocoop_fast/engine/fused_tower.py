@@ -55,8 +55,9 @@ class FusedTower:
         self.leaf_rows = tree.n_ctx + constants.leaves  # among the R rows of an image
         self.shared = shared or SharedParts(constants.weights, ops)
         self.attention, self.leaf_attention = self.shared.attentions(tree, ops)
-        # The last one that keeps activations, and the last one that does not.
-        self._layouts: dict[bool, Activations] = {}
+        self._layouts: WeakKeyDictionary[PassMemory, Activations] = (
+            WeakKeyDictionary()
+        )  # the last one of each
 
     def encode(self, contexts: ContextRows) -> Tensor:
         """To (B, Q, E) text features of the tree's leaves."""
@@ -77,7 +78,7 @@ class FusedTower:
         sizes = batch, w.heads, w.width // w.heads
         floats = max(one.workspace_floats(*sizes) for one in (self.attention, self.leaf_attention))
         acts = lay_out(self.constants, batch, memory, self.ops, floats, largest_panel_only=largest_panel_only)
-        self._layouts[memory.keeps] = acts
+        self._layouts[memory] = acts
         return acts
 
     def for_part(self, constants: TowerConstants) -> FusedTower:
@@ -86,6 +87,7 @@ class FusedTower:
 
     def release(self) -> None:
         """Give back the memory of passes that are over; the packed weights stay."""
+        self._layouts.clear()
         self.shared.training.release()
         self.shared.inference.release()
 

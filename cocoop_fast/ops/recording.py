@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
+from threading import RLock
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cocoop_fast.ops.extensions import CPP
 
+# Python sees signals between runs of so many calls: a pass over 1000 classes takes seconds.
+_CALLS_OF_A_RUN = 16
+
 _current: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+_one_at_a_time = RLock()  # modes of torch's dispatch set flags of the whole process
 
 
 def record(work: Callable[[], None]) -> Callable[[], None] | None:
@@ -27,12 +34,14 @@ def record(work: Callable[[], None]) -> Callable[[], None] | None:
     recording = _Recording()
     token = _current.set(recording)
     try:
-        with recording:
+        with _one_at_a_time, recording:
             recording.begin()
             work()
     finally:
-        recording.end()
-        _current.reset(token)
+        try:
+            recording.end()
+        finally:
+            _current.reset(token)  # and the recording ends with its last reference
     return recording.repeat if recording.complete else None
 
 
@@ -40,7 +49,7 @@ def keep(*arguments: object) -> None:
     """What a call of the extension is given stays as long as its recording, if there is one."""
     recording = _current.get()
     if recording is not None:
-        recording.kept.append(arguments)
+        recording.called(arguments)
 
 
 class _Recording(TorchDispatchMode):
@@ -49,7 +58,7 @@ class _Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.complete = True
-        self.kept: list[object] = []
+        self._kept: list[object] = []
         self._steps: list[Callable[[], object]] = []
         self._run: Any = None  # of calls, the last one
 
@@ -58,9 +67,16 @@ class _Recording(TorchDispatchMode):
         self._run.begin()
 
     def end(self) -> None:
-        self._run.end()
-        if len(self._run):
-            self._steps.append(self._run.run)
+        if self._run is not None:
+            self._run.end()
+            if len(self._run):
+                self._steps.append(self._run.run)
+
+    def called(self, arguments: object) -> None:
+        self._kept.append(arguments)
+        if len(self._run) == _CALLS_OF_A_RUN:
+            self.end()
+            self.begin()
 
     def repeat(self) -> None:
         for step in self._steps:
@@ -74,6 +90,12 @@ class _Recording(TorchDispatchMode):
             self.end()
             self._steps.append(call)
             self.begin()
-        elif not operation.is_view:
-            self.complete = False
-        return call()
+        result = call()
+        there = {_storage(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        made = [one for one in tree_leaves(result) if one is not None]
+        self.complete &= all(isinstance(one, Tensor) and _storage(one) in there for one in made)
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

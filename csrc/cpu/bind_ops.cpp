@@ -46,7 +46,7 @@ void run(void (*Kernels::*kernel)(const Args&), const Args& args, const std::sha
 // Of something that goes with the call, so that it cannot be made again.
 template <class Args>
 void run_once(void (*Kernels::*kernel)(const Args&), const Args& args) {
-    if (Recording::current()) throw std::logic_error("an operation outside the text tower is not recorded");
+    if (Recording::current()) throw std::logic_error("an operation whose result goes with the call is not recorded");
     run(kernel, args);
 }
 
