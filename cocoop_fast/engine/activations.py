@@ -45,9 +45,8 @@ class Activations:
     largest_panel_only: bool = False  # enough to see how much memory a pass takes
     layers: list[LayerActivations] = field(default_factory=list)
     done: set[Hashable] = field(default_factory=set)  # passes whose arguments have been checked
-    repeated: set[Hashable] = field(
-        default_factory=set
-    )  # passes that are worth recording when they come again
+    # Passes that came once, which are recorded when they come again, and what repeats those that came twice.
+    came: set[Hashable] = field(default_factory=set)
     recorded: dict[Hashable, Callable[[], None] | None] = field(default_factory=dict)
     x_out: Tensor = field(init=False)  # (B * Q, d) what the final LayerNorm reads
     stats_out: Statistics = field(init=False)
@@ -73,9 +72,9 @@ class Activations:
             pass_: which it is.
         """
         key = *pass_, torch.get_num_threads()
-        if self.ops.record is None or key not in self.repeated:
+        if self.ops.record is None or key not in self.came:
             work()
-            self.repeated.add(key)
+            self.came.add(key)
         elif key not in self.recorded:
             self.recorded[key] = self.ops.record(work)
         else:

@@ -55,9 +55,8 @@ class FusedTower:
         self.leaf_rows = tree.n_ctx + constants.leaves  # among the R rows of an image
         self.shared = shared or SharedParts(constants.weights, ops)
         self.attention, self.leaf_attention = self.shared.attentions(tree, ops)
-        self._layouts: WeakKeyDictionary[PassMemory, Activations] = (
-            WeakKeyDictionary()
-        )  # the last one of each
+        # The last one of each memory.
+        self._layouts: WeakKeyDictionary[PassMemory, Activations] = WeakKeyDictionary()
 
     def encode(self, contexts: ContextRows) -> Tensor:
         """To (B, Q, E) text features of the tree's leaves."""

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tiny_encoders import M, tree_of
 from tiny_models import tiny_clip
 
-from cocoop_fast import ClassTree, TreeTextEncoder
+from cocoop_fast import TreeTextEncoder
 from cocoop_fast.engine.contexts import ShiftedContext
 from cocoop_fast.ops import cpu
 from cocoop_fast.ops.extensions import CPP
@@ -19,20 +20,17 @@ from cocoop_fast.ops.extensions import CPP
 pytestmark = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
 
 PATHS = [[5, 3], [1, 2], [1], [1, 2, 4], [5, 3], [8] * 15]
-M, WIDTH = 4, 48
+WIDTH = 48
+ISAS = cpu.available_isas() if CPP.why_unavailable() is None else []
+WITH_PRODUCTS = [isa for isa in ISAS if isa != "portable"]
 
 
 def small_clip(**options):
     return tiny_clip(dtype=torch.float32, vocab_size=1000, **options)
 
 
-def encoder(paths=PATHS, clip_model=None, **options):
-    ids = torch.zeros(len(paths), 77, dtype=torch.int64)
-    for row, path in zip(ids, paths, strict=True):
-        tokens = [900, *[7] * M, *path, 999]
-        row[: len(tokens)] = torch.tensor(tokens)
-    clip_model = clip_model or small_clip(**options)
-    return TreeTextEncoder(clip_model, ClassTree(ids, M), backend="cpu")
+def encoder(clip_model=None, **options):
+    return TreeTextEncoder(clip_model or small_clip(**options), tree_of(PATHS), backend="cpu")
 
 
 def drawn(*shape, seed):
@@ -78,7 +76,7 @@ def assert_same(found, expected):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("isa", cpu.available_isas() if CPP.why_unavailable() is None else [])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_repeated_steps_have_the_bits_of_steps_call_by_call(layers, isa, monkeypatch):
     """Without a product of its own, "portable" records torch's."""
@@ -103,12 +101,8 @@ def test_the_third_step_makes_few_calls(monkeypatch):
         counts.append(len(calls))
     assert counts[0] == counts[1] > 40  # the first is looked at, the second recorded
     assert counts[2] == counts[3] == len(calls)
-    assert set(calls) <= {
-        "assemble_prompts_fwd",
-        "assemble_prompts_bwd",
-        "gather_rows",
-        "add_rows",
-    }  # beside the layers
+    beside_the_layers = {"assemble_prompts_fwd", "assemble_prompts_bwd", "gather_rows", "add_rows"}
+    assert set(calls) <= beside_the_layers
 
 
 def test_passes_without_gradients_are_recorded_as_well(monkeypatch):
@@ -175,13 +169,13 @@ def test_weights_that_change_after_the_recording_are_seen(monkeypatch):
         assert_same(found, step(plain, 3))
 
 
-@pytest.mark.skipif(len(cpu.available_isas()) < 2, reason="one instruction set")
+@pytest.mark.skipif(len(WITH_PRODUCTS) < 2, reason="one instruction set with a product of its own")
 def test_another_instruction_set_after_the_recording(monkeypatch):
     one, isa = encoder(), cpu.isa()
     for seed in range(3):
         step(one, seed)
     try:
-        cpu.set_isa(next(other for other in cpu.available_isas() if other not in (isa, "portable")))
+        cpu.set_isa(next(other for other in WITH_PRODUCTS if other != isa))
         found = step(one, 3)
         with call_by_call(monkeypatch), counted_calls(monkeypatch) as calls:
             assert_same(found, step(one, 3))
