@@ -37,8 +37,8 @@ compiled forms use. The tables were read from the machine code that the compiler
 **Every share of a bandwidth and every time on this page is a prediction**, made from the traffic and the arithmetic:
 nothing here was measured on a GPU.
 
-This page is generated: `python tools/make_kernels_page.py`. Tests compile all of it anew, for a GPU of each maker
-and with `-m soak` for all, and fail where a kernel does not compile, spills registers to local memory or needs more shared
+This page is generated: `python tools/make_kernels_page.py`. Tests compile all of it anew, for sm_90, the widest forms for gfx942,
+and with `-m soak` all of them for all, and fail where a kernel does not compile, spills registers to local memory or needs more shared
 memory than the GPU has.
 
 A cell shows, as the largest among the variants, the registers of a thread, the bytes of shared memory of a block (from

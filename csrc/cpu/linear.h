@@ -165,13 +165,13 @@ struct Plain {
     }
 };
 
-// u = z + bias, out = act(u)
+// u = z + bias, out = act(u). Nobody reads u before backward has come back to this layer.
 template <class Act>
 struct Activated {
     template <class Lanes>
     static void finish(const Linear& a, int64_t r, int64_t i, Vec z, Lanes lanes) {
         const Vec u = z + lanes.load(a.bias + i);
-        if (a.u.data != nullptr) lanes.store(row_of(a.u, r) + i, u);
+        if (a.u.data != nullptr) lanes.store_far(row_of(a.u, r) + i, u);
         lanes.store(row_of(a.out, r) + i, Act::value(u));
     }
 };
@@ -291,6 +291,7 @@ void compute(const Linear& a) {
         const int64_t chunk = task % chunks;
         float* copy = a.copies ? a.copies + thread_number() * a.copied_rows * kPanelColumns : nullptr;
         compute_panel<Finish>(a, task / chunks, a.n * chunk / chunks, a.n * (chunk + 1) / chunks, copy);
+        settle_far_stores();
     }
 }
 

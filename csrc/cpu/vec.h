@@ -72,6 +72,24 @@ inline void store_first(float* p, Vec v, int64_t n) {
 #endif
 }
 
+// For what is not read again soon: past the caches, of which it would displace the rest and which would first read the
+// line. Where the system offers that for a whole register, and where it lies in one line.
+inline void store_far(float* p, Vec v) {
+#if defined(__AVX512F__)
+    if ((uintptr_t)p % sizeof(v) == 0) return _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+    if ((uintptr_t)p % sizeof(v) == 0) return _mm256_stream_ps(p, (__m256)v);
+#endif
+    store(p, v);
+}
+
+// What this thread stored far comes before all that it stores from now on: other threads may rely on it.
+inline void settle_far_stores() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 // Adds the upper half of the lanes to the lower until four are left.
 inline float sum_lanes(Vec v) {
     typedef float Quad __attribute__((vector_size(16)));
@@ -87,12 +105,14 @@ inline float sum_lanes(Vec v) {
 struct AllLanes {
     Vec load(const float* p) const { return cocoop_fast::load(p); }
     void store(float* p, Vec v) const { cocoop_fast::store(p, v); }
+    void store_far(float* p, Vec v) const { cocoop_fast::store_far(p, v); }
 };
 
 struct FirstLanes {
     int64_t n;
     Vec load(const float* p) const { return load_first(p, n); }
     void store(float* p, Vec v) const { store_first(p, v, n); }
+    void store_far(float* p, Vec v) const { store_first(p, v, n); }
 };
 
 // body(i, lanes) over i = 0, kLanes, 2 kLanes, ... below n.

@@ -73,6 +73,21 @@ def test_cross_entropy_is_stable(device):
     assert_close(d_logits, torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.5, -0.5]], device=device), 1e-6)
 
 
+@pytest.mark.parametrize("label", [0, 40, 1030])
+@pytest.mark.parametrize("lead", [10.0, 17.0, 40.0])
+def test_the_gradient_of_a_label_that_is_nearly_certain(device, label, lead):
+    """1 - p is all of its gradient, and next to 1 single precision has nothing of it."""
+    logits = torch.randn(1, 1100, device=device)
+    logits[0, label] = lead
+    labels = torch.tensor([label], device=device)
+    expected = logits.double().softmax(dim=-1)
+    expected[0, label] = 0
+    expected[0, label] = -expected.sum()
+    d_logits = torch.empty_like(logits)
+    head.cross_entropy_bwd(logits, labels, torch.ones(1, device=device), d_logits)
+    assert float((d_logits / expected - 1).abs().max()) < 2e-5
+
+
 def test_cross_entropy_that_is_not_a_number(device):
     """A NaN among the logits, a label that is no class (never read there), no images."""
     loss = torch.empty(1, device=device)

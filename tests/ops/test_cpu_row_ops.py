@@ -317,6 +317,23 @@ def test_cross_entropy_is_stable(isa):
     assert math.isnan(cross_entropy(logits, labels))
 
 
+@pytest.mark.parametrize("label", [0, 1, 40, 99])
+@pytest.mark.parametrize("lead", [10.0, 17.0, 40.0])
+def test_the_gradient_of_a_label_that_is_nearly_certain(isa, label, lead):
+    """1 - p is all of its gradient, and next to 1 single precision has nothing of it."""
+    logits = torch.randn(1, 100)
+    logits[0, label] = lead
+    labels = torch.tensor([label])
+    expected = logits.double().softmax(dim=-1)
+    expected[0, label] = 0
+    others = float(expected.sum())
+    expected[0, label] = -others
+    d_logits = torch.empty(1, 100)
+    cpu_kernels.cross_entropy_bwd(logits, labels, torch.ones(1), d_logits)
+    assert float((d_logits / expected - 1).abs().max()) < 2e-5
+    assert cross_entropy(logits, labels) == pytest.approx(-math.log1p(-others), rel=2e-5)
+
+
 def test_bad_head_arguments(widest_isa):
     z = torch.zeros
     with pytest.raises(ValueError, match=r"`image` must have shape \(B, E\) = \(2, 8\), got \(1, 8\)"):

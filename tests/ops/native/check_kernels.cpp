@@ -480,7 +480,7 @@ void check_cross_entropy(const Kernels& kernels, Report& report, Random& random)
         std::memcpy(losses.data, values.data(), sizeof(double) * batch);  // whose bits are then compared
     });
     for (int64_t image = 0; image < batch; image++) {
-        double highest = -1e300, lowest = 1e300, total = 0;
+        double highest = -1e300, lowest = 1e300, total = 0, others = 0;
         for (int64_t k = 0; k < classes; k++) {
             highest = std::max(highest, (double)z.at(image, k)), lowest = std::min(lowest, (double)z.at(image, k));
         }
@@ -488,8 +488,12 @@ void check_cross_entropy(const Kernels& kernels, Report& report, Random& random)
         const double size = 1 + highest - lowest;
         report.close("loss", (float)values[image], std::log(total) + highest - z.at(image, labels[image]), 1024, size);
         for (int64_t k = 0; k < classes; k++) {
-            const double p = std::exp(z.at(image, k) - highest) / total, hit = k == labels[image] ? 1 : 0;
-            report.close("d_logits", dz.at(image, k), 0.25 * (p - hit), 1024, 0.25 * (p * size + hit));
+            if (k != labels[image]) others += std::exp(z.at(image, k) - highest);
+        }
+        for (int64_t k = 0; k < classes; k++) {
+            const bool is_label = k == labels[image];
+            const double share = is_label ? others / total : std::exp(z.at(image, k) - highest) / total;
+            report.close("d_logits", dz.at(image, k), is_label ? -0.25 * share : 0.25 * share, 1024, 0.25 * share * size);
         }
     }
 }
