@@ -21,7 +21,7 @@ from cocoop_fast.ops.layer_norm import layer_norm_ref
 from cocoop_fast.ops.linear import linear_ref
 from cocoop_fast.ops.tree_attention import tree_attention_ref
 
-pytestmark = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(CPP.why_unavailable() is not None, reason="the C++ extension is not built")
 
 # Two ways to compute the same: both return what is to be compared.
 Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]

@@ -15,7 +15,7 @@ from cocoop_fast.ops.extensions import CPP
 TOOL = Path(__file__).parents[1] / "tools" / "check_plan.py"
 
 
-@pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+@pytest.mark.skipif(CPP.why_unavailable() is not None, reason="the C++ extension is not built")
 @pytest.mark.parametrize(("classes", "batch"), [(100, 1), (20, 6)])
 def test_prediction(benchmark: Any, classes: int, batch: int) -> None:
     """Within 25 %, which needs a quiet machine: another program's load can fall on either side."""

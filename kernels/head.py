@@ -208,8 +208,10 @@ def _cross_entropy_bwd_kernel(logits, labels, grad_loss, d_logits, batch, classe
     logits += image.to(tl.int64) * classes
     d_logits += image.to(tl.int64) * classes
     label = tl.load(labels + image)
-    top, others = _max_and_sum_of_others(logits, label, classes, BLOCK)
+    # Read before the reductions, behind which no thread is: where results are written over the logits, another one's would
+    # be this.
     own = tl.load(logits + label, mask=(label >= 0) & (label < classes), other=float("-inf"))
+    top, others = _max_and_sum_of_others(logits, label, classes, BLOCK)
     total = others + tl.exp(own - top)
     weight = tl.load(grad_loss) / batch
     for start in range(0, classes, BLOCK):
@@ -222,7 +224,7 @@ def _cross_entropy_bwd_kernel(logits, labels, grad_loss, d_logits, batch, classe
 
 
 def cross_entropy_bwd(logits: Tensor, labels: Tensor, grad_loss: Tensor, d_logits: Tensor) -> None:
-    """d_logits = (softmax(logits) - one_hot(labels)) grad_loss / B, that of a label as minus the sum of the others'.
+    """d_logits = (softmax(logits) - one_hot(labels)) grad_loss / B; a label's is computed as minus the sum of the others.
 
     Args:
         logits: (B, K) fp32.

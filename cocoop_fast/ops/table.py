@@ -278,7 +278,7 @@ class Ops(Protocol):
         """
 
     def cross_entropy_bwd(self, logits: Tensor, labels: Tensor, grad_loss: Tensor, d_logits: Tensor) -> None:
-        """d_logits = (softmax(logits) - one_hot(labels)) grad_loss / B, that of a label as minus the sum of the others'.
+        """d_logits = (softmax(logits) - one_hot(labels)) grad_loss / B; a label's is computed as minus the sum of the others.
 
         Args:
             logits: (B, K) float32.

@@ -57,11 +57,9 @@ void cross_entropy(const CrossEntropy& a) {
         if (a.losses != nullptr) a.losses[b] = __builtin_log1p(others + (own - 1.0)) + below;
         if (a.d_logits == nullptr) continue;
         float* dz = a.d_logits + b * n;
-        const double share = a.grad / (others + own);
-        for_each(n, [=](int64_t i, auto lanes) {
-            lanes.store(dz + i, exp(lanes.load(z + i) - highest) * (float)share);
-        });
-        dz[label] = (float)(-others * share);
+        const float share = (float)(a.grad / (others + own)), of_others = (float)others;
+        for_each(n, [=](int64_t i, auto lanes) { lanes.store(dz + i, exp(lanes.load(z + i) - highest) * share); });
+        dz[label] = -of_others * share;
     }
 }
 

@@ -291,7 +291,7 @@ void compute(const Linear& a) {
         const int64_t chunk = task % chunks;
         float* copy = a.copies ? a.copies + thread_number() * a.copied_rows * kPanelColumns : nullptr;
         compute_panel<Finish>(a, task / chunks, a.n * chunk / chunks, a.n * (chunk + 1) / chunks, copy);
-        settle_far_stores();
+        if (a.finish == LinearFinish::activation) settle_far_stores();
     }
 }
 

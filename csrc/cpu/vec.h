@@ -72,8 +72,8 @@ inline void store_first(float* p, Vec v, int64_t n) {
 #endif
 }
 
-// For what is not read again soon: past the caches, of which it would displace the rest and which would first read the
-// line. Where the system offers that for a whole register, and where it lies in one line.
+// For what is not read again soon. It bypasses the caches: a usual store would first read the line, and push out others. An
+// address that is no multiple of a register's size gets a usual store.
 inline void store_far(float* p, Vec v) {
 #if defined(__AVX512F__)
     if ((uintptr_t)p % sizeof(v) == 0) return _mm512_stream_ps(p, (__m512)v);
@@ -83,7 +83,7 @@ inline void store_far(float* p, Vec v) {
     store(p, v);
 }
 
-// What this thread stored far comes before all that it stores from now on: other threads may rely on it.
+// Other threads see what this one stored far before they see what it stores from now on.
 inline void settle_far_stores() {
 #if defined(__AVX2__)
     _mm_sfence();

@@ -32,7 +32,9 @@ COMPILED = [c.name for c in field.CONTESTANTS if c.compiled]
 QUICK = [f"--skip={name}" for name in COMPILED]
 TINY = ["bench", "--model", "demo", "--k", "5", "--rounds", "1"]
 
-needs_extension = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+needs_extension = pytest.mark.skipif(
+    CPP.why_unavailable() is not None, reason="the C++ extension is not built"
+)
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_a_picture_of_another_kind_is_refused_before_anything_is_measured(capsys
     assert "must end in .png, .svg or .pdf" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+@pytest.mark.skipif(CPP.why_unavailable() is not None, reason="the C++ extension is not built")
 def test_this_machine_is_measured(capsys, monkeypatch):
     monkeypatch.setattr("cocoop_fast.measure.this_machine.measure_process_bytes", lambda: 12_345)
     monkeypatch.setattr("cocoop_fast.measure.machine.OtherPrograms.share", lambda _: 0.4)

@@ -15,7 +15,7 @@ from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.ops.cpu import available_isas, set_isa
 from cocoop_fast.ops.extensions import CPP
 
-pytestmark = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(CPP.why_unavailable() is not None, reason="the C++ extension is not built")
 
 SOS, EOT = 900, 999
 

@@ -20,7 +20,9 @@ from cocoop_fast.ops.table import BACKENDS
 from cocoop_fast.prompts.tokens import tokenize_prompts
 from cocoop_fast.prompts.tree import ClassTree
 
-needs_extension = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+needs_extension = pytest.mark.skipif(
+    CPP.why_unavailable() is not None, reason="the C++ extension is not built"
+)
 
 
 def imagenet_encoder(classes, backend, memory_budget=None, **options):

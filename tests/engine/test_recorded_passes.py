@@ -17,7 +17,7 @@ from cocoop_fast.engine.contexts import ShiftedContext
 from cocoop_fast.ops import cpu
 from cocoop_fast.ops.extensions import CPP
 
-pytestmark = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(CPP.why_unavailable() is not None, reason="the C++ extension is not built")
 
 PATHS = [[5, 3], [1, 2], [1], [1, 2, 4], [5, 3], [8] * 15]
 WIDTH = 48

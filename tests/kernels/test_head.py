@@ -97,11 +97,14 @@ def test_cross_entropy_that_is_not_a_number(device):
     for label in (-1, 1500):
         head.cross_entropy_fwd(logits, labels.new_tensor([0, label]), loss)
         assert loss.isnan().all()
-    for column in (2, 1400):
+    d_logits = torch.empty_like(logits)
+    for column in (2, 3, 1400):  # the second is the label's
         with_nan = logits.clone()
         with_nan[1, column] = torch.nan
         head.cross_entropy_fwd(with_nan, labels, loss)
         assert loss.isnan().all()
+        head.cross_entropy_bwd(with_nan, labels, torch.ones_like(loss), d_logits)
+        assert d_logits[1].isnan().all() and not d_logits[0].isnan().any()
     loss.zero_()
     head.cross_entropy_fwd(logits[:0], labels[:0], loss)
     assert loss.isnan().all()

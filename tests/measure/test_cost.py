@@ -136,7 +136,7 @@ def test_costs_grow_with_the_batch_in_proportion():
     assert TreeCost(half, problem.tree, GpuLayout()).step(1).bytes == one.bytes / 2
 
 
-@pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+@pytest.mark.skipif(CPP.why_unavailable() is not None, reason="the C++ extension is not built")
 @pytest.mark.parametrize("batch", [1, 5])
 def test_the_bytes_of_a_step_are_those_that_it_allocates(batch):
     """From a model that is there to its second step, whatever is made once included."""

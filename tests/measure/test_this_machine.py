@@ -19,7 +19,9 @@ from cocoop_fast.ops.extensions import CPP
 
 ROOT = Path(__file__).parents[2]
 
-needs_extension = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+needs_extension = pytest.mark.skipif(
+    CPP.why_unavailable() is not None, reason="the C++ extension is not built"
+)
 
 MACHINE = Machine(
     name="made up",

@@ -16,7 +16,9 @@ from cocoop_fast.methods.cocoop import reference_cfg
 from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.reference import DensePromptedCLIP
 
-needs_extension = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+needs_extension = pytest.mark.skipif(
+    CPP.why_unavailable() is not None, reason="the C++ extension is not built"
+)
 NAMES = ["cat", "tabby cat", "tabby", "digit zero", "digit_one", "old dog", "dog"]
 WORDS = ("color", "playfulness")  # the second has two tokens
 M = 2

@@ -22,7 +22,9 @@ from cocoop_fast.methods.consistency import Consistency
 from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.reference import DensePromptedCLIP, encode_prompts, place_contexts
 
-needs_extension = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+needs_extension = pytest.mark.skipif(
+    CPP.why_unavailable() is not None, reason="the C++ extension is not built"
+)
 NAMES = ["cat", "tabby cat", "tabby", "digit zero", "digit one", "old dog", "dog"]
 TEMPLATES = ("a photo of a {}.", "art of the {}.", "itap of a {}.")
 L1, COSINE = Consistency("l1", 25.0, 1.5, TEMPLATES), Consistency("cosine", 8.0, 0.5, TEMPLATES)

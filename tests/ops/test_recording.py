@@ -10,7 +10,7 @@ from cocoop_fast.ops import cpu
 from cocoop_fast.ops.extensions import CPP
 from cocoop_fast.ops.recording import record
 
-pytestmark = pytest.mark.skipif(CPP.why_unavailable(), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(CPP.why_unavailable() is not None, reason="the C++ extension is not built")
 
 
 def test_operations_of_torch_are_repeated_in_their_order():
