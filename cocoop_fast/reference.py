@@ -52,7 +52,7 @@ def encode_prompts(
         else:
             x = block(x.permute(1, 0, 2), **arguments).permute(1, 0, 2)
     x = clip_model.ln_final(x).to(dtype)
-    return x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ clip_model.text_projection
+    return x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)] @ clip_model.text_projection
 
 
 def place_contexts(embedding: Tensor, ctx: Tensor, name_lens: Sequence[int], position: str) -> Tensor:
@@ -192,7 +192,8 @@ class DensePromptedCLIP(nn.Module):
         words = ctx_init or " ".join(["X"] * n_ctx)
         names = prompt_names(classnames)
         ahead = "".join(f"{'X ' * n_ctx}{attribute} " for attribute in attributes)
-        self.tokens = open_clip.tokenize([f"{ahead}{words} {name}." for name in names])
+        device = clip_model.token_embedding.weight.device
+        self.tokens = open_clip.tokenize([f"{ahead}{words} {name}." for name in names]).to(device)
         self.name_lens = [int(row.argmax()) - 1 for row in open_clip.tokenize(names)]
         self.class_position = class_position
         dtype = clip_model.ln_final.weight.dtype
@@ -211,7 +212,7 @@ class DensePromptedCLIP(nn.Module):
             ctx = 0.02 * torch.randn(*classes, n_ctx, self.embedding.shape[2])
         embed_dim = clip_model.text_projection.shape[1] if conditional else None
         nets = n_ctx if meta_nets else 1
-        self.prompt_learner = DenseLearner(ctx.to(dtype), embed_dim, nets, of_attributes)
+        self.prompt_learner = DenseLearner(ctx.to(self.embedding), embed_dim, nets, of_attributes)
         self.consistency: DenseConsistency | None = None
         self.image_encoder: nn.Module = clip_model.visual
         self.logit_scale: nn.Parameter = clip_model.logit_scale
@@ -275,6 +276,7 @@ def zero_shot_logits(
 ) -> Tensor:
     """Zero-shot CLIP: (B, E) image features to logits (B, K)."""
     tokens = open_clip.tokenize([template.format(name) for name in prompt_names(classnames)])
+    tokens = tokens.to(image_features.device)
     text = encode_prompts(clip_model, clip_model.token_embedding(tokens).to(image_features.dtype), tokens)
     text = text / text.norm(dim=-1, keepdim=True)
     image_features = image_features / image_features.norm(dim=-1, keepdim=True)

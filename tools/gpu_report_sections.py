@@ -17,8 +17,9 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,14 @@ from cocoop_fast.ops.table import BACKENDS
 ROOT = Path(__file__).parents[1]
 INTERPRET = os.environ.get("GPU_REPORT_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRET else "cuda")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PRECISIONS = ("fp32",) if INTERPRET else tuple(DTYPES)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS: tuple[str, ...] = ("fp32",) if INTERPRET else tuple(DTYPES)
 HALF = "fp32" if INTERPRET else "fp16"
 CLASSES = (3,) if INTERPRET else (100, 1000, 21_841)
 FEW = CLASSES[:1] if INTERPRET else CLASSES[:2]
 BATCHES = (2,) if INTERPRET else (1, 8, 32)
-REPEATS = 1 if INTERPRET else 30
+CALLS = 20  # of a kernel in a graph
+FEWEST_REPEATS, REPEATS, MOST_SECONDS = 5, 30, 0.3
 
 
 def tell(**row: Any) -> None:
@@ -93,13 +95,13 @@ def backends(precision: str) -> Iterator[str]:
 def seconds(action: Callable[[], object]) -> float:
     """The median time of a run, on the device by events, after three that are not counted."""
     if INTERPRET:
-        began = time.perf_counter()
+        return wall_seconds(action)
+    for _ in range(2):
         action()
-        return time.perf_counter() - began
-    for _ in range(3):
-        action()
+    torch.cuda.synchronize()
+    once = wall_seconds(lambda: (action(), torch.cuda.synchronize()))
     times = []
-    for _ in range(REPEATS):
+    for _ in range(max(FEWEST_REPEATS, min(REPEATS, int(MOST_SECONDS / once)))):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         action()
@@ -107,6 +109,45 @@ def seconds(action: Callable[[], object]) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)
     return statistics.median(times)
+
+
+def wall_seconds(action: Callable[[], object]) -> float:
+    """Of one run, by the host's clock."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def replay_of(action: Callable[[], object], calls: int = 1) -> Callable[[], object]:
+    """Runs a call, or several one after another, as a CUDA graph, recorded as training records its steps.
+
+    Raises:
+        RuntimeError: it cannot be recorded.
+    """
+    from cocoop_fast.engine.graphs import CudaGraphs
+
+    if INTERPRET:
+        return action
+
+    def work() -> None:
+        for _ in range(calls):
+            action()
+
+    action()
+    return CudaGraphs(DEVICE)(work)[1]
+
+
+def replayed_seconds(action: Callable[[], object], calls: int = 1) -> float:
+    """Of a call in :func:`replay_of`: the host does not count."""
+    return seconds(replay_of(action, calls)) / (1 if INTERPRET else calls)
+
+
+def replayed_ms(action: Callable[[], object]) -> float | str:
+    """Milliseconds of :func:`replayed_seconds`, or why there are none."""
+    try:
+        return 1e3 * replayed_seconds(action)
+    except RuntimeError as error:
+        return f"not recorded: {str(error).splitlines()[0]}"
 
 
 def if_it_fits(action: Callable[[], None], what: str) -> None:
@@ -255,7 +296,8 @@ def attention_calls(problem: Problem, backend: str, precision: str) -> dict[str,
 
 
 def attention() -> None:
-    """A middle layer's, by backend and precision; the share is that of a copy's rate, for the fewest bytes."""
+    """A middle layer's, by backend and precision, one call after another in a CUDA graph. The share is that of a copy's rate, for
+    the fewest bytes; those of small sizes come from the cache."""
     rate = copy_rate()
     for classes in FEW:
         for batch in BATCHES[:2]:
@@ -269,7 +311,7 @@ def attention() -> None:
                     row: dict[str, Any] = {"K": classes, "B": batch, "precision": precision}
                     row["backend"] = backend
                     for way, parts in (("forward", 4), ("backward", 7)):
-                        time_of = seconds(calls[way])
+                        time_of = replayed_seconds(calls[way], CALLS)
                         row[f"{way}, µs"] = time_of * 1e6
                         row[f"{way}, share"] = parts * calls["bytes"] / time_of / rate
                     found = [one.clone() for one in calls["written"]]
@@ -301,13 +343,13 @@ def flex_attention(problem: Problem) -> None:
     q, k, v = torch.randn(3, *shape, device=DEVICE, dtype=DTYPES[HALF]).unbind()
     run = partial(flex if INTERPRET else torch.compile(flex), q, k, v, block_mask=mask)
     row: dict[str, Any] = {"K": len(problem.spec.classes), "B": batch, "precision": HALF}
-    row |= {"backend": "FlexAttention", "forward, µs": 1e6 * seconds(run), "backward, µs": ""}
+    forward = replayed_seconds(run, CALLS)
+    row |= {"backend": "FlexAttention", "forward, µs": 1e6 * forward, "backward, µs": ""}
     if not INTERPRET:  # torch has none on a CPU
         inputs = [one.requires_grad_() for one in (q, k, v)]
         o = run()
-        row["backward, µs"] = 1e6 * seconds(
-            lambda: torch.autograd.grad(o, inputs, o.detach(), retain_graph=True)
-        )
+        both = replayed_seconds(lambda: torch.autograd.grad(run(), inputs, o.detach()), CALLS)
+        row["backward, µs"] = 1e6 * (both - forward)
     tell(**row)
 
 
@@ -351,52 +393,38 @@ def _tower(problem: Problem, precision: str, backend: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     row["forward, ms"], row["step, ms"] = 1e3 * seconds(forward), 1e3 * seconds(step)
     row["memory, MB"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-    row["replayed, ms"] = replayed(step)
+    row["replayed, ms"] = replayed_ms(step)
     tell(**row)
 
 
-def replayed(step: Callable[[], None]) -> float | str:
-    """Milliseconds of a step as a CUDA graph, recorded as training records it."""
-    from cocoop_fast.engine.graphs import CudaGraphs
-    from cocoop_fast.training.step import StepResult
-
-    def work() -> StepResult:
-        step()
-        return StepResult(torch.empty(0), ())
-
-    try:
-        _, replay = CudaGraphs(DEVICE)(work)
-    except RuntimeError as error:
-        return f"not recorded: {str(error).splitlines()[0]}"
-    return 1e3 * seconds(replay)
-
-
 def baselines() -> None:
-    """Other ways to compute the same, from image features on, in half precision."""
-    from cocoop_fast.measure.contestants import CONTESTANTS
+    """Other ways to compute the same and ours, from image features to the gradients of what is learned, in half precision."""
+    from cocoop_fast.measure.contestants import BY_NAME, CONTESTANTS, tree_on
 
-    for classes in FEW:
-        problem = problem_on(problem_of(classes, 1))
-        for one in CONTESTANTS:
-            if one.name == "engine":  # the CPU's
-                continue
-            reason = "it is for a GPU" if INTERPRET and one.compiled else one.why_not(problem)
-            if reason:
-                note(f"No {one.name}: {reason}.")
-            else:
-                if_it_fits(partial(_baseline, one, problem), f"K = {classes}, {one.name}")
+    ours = replace(BY_NAME["engine"], build=tree_on("triton"), why_not=lambda problem: None)
+    contestants = [ours if one is BY_NAME["engine"] else one for one in CONTESTANTS]
+    for compiled in (False, True):  # what takes minutes comes last
+        for classes in FEW:
+            problem = problem_on(problem_of(classes, 1))
+            for one in (one for one in contestants if one.compiled == compiled):
+                reason = "it is for a GPU" if INTERPRET and compiled else one.why_not(problem)
+                if reason:
+                    note(f"No {one.name}: {reason}.")
+                else:
+                    if_it_fits(partial(_baseline, one, problem), f"K = {classes}, {one.name}")
 
 
 def _baseline(contestant: Any, problem: Problem) -> None:
     runner = contestant.build(problem)
-    times = {f"{way}, ms": 1e3 * seconds(getattr(runner, way)) for way in ("forward", "step")}
-    tell(K=len(problem.spec.classes), precision=HALF, contestant=contestant.name, **times)
+    row: dict[str, Any] = {"K": len(problem.spec.classes), "precision": HALF, "contestant": contestant.name}
+    row |= {f"{way}, ms": 1e3 * seconds(getattr(runner, way)) for way in ("forward", "step")}
+    if not INTERPRET:
+        row["step replayed, ms"] = "" if contestant.compiled else replayed_ms(runner.step)
+    tell(**row)
 
 
 def problem_on(problem: Problem) -> Problem:
     """On the device, in half precision."""
-    from dataclasses import replace
-
     model = on_device(problem, HALF)
     placed = build_problem(problem.spec, model)
     moved = {name: getattr(placed, name).to(DEVICE) for name in ("features", "labels", "tokens", "lengths")}
@@ -408,7 +436,8 @@ def trainer() -> None:
     """The whole of training, images and all; random weights learn nothing and take the same time."""
     size = ["--model", "demo", "--shots", "1", "--device", "cpu", "--backend", "torch"]
     if not INTERPRET:
-        size = ["--model", "ViT-B-16-quickgelu", "--pretrained", "random", "--shots", "16"]
+        data = ["--dataset", "icons", "--shots", "4"] if find_spec("qtawesome") else ["--shots", "16"]
+        size = ["--model", "ViT-B-16-quickgelu", "--pretrained", "random", *data]
     for batch in ("1",) if INTERPRET else ("1", "8"):
         with tempfile.TemporaryDirectory() as folder:
             output = ["--epochs", "1", "--batch-size", batch, "--output-dir", f"{folder}/run", "--quiet"]
@@ -418,7 +447,7 @@ def trainer() -> None:
                 raise SystemExit(f"train ended with status {result.returncode}: {result.stderr[-500:]}")
             lines = [json.loads(line) for line in path.read_text().splitlines()]
         rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
-        tell(model=size[1], B=batch, **{"images a second": rates[-1] if rates else "not told"})
+        tell(of=" ".join(size), B=batch, **{"images a second": rates[-1] if rates else "not told"})
 
 
 def memory() -> None:
@@ -443,22 +472,25 @@ def memory() -> None:
 
 
 def profile() -> None:
-    """Where the time of a step goes, by torch.profiler."""
+    """Where the time of a replayed step goes, by torch.profiler."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    problem = problem_of(FEW[-1], BATCHES[0])
-    encoder = TreeTextEncoder(on_device(problem, HALF), problem.tree, backend="triton")
-    shape = (problem.spec.batch, problem.tree.n_ctx, problem.weights.width)
-    ctx = torch.zeros(shape, device=DEVICE, requires_grad=True)
-    encoder(ctx).sum().backward()
     kinds = [ProfilerActivity.CPU] if INTERPRET else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profiler(activities=kinds) as found:
-        encoder(ctx).sum().backward()
     order = "self_cpu_time_total" if INTERPRET else "self_device_time_total"
-    events = sorted(found.key_averages(), key=lambda one: -getattr(one, order))[:20]
-    for one in events:
-        tell(kernel=one.key[:60], calls=one.count, **{"µs": float(getattr(one, order))})
+    for classes in FEW:
+        replay = replay_of(tower_calls(problem_of(classes, BATCHES[0]), HALF, "triton")[1])
+        replay()
+        with profiler(activities=kinds) as found:
+            for _ in range(REPEATS):
+                replay()
+            if not INTERPRET:
+                torch.cuda.synchronize()
+        events = [one for one in found.key_averages() if getattr(one, order)]
+        for one in sorted(events, key=lambda one: -getattr(one, order))[:24]:
+            times = {"calls a step": one.count / REPEATS, "µs a step": getattr(one, order) / REPEATS}
+            tell(K=classes, kernel=one.key[:90], **times)
+        note(f"In all {sum(getattr(one, order) for one in events) / REPEATS:.4g} µs a step at K = {classes}.")
 
 
 def ncu() -> None:
@@ -504,7 +536,9 @@ def sweep() -> None:
         for warps in (1,) if INTERPRET else (1, 2, 4, 8):
             tree_attention.WARPS[key] = (warps, warps, warps)
             calls = attention_calls(problem, "triton", HALF)
-            times = {f"{way}, µs": 1e6 * seconds(calls[way]) for way in ("forward", "backward")}
+            times = {
+                f"{way}, µs": 1e6 * replayed_seconds(calls[way], CALLS) for way in ("forward", "backward")
+            }
             tell(K=classes, precision=HALF, warps=warps, **times)
         tree_attention.WARPS[key] = chosen
         note(f"Chosen at K = {classes}: {chosen[0]} forward, {chosen[1]} or {chosen[2]} backward.")
@@ -539,7 +573,7 @@ def plan() -> None:
             _, step = tower_calls(problem, HALF, "triton")
             for _ in range(3):
                 step()
-            row["measured step, ms"] = replayed(step)
+            row["measured step, ms"] = replayed_ms(step)
         tell(**row)
     peak = gpu.tflops[HALF] * 1e12
     note(

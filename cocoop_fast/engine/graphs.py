@@ -59,7 +59,7 @@ class CudaGraphs:
         Raises:
             RuntimeError: a launch cannot be recorded, or memory does not suffice.
         """
-        graph = cuda.CUDAGraph()
+        graph, pool = cuda.CUDAGraph(), cuda.graph_pool_handle()
         with cuda.device(self._device), lent_for_good() as memory:
             gc.collect()
             cuda.synchronize(self._device)
@@ -68,15 +68,45 @@ class CudaGraphs:
             stream.wait_stream(cuda.current_stream(self._device))
             with cuda.stream(stream):  # unlike torch.cuda.graph it restores the stream where ending fails
                 # "thread_local": a data loader may pin memory in another thread meanwhile, no business of the graph.
-                graph.capture_begin(capture_error_mode="thread_local")
+                graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
                     result = work()
                 except BaseException:
                     with suppress(RuntimeError):  # what could not be recorded has broken the recording
-                        graph.capture_end()
+                        _end(graph, pool)
                     raise
-                graph.capture_end()
+                _end(graph, pool)
         return result, _Replay(graph, memory)
+
+
+# Its name before torch 2.9.
+_end_allocating: Any = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(
+    torch._C, "_cuda_endAllocateCurrentStreamToPool", None
+)
+
+
+def _end(graph: cuda.CUDAGraph, pool: Any) -> None:
+    """End a recording, in a pool of memory of its own."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        _mend(pool)
+        raise
+
+
+def _mend(pool: Any) -> None:
+    """Put right what a recording that was broken leaves of torch.
+
+    Its `capture_end` raises before it is through: the allocator would go on as if something were recorded, and take back no
+    memory that another stream has used; and the generator would refuse random numbers until some recording ends well.
+    """
+    with suppress(RuntimeError):  # of a torch that has done it
+        _end_allocating(cuda.current_device(), pool)
+        torch._C._cuda_releasePool(cuda.current_device(), pool)
+    whole, one = cuda.CUDAGraph(), torch.ones(1, device="cuda")
+    whole.capture_begin(capture_error_mode="thread_local")
+    one.zero_()
+    whole.capture_end()
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class TruncatedCLIP(PromptedCLIP):
         position = clip.positional_embedding[:length]
         x = prompts.flatten(0, 1).to(position.dtype) + position
         x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
-        x = x.unflatten(0, (batch, classes))[:, torch.arange(classes), self.ends]
+        x = x.unflatten(0, (batch, classes))[:, torch.arange(classes, device=x.device), self.ends]
         return clip.ln_final(x) @ clip.text_projection
 
     def text_features(self, image_features: Tensor) -> Tensor:

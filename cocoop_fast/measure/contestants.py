@@ -186,7 +186,9 @@ def _run(make: Callable[[Problem], nn.Module]) -> Callable[[Problem], Runner]:
     return lambda problem: ModelRunner(make(problem), problem.features, problem.labels)
 
 
-def _tree(backend: str) -> Callable[[Problem], Runner]:
+def tree_on(backend: str) -> Callable[[Problem], Runner]:
+    """The class tree by a backend."""
+
     def make(problem: Problem) -> nn.Module:
         model = CustomCLIP(problem.cfg, problem.spec.classes, problem.clip_model, backend=backend)
         model.prompt_learner = problem.learner()
@@ -235,9 +237,9 @@ CONTESTANTS: tuple[Contestant, ...] = (
         _shared_rows_work,
         why_not=why_no_flex,
     ),
-    Contestant("tree+torch", "class tree, torch operations", 3.5, _tree("torch"), _gathering_tree_work),
+    Contestant("tree+torch", "class tree, torch operations", 3.5, tree_on("torch"), _gathering_tree_work),
     Contestant(
-        "engine", "class tree, C++ engine", 1.1, _tree("cpu"), _engine_work, why_not=_why_no_extension
+        "engine", "class tree, C++ engine", 1.1, tree_on("cpu"), _engine_work, why_not=_why_no_extension
     ),
     Contestant("floor", "the tree's GEMMs alone, nothing skipped", 1.0, _floor, _floor_work, oracle=None),
     Contestant(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cocoop_fast.clip.load import resolve_device
 from cocoop_fast.measure.compare import compare
 from cocoop_fast.measure.contestants import choose
 from cocoop_fast.measure.problem import ProblemSpec, build_problem
@@ -56,6 +57,10 @@ def dense_time(outcomes: Sequence[Outcome]) -> DenseTime | None:
     if outcome is None:
         return None
     config, newest = read_run(outcome.cell.run_dir)
+    device = resolve_device(config.model.device)
+    if device.type != "cpu":
+        why = f"it is measured on a CPU, and this was trained on {device} (tools/run_gpu_report.py measures on a GPU)"
+        return DenseTime(str(outcome.cell), newest.step, newest.seconds, None, None, why)
     spec = ProblemSpec(
         tuple(newest.classnames), config.optim.batch_size, config.model.name, config.model.pretrained
     )

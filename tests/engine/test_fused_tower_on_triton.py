@@ -116,7 +116,8 @@ def test_a_pass_allocates_what_the_tower_says(batch):
         features = engine(ctx)
         features.backward(torch.ones_like(features))
     fixed = 3 * features.nbytes  # the features of the classes, their gradient and that of the leaves
-    assert said + fixed == pytest.approx(peak.bytes, rel=0.02)
+    # Absolute: a GPU also gets the indices of the tree, which lie on the CPU already.
+    assert said + fixed == pytest.approx(peak.bytes, rel=0.02, abs=0 if DEVICE.type == "cpu" else 2048)
 
 
 def test_batch_size_may_change():

@@ -162,8 +162,8 @@ def test_a_run_with_it_is_the_same_up_to_rounding(tmp_path, capsys, monkeypatch)
     )
     found = {}
     for backend in ("torch", "cpu"):
-        call = ["train", "--shots", "2", "--epochs", "1", "model.image_backend", backend, "-q", "--json"]
-        assert run([*call, "-o", str(tmp_path / backend)]) == 0
+        call = ["train", "--shots", "2", "--epochs", "1", "--device", "cpu", "model.image_backend", backend]
+        assert run([*call, "-q", "--json", "-o", str(tmp_path / backend)]) == 0
         found[backend] = json.loads(capsys.readouterr().out)
         assert bool(encoded) == (backend == "cpu")
     losses = [
@@ -198,7 +198,7 @@ def test_a_run_says_where_it_cannot_be_used(tmp_path, capsys):
 
 def test_models_on_one_clip_share_it():
     """It is packed and compared once, however many rows a table has."""
-    shared, config = Shared(), from_mapping({"model": {"image_backend": "cpu"}})
+    shared, config = Shared(), from_mapping({"model": {"image_backend": "cpu", "device": "cpu"}})
     one, other = (shared.model(config, [f"digit {name}", "letter a"]) for name in ("one", "two"))
     assert isinstance(one.image_encoder, FrozenViT)
     assert one.image_encoder is other.image_encoder

@@ -22,11 +22,11 @@ from cocoop_fast.training.step import loss_and_gradients
 CLASSES = [[1], [1, 2], [1, 2, 4], [5, 3]]
 
 
-def encoders(backend, dtype, **options):
+def encoders(backend, dtype, device="cpu", **options):
     """A float32 model with a tower of this type, and a model that is of it whole."""
-    low = tiny_clip(vocab_size=1000)
+    low = tiny_clip(vocab_size=1000).to(device)
     to_low_precision(low, dtype)
-    wide = tiny_clip(vocab_size=1000)
+    wide = tiny_clip(vocab_size=1000).to(device)
     of_wide = TreeTextEncoder(wide, tree_of(CLASSES), backend=backend, text_dtype=dtype, **options)
     return of_wide, TreeTextEncoder(low, tree_of(CLASSES), backend=backend, **options)
 
@@ -41,10 +41,12 @@ def features_and_gradient(encoder, ctx):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_it_computes_what_a_half_precision_model_does(backend, dtype):
+    device = torch.device("cpu")
     if backend == "triton":
-        pytest.importorskip("triton")
-    amp, low = encoders(backend, dtype)
-    ctx = 0.5 * torch.randn(2, M, amp.frozen.width, generator=torch.Generator().manual_seed(0))
+        pytest.importorskip("triton")  # which runs its kernels on the CPU where there is no GPU
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    amp, low = encoders(backend, dtype, device)
+    ctx = 0.5 * torch.randn(2, M, amp.frozen.width, generator=torch.Generator().manual_seed(0)).to(device)
     features, gradient = features_and_gradient(amp, ctx)
     expected, expected_gradient = features_and_gradient(low, ctx)
     assert features.dtype == gradient.dtype == torch.float32 and expected.dtype == dtype

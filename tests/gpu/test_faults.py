@@ -44,6 +44,16 @@ def runs_out_of_memory(x):
     return result_of(x)
 
 
+def memory_comes_back_from_another_stream():
+    used = torch.cuda.memory_allocated()
+    other = torch.empty(2**24, device=GPU)
+    other.record_stream(torch.cuda.Stream())
+    del other
+    torch.cuda.synchronize()
+    torch.empty(1, device=GPU)  # now the allocator looks
+    return torch.cuda.memory_allocated() == used
+
+
 @pytest.mark.parametrize("fault", [waits, runs_out_of_memory])
 def test_the_device_is_as_before_after_a_recording_that_failed(fault):
     x = torch.ones(1000, device=GPU)
@@ -53,6 +63,8 @@ def test_the_device_is_as_before_after_a_recording_that_failed(fault):
             CudaGraphs(GPU)(lambda: fault(x))
         assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
         assert float((x * 3).sum()) == 3000
+        torch.randn(3, device=GPU)
+        assert memory_comes_back_from_another_stream()
     _, replay = CudaGraphs(GPU)(lambda: result_of(x))  # one that can be recorded is
     replay()
 

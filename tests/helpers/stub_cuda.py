@@ -35,7 +35,7 @@ class StubCuda:
         self.fails = {"begin": begin_fails, "end": end_fails}
         self.current = {"device": torch.device("cuda", 0), "stream": "the caller's"}
         self.capturing = False
-        self.ends = self.begins = 0
+        self.ends = self.begins = self.mended = 0
         stub = self
 
         class Stream:
@@ -48,8 +48,8 @@ class StubCuda:
         class CUDAGraph:
             replays = 0
 
-            def capture_begin(self, capture_error_mode):
-                assert capture_error_mode == "thread_local" and not stub.capturing
+            def capture_begin(self, pool, capture_error_mode):
+                assert pool == "a pool" and capture_error_mode == "thread_local" and not stub.capturing
                 if stub.fails["begin"]:
                     raise RuntimeError("CUDA error: initialization error")
                 stub.begins += 1
@@ -84,6 +84,13 @@ class StubCuda:
     def current_stream(self, device):
         return self.current["stream"]
 
+    def graph_pool_handle(self):
+        return "a pool"
+
+    def mend(self, pool):
+        assert pool == "a pool" and not self.capturing
+        self.mended += 1
+
     def synchronize(self, device):
         assert not self.capturing
 
@@ -94,6 +101,7 @@ class StubCuda:
 def stub_of(monkeypatch, **fails):
     stub = StubCuda(**fails)
     monkeypatch.setattr(graphs, "cuda", stub)
+    monkeypatch.setattr(graphs, "_mend", stub.mend)
     return stub
 
 

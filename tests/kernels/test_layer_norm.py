@@ -112,13 +112,13 @@ def test_residual(buffers, dtype, tolerance, shared):
 
 
 def test_rows_of_one_number(buffers):
-    """Such a row is its own mean."""
+    """Such a row is its own mean; of its gradient rounding is left, where products are fused with sums."""
     x, gamma, beta = buffers.randn(3, 1), buffers.randn(1), buffers.randn(1)
     y, dx, mean, rstd = (buffers.result(*shape) for shape in ((3, 1), (3, 1), (3,), (3,)))
     layer_norm.layer_norm_fwd(x, None, None, gamma, beta, EPS, y, mean, rstd)
     layer_norm.layer_norm_bwd(y, x, gamma, mean, rstd, dx, accumulate=False)
     assert torch.equal(y, beta.expand(3, 1))
-    assert not dx.any()
+    assert bool((dx.abs() <= torch.finfo(torch.float32).eps * (y * gamma).abs() * rstd[:, None]).all())
 
 
 def test_rows_far_from_zero(device):
@@ -161,9 +161,11 @@ def test_bad_arguments(device, change, message):
         "y": torch.zeros(3, 8), "mean": torch.zeros(3), "rstd": torch.zeros(3),
     }  # fmt: skip
     on_device = {
-        name: value.to(device) if isinstance(value, torch.Tensor) and value.device.type != "meta" else value
+        name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        if isinstance(value, torch.Tensor) and value.device.type != "meta"
+        else value
         for name, value in {**good, **change}.items()
-    }
+    }  # a copy to a GPU would be contiguous
     with pytest.raises(ValueError, match=message):
         layer_norm.layer_norm_fwd(**on_device)
 

@@ -38,7 +38,7 @@ def test_a_recording_that_cannot_begin_or_end_leaves_the_callers_stream(monkeypa
     stub = stub_of(monkeypatch, **{fault: True})
     with pytest.raises(RuntimeError, match="CUDA error"):
         CudaGraphs(GPU_1)(lambda: RESULT)
-    assert untouched(stub)
+    assert untouched(stub) and stub.mended == (fault == "end_fails")
 
 
 @pytest.mark.parametrize("end_fails", [False, True])
@@ -50,7 +50,7 @@ def test_a_launch_that_cannot_be_recorded_ends_the_recording_and_is_the_reason(m
 
     with pytest.raises(RuntimeError, match="not permitted when stream"):
         CudaGraphs(GPU_1)(work)
-    assert untouched(stub) and stub.ends == 1
+    assert untouched(stub) and stub.ends == 1 and stub.mended == end_fails
 
 
 def test_a_graph_keeps_the_memory_that_the_steps_before_used(monkeypatch):
