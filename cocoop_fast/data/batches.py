@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from cocoop_fast.data.dataset import Dataset, Sample
 from cocoop_fast.data.images import ImageError
 from cocoop_fast.data.transforms import TestTransform, TrainTransform, order_generator, view_generator
 from cocoop_fast.errors import UserError
+
+# That workers put into a message, where batches are smaller: as many as are encoded at once.
+_IMAGES_A_MESSAGE = 16
 
 
 class Batch(NamedTuple):
@@ -163,32 +167,47 @@ def _item(
         return _Item(None, sample.label, index, fault)
 
 
-def _collate(items: list[_Item]) -> Batch | str:
-    images = []
+class _Message(NamedTuple):
+    """What a worker sends: the items in front of the first that cannot be read, and why it cannot."""
+
+    items: Batch | None
+    fault: str
+
+
+def _collate(items: list[_Item]) -> _Message:
+    images, fault = [], ""
     for item in items:
         if item.image is None:
-            return item.fault
+            fault = item.fault
+            break
         images.append(item.image)
-    labels = torch.tensor([item.label for item in items])
-    return Batch(torch.stack(images), labels, torch.tensor([item.index for item in items]))
+    if not images:
+        return _Message(None, fault)
+    read = items[: len(images)]
+    labels, indices = (torch.tensor([getattr(item, name) for item in read]) for name in ("label", "index"))
+    return _Message(Batch(torch.stack(images), labels, indices), fault)
 
 
 def _load(
     views: TorchDataset[_Item], picks: list[list[int]], workers: int, pin_memory: bool
 ) -> Generator[Batch, None, None]:
+    # A message costs milliseconds, whatever is in it: a worker sends several small batches in one.
+    together = max(1, _IMAGES_A_MESSAGE // max(map(len, picks), default=1)) if workers else 1
+    parts = (picks[first : first + together] for first in range(0, len(picks), together))
+    messages = [list(chain.from_iterable(part)) for part in parts]
     # The loader draws a seed for its workers, which do not use it; a generator of its own leaves the global
     # one as it was. Workers are started here and not by the first batch, which another thread may ask for: a process
     # had better be forked by the thread that computes.
     loader = DataLoader(
         views,
-        batch_sampler=picks,
+        batch_sampler=messages,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_the_run,
     )
-    return _readable(iter(loader))
+    return _readable(iter(loader), list(map(len, picks)))
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
@@ -198,11 +217,19 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(one, signal.SIG_IGN)
 
 
-def _readable(batches: Iterator[Batch | str]) -> Generator[Batch, None, None]:
+def _readable(messages: Iterator[_Message], sizes: list[int]) -> Generator[Batch, None, None]:
+    """Batches of these sizes from messages that hold one or more of them each."""
+    following = iter(sizes)
     try:
-        for batch in batches:
-            if isinstance(batch, str):
-                raise UserError(f"{batch}; were files moved or changed during the run?", exit_status=1)
-            yield batch
+        for items, fault in messages:
+            first = 0
+            while items is not None and first < len(items.label):
+                end = first + next(following)
+                if end > len(items.label):  # one of this batch's cannot be read
+                    break
+                yield Batch(*(part[first:end] for part in items))
+                first = end
+            if fault:
+                raise UserError(f"{fault}; were files moved or changed during the run?", exit_status=1)
     finally:
-        del batches  # and so its workers, although the traceback of an error refers to what is called here
+        del messages  # and so its workers, although the traceback of an error refers to what is called here

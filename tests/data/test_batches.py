@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 from tiny_runs import write_images
@@ -52,12 +54,15 @@ def test_resuming_inside_an_epoch_gives_the_same_batches(data):
             assert torch.equal(ours.image, theirs.image) and torch.equal(ours.sample, theirs.sample)
 
 
-def test_workers_and_global_state_change_nothing(data):
+@pytest.mark.parametrize(
+    "size", [1, 4, 5, 18]
+)  # of 18 images; a worker's message has as many batches as 16 images fill
+def test_workers_and_global_state_change_nothing(data, size):
     torch.manual_seed(1)
-    alone = list(batches(data).epoch(1))
+    alone = list(batches(data, size).epoch(1))
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    many = list(batches(data, workers=2).epoch(1))
+    many = list(batches(data, size, workers=2).epoch(1))
     assert torch.equal(torch.get_rng_state(), state)
     for ours, theirs in zip(many, alone, strict=True):
         assert torch.equal(ours.image, theirs.image) and torch.equal(ours.label, theirs.label)
@@ -82,6 +87,19 @@ def test_an_image_that_vanishes_is_named(data, tmp_path, workers):
         UserError, match=rf"^The image {data.train[3].source} .*can no longer be read \(missing\)"
     ):
         list(train.epoch(1))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_comes_before_an_image_that_vanished_is_there(data, tmp_path, size):
+    """Whoever reads the images, and however many batches a message has."""
+    order = list(chain.from_iterable(batches(data, size).picks(1)))
+    (tmp_path / str(data.train[order[7]].source)).unlink()
+    for workers in (0, 2):
+        found = []
+        with pytest.raises(UserError, match="can no longer be read"):
+            for batch in batches(data, size, workers=workers).epoch(1):
+                found.append(batch.sample)
+        assert torch.cat(found).tolist() == order[: 7 - 7 % size]
 
 
 def test_no_images(data):
