@@ -82,7 +82,7 @@ class ModelConfig:
     """open_clip tag of the weights, hf-hub:OWNER/NAME, or a file of open_clip or OpenAI."""
     precision: Precision = "auto"
     """Number format of CLIP's arithmetic; auto is fp32 on a CPU and fp16 on a GPU."""
-    backend: Literal["auto", "torch", "cpu", "triton", "cuda", "triton-gemm"] = "auto"
+    backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
     """Implementation of the text tower; auto takes the fastest that is available."""
     image_backend: Literal["torch", "cpu"] = "torch"
     """Implementation of the image tower; cpu: C++ kernels, for a ViT in fp32 on a CPU."""

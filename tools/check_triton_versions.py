@@ -45,8 +45,7 @@ machine code as a launch compiles them, and behind a colon what was wrong with h
 or breaks), *no bf16* (likewise, of that type on sm_75, whose hardware has none), *shared* (more shared memory than the GPU
 has), *spill* (registers in local memory: right and slow). "none" is a GPU that this Triton compiles nothing for, be it an
 addition. Where a machine has no ROCm linker, AMD's machine code of the Tritons before 3.4 is assembled and
-not linked. Forms with TF32 are not counted where there is none, as no launch asks for them there. `--widest` stands for the
-widest rows of each kernel and type, the likeliest to spill.
+not linked. `--widest` stands for the widest rows of each kernel and type, the likeliest to spill.
 
 This page is generated: `COMMAND`.
 """
@@ -99,14 +98,8 @@ def read(folder: Path) -> Found:
         for vendor in TARGETS:
             path = folder / f"triton-{version}-{vendor}.json"
             for one in json.loads(path.read_text()) if path.exists() else ():
-                if launched(one):
-                    found.setdefault((version, one["target"]), []).append(one)
+                found.setdefault((version, one["target"]), []).append(one)
     return found
-
-
-def launched(one: dict[str, Any]) -> bool:
-    """Whether a GPU is ever given this form: TF32 is not asked of those that have none."""
-    return "TF32" not in one["name"] or one["target"] not in ("sm_75", *TARGETS["AMD"])
 
 
 def judge(one: dict[str, Any]) -> str:

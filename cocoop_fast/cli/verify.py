@@ -39,7 +39,7 @@ def command(
     steps: Positive = 3,
     device: str = "auto",
     precision: list[Literal["fp64", "fp32", "fp16", "bf16"]] | None = None,
-    backend: list[Literal["torch", "cpu", "triton", "cuda", "triton-gemm"]] | None = None,
+    backend: list[Literal["torch", "cpu", "triton", "cuda"]] | None = None,
     consistency: Literal["none", "l1", "cosine"] = "none",
     prune_mass: float = 0.0,
     json: bool = False,

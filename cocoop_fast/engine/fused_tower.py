@@ -383,7 +383,8 @@ def _layers_backward(tower: FusedTower, acts: Activations, deep: Sequence[Tensor
             grad_u = acts.rows("g", len(grad_x[p]), a.u.shape[1])
             own.proj.backward_activation(grad_x[p], a.u[p], w.activation, grad_u)
             norm = a.x_mid[p], block.ln_2.weight, *_part(a.stats_2, p)
-            own.fc.backward_norm(grad_u, *norm, grad_x[p], h, accumulate=True)
+            own.fc.backward(grad_u, h)
+            ops.layer_norm_bwd(h, *norm, grad_x[p], accumulate=True)
             own.out_proj.backward(grad_x[p], grad_o[p])
         grad_qkv = acts.rows("grad_qkv", *a.qkv.shape)
         grad_q = _attention_backward(tower, acts, layer, grad_o, grad_qkv)
@@ -398,7 +399,8 @@ def _layers_backward(tower: FusedTower, acts: Activations, deep: Sequence[Tensor
             assert own.leaf_q is not None and grad_q is not None
             h = acts.rows("h", *grad_leaf.shape)
             norm = a.residual, block.ln_1.weight, *a.stats_q
-            own.leaf_q.backward_norm(grad_q.view(-1, d), *norm, grad_leaf, h, accumulate=True)
+            own.leaf_q.backward(grad_q.view(-1, d), h)
+            ops.layer_norm_bwd(h, *norm, grad_leaf, accumulate=True)
             ops.add_rows(grad_leaf.view(acts.batch, -1, d), tower.leaf_rows, grad_x.view(acts.batch, -1, d))
         if 1 <= layer <= len(deep):
             of_context = acts.context_of(grad_x)
@@ -433,7 +435,8 @@ def _qkv_backward(
     for p in acts.panels(len(grad_x)):
         h = acts.rows("h", *grad_x[p].shape)
         norm = a.x[p], ln_1.weight, *_part(a.stats_1, p)
-        tower.shared.linears[layer].qkv.backward_norm(grad_qkv[p], *norm, grad_x[p], h, accumulate=accumulate)
+        tower.shared.linears[layer].qkv.backward(grad_qkv[p], h)
+        tower.ops.layer_norm_bwd(h, *norm, grad_x[p], accumulate=accumulate)
 
 
 def _context_backward(tower: FusedTower, acts: Activations, grad_qkv: Tensor) -> None:

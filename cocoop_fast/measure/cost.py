@@ -339,11 +339,6 @@ class CountingLinear(ShapeLinear):
     def backward_activation(self, dy: Tensor, u: Tensor, kind: str, du: Tensor) -> None:
         self._product(dy, backward=True, fused=True)
 
-    def backward_norm(self, dy: Tensor, *others: Tensor, accumulate: bool) -> None:
-        self._product(dy, backward=True)
-        *norm, h = others
-        self.ops.layer_norm_bwd(h, *norm, accumulate=accumulate)
-
 
 class CountingAttention:
     """Notes attention over a tree, of all rows or, in the last layer, of the leaves alone."""

@@ -190,9 +190,3 @@ class _TimedLinear(_Timed):
             cpu.layer_norm_fwd(out, None, None, norm.weight, norm.bias, norm.eps, y, mean, rstd)
 
         self.ops.call(run, self.ops.counting.layer_norm_fwd, out, residual)
-
-    def backward_norm(self, dy: Tensor, *others: Tensor, accumulate: bool) -> None:
-        """In two calls, as it is counted."""
-        *norm, h = others
-        self.backward(dy, h)
-        self.ops.layer_norm_bwd(h, *norm, accumulate=accumulate)

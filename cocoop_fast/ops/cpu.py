@@ -113,21 +113,6 @@ class PackedLinear:
     def backward_activation(self, dy: Tensor, u: Tensor, kind: str, du: Tensor) -> None:
         linear_activation_bwd(dy, self.weight, u, kind, du)
 
-    def backward_norm(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        gamma: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        dx: Tensor,
-        h: Tensor,
-        *,
-        accumulate: bool,
-    ) -> None:
-        linear_bwd(dy, self.weight, h)
-        layer_norm_bwd(h, x, gamma, mean, rstd, dx, accumulate=accumulate)
-
 
 def pack_weight(weight: Tensor) -> Tensor:
     """A frozen weight (width, k) as :func:`linear_fwd` reads it: (ceil(width / 32), k, 32), zeros beyond the width."""

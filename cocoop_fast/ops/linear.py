@@ -54,21 +54,6 @@ class FrozenLinear(Protocol):
     def backward_activation(self, dy: Tensor, u: Tensor, kind: str, du: Tensor) -> None:
         """du (n, k) = (dy W) act'(u): for a layer whose input is act(u)."""
 
-    def backward_norm(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        gamma: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        dx: Tensor,
-        h: Tensor,
-        *,
-        accumulate: bool,
-    ) -> None:
-        """dx (n, k) (+)= the gradient by x (n, k) of LN(x): for a layer whose input is LN(x). The content of h (n, k), for
-        dy W, is anything afterwards."""
-
 
 class GemmLinear:
     """By the vendor's matrix products, reached through torch, and a backend's kernels for what follows them.
@@ -101,18 +86,3 @@ class GemmLinear:
     def backward_activation(self, dy: Tensor, u: Tensor, kind: str, du: Tensor) -> None:
         torch.mm(dy, self.weight, out=du)
         self.ops.activation_bwd(u, kind, du)
-
-    def backward_norm(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        gamma: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        dx: Tensor,
-        h: Tensor,
-        *,
-        accumulate: bool,
-    ) -> None:
-        torch.mm(dy, self.weight, out=h)
-        self.ops.layer_norm_bwd(h, x, gamma, mean, rstd, dx, accumulate=accumulate)

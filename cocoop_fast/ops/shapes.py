@@ -77,19 +77,6 @@ class ShapeLinear:
 
     def backward_activation(self, dy: Tensor, u: Tensor, kind: str, du: Tensor) -> None: ...
 
-    def backward_norm(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        gamma: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        dx: Tensor,
-        h: Tensor,
-        *,
-        accumulate: bool,
-    ) -> None: ...
-
 
 class ShapeAttention:
     """Nothing is attended to."""

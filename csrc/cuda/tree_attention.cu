@@ -15,7 +15,8 @@
 // written and read once), and what comes from the L2 cache: q and grad o once more for every node above the row and
 // for every context token. Predicted: below a thousand rows the time of a launch; above, not the bandwidth bounds it but the
 // rate at which instructions are issued: a warp has hundreds of them for its one row and head. The Triton kernels give 16
-// rows to a matrix instruction, so `auto` prefers them.
+// rows to a matrix instruction, so `auto` prefers them: two to six times as fast on an H200 in half precision. In float32, which has
+// none there, these are 1.3 to 1.8 times as fast.
 #include <type_traits>
 
 #include "cuda/device.cuh"

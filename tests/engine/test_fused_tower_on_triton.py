@@ -256,11 +256,10 @@ def test_features_of_the_classes_are_moved_and_nothing_is_sorted(monkeypatch, na
 # Arguments are looked at once a shape
 
 
-@pytest.mark.parametrize("backend", ["triton", "triton-gemm"])
-def test_arguments_are_checked_in_the_first_pass_of_a_shape_alone(monkeypatch, backend):
+def test_arguments_are_checked_in_the_first_pass_of_a_shape_alone(monkeypatch):
     """What a launcher asks of a tensor's device is asked of every tensor that it checks."""
     model = tiny_clip(**TWIN | {"layers": 2, "heads": 1}).to(DEVICE)
-    tower, looked_at = TreeTextEncoder(model, tree_of(NAMES, 2), backend=backend).tower, []
+    tower, looked_at = TreeTextEncoder(model, tree_of(NAMES, 2), backend="triton").tower, []
     monkeypatch.setattr(rows, "_check_device", lambda name, *tensors: looked_at.append(name))
 
     def looks(*contexts):

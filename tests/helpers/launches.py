@@ -9,17 +9,16 @@ from triton.runtime import interpreter
 
 
 class Launches(TorchDispatchMode):
-    """Every launch with its arguments: Triton's kernels, and torch's operations but for views and allocations."""
+    """Every launch: Triton's kernels, and torch's operations but for views and allocations."""
 
     def __init__(self, monkeypatch, *, run):
         super().__init__()
-        self.seen = []
+        self.seen = Counter()
         self.in_kernel = False
         launch = interpreter.GridExecutor.__call__
 
         def noted(executor, *arguments, **options):
-            names = dict(zip(executor.fn.__code__.co_varnames, arguments, strict=False))
-            self.seen.append((executor.fn.__name__, names | options))
+            self.seen[executor.fn.__name__] += 1
             self.in_kernel = True
             try:
                 return launch(executor, *arguments, **options) if run else None
@@ -33,10 +32,10 @@ class Launches(TorchDispatchMode):
         view = any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
         name = operation.overloadpacket.__name__
         if not (self.in_kernel or view or "empty" in name):
-            self.seen.append((name, {}))
+            self.seen[name] += 1
             # A GEMM that adds a matrix would copy it into its result first: a launch that no count of calls shows.
             assert name != "addmm" or arguments[0].ndim == 1, "a bias is a vector"
         return operation(*arguments, **(options or {}))
 
     def count(self):
-        return Counter(name for name, _ in self.seen)
+        return self.seen

@@ -7,7 +7,6 @@ just-in-time compiler's own binder says.
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 import compile_kernels  # first: it keeps Triton out of the interpreter
 import torch
@@ -20,7 +19,7 @@ from cocoop_fast.clip.frozen import FrozenCLIP
 from cocoop_fast.engine.constants import compute_constants
 from cocoop_fast.engine.contexts import ContextRows
 from cocoop_fast.engine.fused_tower import FusedTower
-from cocoop_fast.ops import triton, triton_gemm, triton_small
+from cocoop_fast.ops import triton, triton_small
 from cocoop_fast.ops.head import _CosineCrossEntropy
 from cocoop_fast.ops.meta_net import _MetaNet
 
@@ -41,16 +40,16 @@ def note(self, *args, grid, warmup, **kwargs):
     seen.add((self.fn.__name__, *(frozenset(part.items()) for part in parts)))
 
 
-def train_one_step(ops: Any, dtype: torch.dtype, names: list[list[int]]) -> None:
+def train_one_step(dtype: torch.dtype, names: list[list[int]]) -> None:
     """Over CLIP's width; what it computes is nothing."""
     clip = tiny_clip(width=512, heads=8, dtype=dtype, vocab_size=1000, embed_dim=512)
     constants = compute_constants(FrozenCLIP(clip).text_weights(), tree_of(names))
     ctx, shift = (torch.zeros(*shape, requires_grad=True) for shape in ((4, 512), (2, 512)))
-    tower = FusedTower(constants, ops)
-    features = constants.classes(tower.encode(ContextRows(ctx, shift)), ops)
+    tower = FusedTower(constants, triton)
+    features = constants.classes(tower.encode(ContextRows(ctx, shift)), triton)
     image = torch.zeros(2, 512, dtype=dtype)
     label = torch.zeros(2, dtype=torch.int64)
-    loss, logits = _CosineCrossEntropy.apply(features, image, torch.ones(1), label, ops, None)
+    loss, logits = _CosineCrossEntropy.apply(features, image, torch.ones(1), label, triton, None)
     loss.backward()
     triton_small.unit_rows(image, image)
     weights = [torch.zeros(*shape, requires_grad=True) for shape in ((32, 512), (32,), (512, 32), (512,))]
@@ -77,9 +76,8 @@ def main() -> None:
         tree_attention.ONE_LOAD = target.backend != "hip"
         with target_of_launches(target):
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                for ops in (triton, triton_gemm):
-                    train_one_step(ops, dtype, [[1, 2], [1, 2, 3], [2]])
-                    train_one_step(ops, dtype, [[5] * 40, [1] * 30])
+                train_one_step(dtype, [[1, 2], [1, 2, 3], [2]])
+                train_one_step(dtype, [[5] * 40, [1] * 30])
         launched, _ = set(seen), seen.clear()
         for module in compile_kernels.kernel_modules():
             for variant in importlib.import_module(module).VARIANTS:

@@ -39,12 +39,12 @@ def test_a_cell_says_what_is_wrong_with_how_many(tool):
     assert tool.cell([found("sm_75"), found("sm_75", "bf16", failure="ptxas")]) == "2: 1 no bf16"
 
 
-def test_what_a_gpu_is_never_given_is_no_failure_of_it(tool, tmp_path):
-    forms = [found(target, "fp32", name="64x64, TF32") for target in ("sm_75", "sm_80", "gfx90a")]
-    (tmp_path / "triton-3.0.0-NVIDIA.json").write_text(json.dumps([*forms, found("sm_75")]))
+def test_all_that_lies_in_the_folder_is_read(tool, tmp_path):
+    forms = [found("sm_75"), found("sm_80"), found("sm_80", "fp32")]
+    (tmp_path / "triton-3.0.0-NVIDIA.json").write_text(json.dumps(forms))
     assert {key: len(own) for key, own in tool.read(tmp_path).items()} == {
-        ("3.0.0", "sm_80"): 1,
         ("3.0.0", "sm_75"): 1,
+        ("3.0.0", "sm_80"): 2,
     }
 
 
