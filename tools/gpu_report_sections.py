@@ -305,7 +305,7 @@ def attention() -> None:
             for precision in PRECISIONS:
                 first: list[Tensor] = []
                 for backend in backends(precision):
-                    if backend in ("torch", "triton-gemm"):  # whose attention is that of `triton`
+                    if backend == "torch":
                         continue
                     calls = attention_calls(problem, backend, precision)
                     row: dict[str, Any] = {"K": classes, "B": batch, "precision": precision}
@@ -415,11 +415,12 @@ def baselines() -> None:
 
 
 def _baseline(contestant: Any, problem: Problem) -> None:
-    runner = contestant.build(problem)
+    runner, factor = contestant.build(problem), contestant.seconds_per_batch(problem)
     row: dict[str, Any] = {"K": len(problem.spec.classes), "precision": HALF, "contestant": contestant.name}
-    row |= {f"{way}, ms": 1e3 * seconds(getattr(runner, way)) for way in ("forward", "step")}
+    row |= {f"{way}, ms": 1e3 * factor * seconds(getattr(runner, way)) for way in ("forward", "step")}
     if not INTERPRET:
-        row["step replayed, ms"] = "" if contestant.compiled else replayed_ms(runner.step)
+        replayed = "" if contestant.compiled else replayed_ms(runner.step)
+        row["step replayed, ms"] = factor * replayed if isinstance(replayed, float) else replayed
     tell(**row)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cocoop_fast.measure.contestants import linear_flops
+from cocoop_fast.measure.contestants import CONTESTANTS, linear_flops
 from cocoop_fast.measure.cost import TreeCost, layout_on
 from cocoop_fast.measure.machine import one_line
 from cocoop_fast.measure.plot import plot_comparison, plot_growth
@@ -283,6 +283,84 @@ def pruning() -> str:
     return f"{markdown(header, rows)}\n\n{said}"
 
 
+def gpu_rows(section: str) -> list[dict[str, Any]]:
+    """Of the reports of `tools/run_gpu_report.py` that were kept, which run too."""
+    found = map(json.loads, (RESULTS / "gpu-h200.jsonl").read_text().splitlines())
+    return [{"run": one["run"], **one["row"]} for one in found if one["section"] == section and "row" in one]
+
+
+def _of_runs(values: list[Any], form: str = "{:.3g}") -> str:
+    """The numbers of all runs."""
+    return ", ".join(dict.fromkeys(form.format(one) for one in values if isinstance(one, float)))
+
+
+def gpu_contestants() -> str:
+    """A step from image features to the gradients of what is learned: launched by the host, and replayed."""
+    found = gpu_rows("baselines")
+    titles = {one.name: one.title for one in CONTESTANTS} | {"engine": "class tree, the engine in Triton"}
+    columns = [(k, way) for k in (100, 1000) for way in ("step, ms", "step replayed, ms")]
+    values = {
+        (one, *column): [r[column[1]] for r in found if (r["contestant"], r["K"]) == (one, column[0])]
+        for one in titles
+        for column in columns
+    }
+    header = [
+        "ms a step, fp16",
+        "100 classes, launched",
+        "replayed",
+        "× engine",
+        "1000, launched",
+        "replayed",
+        "× engine",
+    ]
+    rows = []
+    for one in titles:
+        if any(values[(one, *column)] for column in columns):
+            cells = [f"{one}: {titles[one]}"]
+            for k in (100, 1000):
+                mine, ours = (
+                    [v for v in values[name, k, "step replayed, ms"] if isinstance(v, float)]
+                    for name in (one, "engine")
+                )
+                cells += [_of_runs(values[one, k, "step, ms"]), _of_runs(mine)]
+                cells.append(f"{mine[0] / ours[0]:.2g}" if mine else "")
+            rows.append(cells)
+    return markdown(header, rows)
+
+
+def gpu_tower() -> str:
+    """The text tower alone by backend."""
+    found = [row for row in gpu_rows("tower") if row["backend"] in ("triton", "cuda")]
+    keys = list(dict.fromkeys((r["K"], r["B"], r["precision"], r["backend"]) for r in found))
+    rows = []
+    for key in sorted(
+        keys, key=lambda one: (one[1], ("fp16", "bf16", "fp32").index(one[2]), one[3] == "cuda")
+    ):
+        mine = [r for r in found if (r["K"], r["B"], r["precision"], r["backend"]) == key]
+        cells = [_of_runs([r[name] for r in mine]) for name in ("step, ms", "replayed, ms", "memory, MB")]
+        rows.append([f"{key[0]} classes, {key[1]} images, {key[2]}, `{key[3]}`", *cells])
+    return markdown(["text tower, forward and backward", "launched, ms", "replayed, ms", "memory, MB"], rows)
+
+
+def gpu_attention() -> str:
+    """One layer's attention, the host left out."""
+    found = gpu_rows("attention")
+    header = [
+        "one layer",
+        *(f"`{b}` {way}, µs" for b in ("triton", "cuda") for way in ("forward", "backward")),
+    ]
+    rows = []
+    for key in dict.fromkeys((r["K"], r["B"], r["precision"]) for r in found):
+        if key[2] == "bf16":  # as fp16
+            continue
+        cells = []
+        for backend in ("triton", "cuda"):
+            [one] = [r for r in found if (r["K"], r["B"], r["precision"], r["backend"]) == (*key, backend)]
+            cells += [f"{one[f'{w}, µs']:.3g} ({one[f'{w}, share']:.0%})" for w in ("forward", "backward")]
+        rows.append([f"{key[0]:,} classes, {key[1]} images, {key[2]}", *cells])
+    return markdown(header, rows)
+
+
 def described_machine() -> str:
     machine = read("step-k100")["machine"]
     return f"{one_line(machine)}, {machine['memory_gb']} GB, {machine['system']}; commit {machine['commit']}."
@@ -298,6 +376,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "streaming": streaming,
     "growth": growth,
     "pruning": pruning,
+    "gpu-contestants": gpu_contestants,
+    "gpu-tower": gpu_tower,
+    "gpu-attention": gpu_attention,
 }
 
 
