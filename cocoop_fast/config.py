@@ -83,7 +83,7 @@ class ModelConfig:
     precision: Precision = "auto"
     """Number format of CLIP's arithmetic; auto is fp32 on a CPU and fp16 on a GPU."""
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
-    """Implementation of the text tower; auto takes the fastest that is available."""
+    """Implementation of the text tower; auto takes the first that is available of triton, cuda, cpu and torch."""
     image_backend: Literal["torch", "cpu"] = "torch"
     """Implementation of the image tower; cpu: C++ kernels, for a ViT in fp32 on a CPU."""
     memory_budget: str | None = None

@@ -191,8 +191,9 @@ def _collate(items: list[_Item]) -> _Message:
 def _load(
     views: TorchDataset[_Item], picks: list[list[int]], workers: int, pin_memory: bool
 ) -> Generator[Batch, None, None]:
-    # A message costs milliseconds, whatever is in it: a worker sends several small batches in one.
-    together = max(1, _IMAGES_A_MESSAGE // max(map(len, picks), default=1)) if workers else 1
+    # A message costs milliseconds, whatever is in it: a worker sends several small batches in one. Each gets two at least.
+    together = _IMAGES_A_MESSAGE // max(map(len, picks), default=1)
+    together = max(1, min(together, len(picks) // (2 * workers))) if workers else 1
     parts = (picks[first : first + together] for first in range(0, len(picks), together))
     messages = [list(chain.from_iterable(part)) for part in parts]
     # The loader draws a seed for its workers, which do not use it; a generator of its own leaves the global

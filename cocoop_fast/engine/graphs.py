@@ -8,6 +8,7 @@ outside its learning rate may change and its loss scaler may skip it without rec
 from __future__ import annotations
 
 import gc
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -68,8 +69,8 @@ class CudaGraphs:
             stream.wait_stream(cuda.current_stream(self._device))
             with cuda.stream(stream):  # unlike torch.cuda.graph it restores the stream where ending fails
                 # "thread_local": a data loader may pin memory in another thread meanwhile, no business of the graph.
-                graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
+                    graph.capture_begin(pool, capture_error_mode="thread_local")
                     result = work()
                 except BaseException:
                     with suppress(RuntimeError):  # what could not be recorded has broken the recording
@@ -79,7 +80,7 @@ class CudaGraphs:
         return result, _Replay(graph, memory)
 
 
-# Its name before torch 2.9.
+# The second is its name in older versions of torch.
 _end_allocating: Any = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(
     torch._C, "_cuda_endAllocateCurrentStreamToPool", None
 )
@@ -90,11 +91,14 @@ def _end(graph: cuda.CUDAGraph, pool: Any) -> None:
     try:
         graph.capture_end()
     except RuntimeError:
-        _mend(pool)
+        _mend(graph, pool)
         raise
 
 
-def _mend(pool: Any) -> None:
+_broken: list[cuda.CUDAGraph] = []  # whom torch may still ask whether pinned memory is theirs
+
+
+def _mend(graph: cuda.CUDAGraph, pool: Any) -> None:
     """Put right what a recording that was broken leaves of torch.
 
     Its `capture_end` raises before it is through: the allocator would go on as if something were recorded, and take back no
@@ -103,10 +107,12 @@ def _mend(pool: Any) -> None:
     with suppress(RuntimeError):  # of a torch that has done it
         _end_allocating(cuda.current_device(), pool)
         torch._C._cuda_releasePool(cuda.current_device(), pool)
-    whole, one = cuda.CUDAGraph(), torch.ones(1, device="cuda")
-    whole.capture_begin(capture_error_mode="thread_local")
-    one.zero_()
-    whole.capture_end()
+    _broken.append(graph)
+    with suppress(RuntimeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is empty
+        whole = cuda.CUDAGraph()
+        whole.capture_begin(capture_error_mode="thread_local")
+        whole.capture_end()
 
 
 @dataclass(frozen=True)

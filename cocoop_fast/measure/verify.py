@@ -306,17 +306,18 @@ def _compute(
             loss, logits = model.loss_and_logits(features.to(model.dtype), label)
         for features, label in batches:
             skipped = True
-            while skipped:  # the same batch again, so that all make the same steps
+            while (
+                skipped
+            ):  # the same batch again, so that all make the same steps; unless it is not the scale's fault
                 result = step(features.to(device, model.dtype), label.to(device))
                 pairs = zip(named, result.gradients, strict=True)
                 computed = {name: gradient for name, gradient in pairs if gradient is not None}
                 for name, parameter in named.items():
                     parameter.grad = computed.get(name)
                 scale = float(scaler.current())
-                scaler.observe(scale)
                 plain = _plain(computed, 1 / scale)
                 scaler.step(optimizer, result.overflow)
-                skipped = float(scaler.current()) < scale
+                skipped = 1 < scale > float(scaler.current())
             gradients = gradients or plain
             losses.append(result.report[0].double().cpu())
     return _Results(

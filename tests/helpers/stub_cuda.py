@@ -56,6 +56,10 @@ class StubCuda:
                 stub.capturing, self.stream = True, stub.current["stream"]
 
             def capture_end(self):
+                if not stub.capturing:
+                    raise RuntimeError(
+                        "CUDA error: the operation is not permitted on a stream that is not capturing"
+                    )
                 stub.ends += 1
                 stub.capturing = False
                 if stub.fails["end"]:
@@ -87,8 +91,8 @@ class StubCuda:
     def graph_pool_handle(self):
         return "a pool"
 
-    def mend(self, pool):
-        assert pool == "a pool" and not self.capturing
+    def mend(self, graph, pool):
+        assert isinstance(graph, self.CUDAGraph) and pool == "a pool" and not self.capturing
         self.mended += 1
 
     def synchronize(self, device):

@@ -57,6 +57,37 @@ def test_bfloat16_is_compared_with_the_dense_path_in_bfloat16(problem):
     assert fast.errors.parameters < dense.errors.parameters
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_step_that_overflows_is_made_again_with_a_smaller_scale(problem, monkeypatch, broken):
+    """As training does; where gradients are not finite at a scale of 1 either, it is not the scale's fault."""
+    step_of, tried = verify._step_of, []
+
+    def with_a_large_scale(model, *rest):
+        step, scaler = step_of(model, *rest)
+        if scaler.enabled:
+            scaler.current().fill_(2.0**40)
+            if broken:
+                model.prompt_learner.ctx.register_hook(lambda gradient: gradient * math.nan)
+
+        def noted(*batch):
+            tried.append(scaler.enabled)
+            return step(*batch)
+
+        return noted, scaler
+
+    monkeypatch.setattr(verify, "_step_of", with_a_large_scale)
+    asked = list(contestants(CPU, ("fp16",), ("torch",)))
+    *_, fast = verify.verify(problem, asked, device=CPU, steps=2)
+    assert fast.contestant.name == "torch" and tried.count(True) > 2 + 10
+    assert fast.within != broken and math.isnan(fast.errors.gradients) == broken
+
+
+def test_the_loss_is_one_number_more_of_those_of_the_steps():
+    own = Errors(logits=0.0, loss=1e-6, gradients=0.0, losses=1e-2, parameters=0.0)
+    allowed = verify._allowed("fp16", own)
+    assert allowed.loss == allowed.losses == 4e-2 and allowed.logits == 1e-4
+
+
 def test_the_oracle_by_parts_is_the_oracle(problem):
     by_parts = build_dense(problem, prompts_at_once=2)
     whole = DensePromptedCLIP(problem.clip_model, NAMES)

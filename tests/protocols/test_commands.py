@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from tiny_protocols import folders
 from tiny_runs import use_tiny_clip
 
@@ -230,13 +231,21 @@ def test_sweep_s_own_mistakes(tmp_path, capsys, monkeypatch, arguments, sentence
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dense_time_says_what_the_steps_would_have_taken(tmp_path, capsys, tiny):
+def test_dense_time_says_what_the_steps_would_have_taken(tmp_path, capsys, tiny, monkeypatch):
     call = ["run", "base2new", "--datasets", "digits", "--seeds", "1", "--dense-time", "--json", "-q", *SHORT]
     assert cli.run([*call, "-o", str(tmp_path / "a"), "--methods", "zeroshot", "cocoop"]) == 0
     found = result(capsys)["dense_time"]
     assert found["steps"] == 10 and 0 < found["seconds"]  # two images of five classes, one a step
     assert found["dense"] is None or 0 < found["engine"] < 60
     assert (found["dense"] is None) == bool(found["why"])
+
+    with monkeypatch.context() as patched:  # the same run, had it been trained on a GPU
+        patched.setattr(
+            "cocoop_fast.protocols.dense_time.resolve_device", lambda name: torch.device("cuda", 0)
+        )
+        assert cli.run([*call, "-o", str(tmp_path / "a"), "--methods", "zeroshot", "cocoop"]) == 0
+    found = result(capsys)["dense_time"]
+    assert found["dense"] is found["engine"] is None and "trained on cuda:0" in found["why"]
 
     assert cli.run([*call[:-6], *SHORT, "-o", str(tmp_path / "b"), "--methods", "zeroshot"]) == 0
     out, err = capsys.readouterr()
