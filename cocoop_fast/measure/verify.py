@@ -305,10 +305,9 @@ def _compute(
             features, label = (part.to(device) for part in batches[0])
             loss, logits = model.loss_and_logits(features.to(model.dtype), label)
         for features, label in batches:
+            # A step that is skipped is made again, so that all make the same ones. At a scale of 1 it is not the scale's fault.
             skipped = True
-            while (
-                skipped
-            ):  # the same batch again, so that all make the same steps; unless it is not the scale's fault
+            while skipped:
                 result = step(features.to(device, model.dtype), label.to(device))
                 pairs = zip(named, result.gradients, strict=True)
                 computed = {name: gradient for name, gradient in pairs if gradient is not None}
