@@ -102,7 +102,8 @@ Only a GPU can show: times and bandwidths; that the vendor's compiler and caches
 the threads of a block (`compute-sanitizer`); what a driver does when a recording fails; memory as its allocator has it;
 the order of streams. `python tools/run_gpu_report.py` shows all of it in an hour. On an H200 the kernels' tests, those of tests/gpu and
 `verify` passed; the sanitizer, memory, several GPUs and AMD's have not been seen. On gfx1100 attention compiles and spills:
-it is right and slow there.
+it is right and slow there. Triton 3.6, which is not in the table of [versions](triton_versions.md), breaks off on `assemble_dense`
+for gfx942; it serves dense prompts in the reference's form alone.
 
 The package `ttsem` (Python 3.12, `python -m ttsem.sanitize pytest ...`) runs tests on Triton's compiled IR and names accesses out
 of bounds and races between programs, which `compute-sanitizer` does not look for. It is no stage of CI, as it asks for another
