@@ -22,6 +22,12 @@ def prompt_names(classnames: Sequence[str]) -> list[str]:
     return [name.replace("_", " ") for name in classnames]
 
 
+def _tokens(clip_model: Any, prompts: list[str]) -> Tensor:
+    """(n, L) ids of n prompts, where the model's embedding is."""
+    ids: Tensor = open_clip.tokenize(prompts)
+    return ids.to(clip_model.token_embedding.weight.device)
+
+
 def encode_prompts(
     clip_model: Any,
     prompts: Tensor,
@@ -192,8 +198,7 @@ class DensePromptedCLIP(nn.Module):
         words = ctx_init or " ".join(["X"] * n_ctx)
         names = prompt_names(classnames)
         ahead = "".join(f"{'X ' * n_ctx}{attribute} " for attribute in attributes)
-        device = clip_model.token_embedding.weight.device
-        self.tokens = open_clip.tokenize([f"{ahead}{words} {name}." for name in names]).to(device)
+        self.tokens = _tokens(clip_model, [f"{ahead}{words} {name}." for name in names])
         self.name_lens = [int(row.argmax()) - 1 for row in open_clip.tokenize(names)]
         self.class_position = class_position
         dtype = clip_model.ln_final.weight.dtype
@@ -257,10 +262,9 @@ class DensePromptedCLIP(nn.Module):
 @torch.no_grad()
 def ensemble_features(clip_model: Any, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
     """The normalised mean (K, E) of the unit text features of hand-written prompts, a class at a time."""
-    weight = clip_model.token_embedding.weight
     features = []
     for name in prompt_names(classnames):
-        tokens = open_clip.tokenize([template.format(name) for template in templates]).to(weight.device)
+        tokens = _tokens(clip_model, [template.format(name) for template in templates])
         prompts = clip_model.token_embedding(tokens).to(clip_model.ln_final.weight.dtype)
         text = encode_prompts(clip_model, prompts, tokens)
         features.append((text / text.norm(dim=-1, keepdim=True)).mean(dim=0))
@@ -275,8 +279,7 @@ def zero_shot_logits(
     template: str = "a photo of a {}.",
 ) -> Tensor:
     """Zero-shot CLIP: (B, E) image features to logits (B, K)."""
-    tokens = open_clip.tokenize([template.format(name) for name in prompt_names(classnames)])
-    tokens = tokens.to(image_features.device)
+    tokens = _tokens(clip_model, [template.format(name) for name in prompt_names(classnames)])
     text = encode_prompts(clip_model, clip_model.token_embedding(tokens).to(image_features.dtype), tokens)
     text = text / text.norm(dim=-1, keepdim=True)
     image_features = image_features / image_features.norm(dim=-1, keepdim=True)

@@ -23,7 +23,7 @@ from cocoop_fast.measure.cost import TreeCost, layout_on
 from cocoop_fast.measure.machine import one_line
 from cocoop_fast.measure.plot import plot_comparison, plot_growth
 from cocoop_fast.measure.problem import ProblemSpec, build_problem, imagenet_names, random_text_tower
-from cocoop_fast.readable import readable_seconds
+from cocoop_fast.readable import readable_images, readable_seconds
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -338,7 +338,7 @@ def gpu_tower() -> str:
     ):
         mine = [r for r in found if (r["K"], r["B"], r["precision"], r["backend"]) == key]
         cells = [_of_runs([r[name] for r in mine]) for name in ("step, ms", "replayed, ms", "memory, MB")]
-        rows.append([f"{key[0]} classes, {key[1]} images, {key[2]}, `{key[3]}`", *cells])
+        rows.append([f"{key[0]} classes, {readable_images(key[1])}, {key[2]}, `{key[3]}`", *cells])
     return markdown(["text tower, forward and backward", "launched, ms", "replayed, ms", "memory, MB"], rows)
 
 
@@ -357,7 +357,7 @@ def gpu_attention() -> str:
         for backend in ("triton", "cuda"):
             [one] = [r for r in found if (r["K"], r["B"], r["precision"], r["backend"]) == (*key, backend)]
             cells += [f"{one[f'{w}, µs']:.3g} ({one[f'{w}, share']:.0%})" for w in ("forward", "backward")]
-        rows.append([f"{key[0]:,} classes, {key[1]} images, {key[2]}", *cells])
+        rows.append([f"{key[0]:,} classes, {readable_images(key[1])}, {key[2]}", *cells])
     return markdown(header, rows)
 
 

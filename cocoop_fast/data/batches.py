@@ -184,7 +184,7 @@ def _collate(items: list[_Item]) -> _Message:
     if not images:
         return _Message(None, fault)
     read = items[: len(images)]
-    labels, indices = (torch.tensor([getattr(item, name) for item in read]) for name in ("label", "index"))
+    labels, indices = torch.tensor([item.label for item in read]), torch.tensor([item.index for item in read])
     return _Message(Batch(torch.stack(images), labels, indices), fault)
 
 

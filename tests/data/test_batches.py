@@ -54,10 +54,9 @@ def test_resuming_inside_an_epoch_gives_the_same_batches(data):
             assert torch.equal(ours.image, theirs.image) and torch.equal(ours.sample, theirs.sample)
 
 
-@pytest.mark.parametrize(
-    "size", [1, 4, 5, 18]
-)  # of 18 images; a worker's message has as many batches as 16 images fill
+@pytest.mark.parametrize("size", [1, 4, 5, 18])
 def test_workers_and_global_state_change_nothing(data, size):
+    """Of 18 images: one batch or several in a worker's message, the last message whole or not."""
     torch.manual_seed(1)
     alone = list(batches(data, size).epoch(1))
     torch.manual_seed(2)

@@ -112,13 +112,14 @@ def test_residual(buffers, dtype, tolerance, shared):
 
 
 def test_rows_of_one_number(buffers):
-    """Such a row is its own mean; of its gradient rounding is left, where products are fused with sums."""
+    """Such a row is its own mean; of its gradient rounding is left on a GPU, which fuses products with sums."""
     x, gamma, beta = buffers.randn(3, 1), buffers.randn(1), buffers.randn(1)
     y, dx, mean, rstd = (buffers.result(*shape) for shape in ((3, 1), (3, 1), (3,), (3,)))
     layer_norm.layer_norm_fwd(x, None, None, gamma, beta, EPS, y, mean, rstd)
     layer_norm.layer_norm_bwd(y, x, gamma, mean, rstd, dx, accumulate=False)
     assert torch.equal(y, beta.expand(3, 1))
-    assert bool((dx.abs() <= torch.finfo(torch.float32).eps * (y * gamma).abs() * rstd[:, None]).all())
+    rounding = torch.finfo(torch.float32).eps if dx.is_cuda else 0.0
+    assert bool((dx.abs() <= rounding * (y * gamma).abs() * rstd[:, None]).all())
 
 
 def test_rows_far_from_zero(device):
